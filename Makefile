@@ -1,0 +1,72 @@
+# Everything runs in an environment of its own, .venv, made from Python >= 3.10 with venv, g++ and make.
+#   make demo          a text VAE that collapses, and the same one cured, side by side
+#   make test          build, lint, type check, CUDA objects where nvcc is, tests
+#   make check-slow    the tests that are too slow for `make test`; results in benchmarks/results/
+#   make bench         the speed table
+#   make lint | build | cuda-objects | clean
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+.PHONY: help demo test check-slow bench lint types cuda-objects build clean
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+ENVIRONMENT := $(VENV)/environment.stamp
+BUILT := $(VENV)/built.stamp
+NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+FORMATTED := $(NATIVE) $(shell find tests -name '*.h' -o -name '*.cpp')
+PIP := $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(ENVIRONMENT): constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "$(PYTHON) is missing or older than 3.10: set PYTHON=python3.x"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+	  { echo "$(PYTHON) lacks venv: install it (Debian, Ubuntu: apt-get install python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import pathlib, sys, sysconfig; p = pathlib.Path(sysconfig.get_path("include"), "Python.h"); sys.exit(not p.is_file())' || \
+	  { echo "$(PYTHON) lacks its C headers: install them (Debian, Ubuntu: apt-get install python3-dev)"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	$(PIP) --upgrade pip setuptools torch
+	VAEKERNELS_BUILD=0 $(PIP) --no-build-isolation -e '.[train,dev]'
+	touch $@
+
+$(BUILT): $(ENVIRONMENT) setup.py vaekernels/_build.py $(NATIVE)
+	VAEKERNELS_BUILD=1 $(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+build: $(BUILT)
+
+demo: $(BUILT)
+	$(PY) -m vaekernels demo docstrings
+
+test: $(BUILT) lint types
+	if $(PY) vaekernels/_build.py nvcc; then $(MAKE) cuda-objects; else echo 'no nvcc: cuda-objects is left out'; fi
+	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest
+
+lint: $(ENVIRONMENT)
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
+
+types: $(ENVIRONMENT)
+	$(PY) -m mypy
+
+cuda-objects: $(ENVIRONMENT)
+	$(PY) vaekernels/_build.py cuda-objects build/cuda-objects
+
+check-slow: $(BUILT)
+	mkdir -p benchmarks/results
+	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -m slow -rA --no-header --color=no | tee benchmarks/results/check-slow.txt
+
+bench: $(BUILT)
+	$(PY) -m vaekernels.bench
+
+clean:
+	rm -rf build dist *.egg-info $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -f vaekernels/_C*.so vaekernels/_build.json
+	find vaekernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,291 @@
+// The Autograd kernels: one C++ autograd function for every public operator, since they share one backward.
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "handles.h"
+#include "operators.h"
+
+namespace vk {
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// The options of a call, owned: what the schema passes by reference is gone when backward runs.
+struct Options : torch::CustomClassHolder {
+  bool packed = false, sample = false, kl = false, draw = false, prior_grads = false;
+  int64_t dim = 0;
+  OptTensor rng;
+  OptGenerator generator;
+  OptSymInt num_samples;
+  std::optional<double> free_bits, balance;
+  OptTensor free_bits_per_group, weight;
+  std::string clamp, penalty, reduction, parameterization;
+  int64_t batch_dims = 1;
+  bool group_sums = false;
+  std::optional<std::vector<int64_t>> group_dims;
+  std::optional<std::vector<double>> bounds;
+
+  OptInts groups() const { return group_dims ? OptInts(*group_dims) : OptInts(); }
+  OptDoubles logvar_bounds() const { return bounds ? OptDoubles(*bounds) : OptDoubles(); }
+
+  void set_param(VK_PARAM_ARGS) {
+    this->parameterization = parameterization;
+    if (logvar_bounds) bounds = logvar_bounds->vec();
+  }
+  void set_kl(VK_KL_ARGS) {
+    kl = true;
+    this->free_bits = free_bits;
+    this->free_bits_per_group = free_bits_per_group;
+    this->clamp = clamp;
+    this->penalty = penalty;
+    this->batch_dims = batch_dims;
+    if (group_dims) this->group_dims = group_dims->vec();
+    this->weight = weight;
+    this->balance = balance;
+    this->reduction = reduction;
+    this->group_sums = group_sums;
+    set_param(VK_PARAM_PASS);
+  }
+};
+
+#define VK_OPTIONS_PARAM o.parameterization, o.logvar_bounds()
+#define VK_OPTIONS_LAYOUT o.batch_dims, o.groups(), o.weight, o.balance, o.reduction, o.group_sums
+#define VK_OPTIONS_KL \
+  o.free_bits, o.free_bits_per_group, o.clamp, o.penalty, VK_OPTIONS_LAYOUT, VK_OPTIONS_PARAM
+
+template <class Tuple>
+variable_list as_list(Tuple&& results) {
+  return std::apply([](auto&&... t) { return variable_list{std::move(t)...}; }, std::forward<Tuple>(results));
+}
+
+// The operator's results in the order of its schema, from below autograd. `second` is undefined for packed
+// calls.
+variable_list compute(const Tensor& first, const Tensor& second, const OptTensor& prior_mu,
+                      const OptTensor& prior_logvar, const Options& o) {
+  const at::AutoDispatchBelowADInplaceOrView below;
+  if (!o.kl) {
+    if (o.draw)
+      return as_list(
+          o.packed
+              ? call::reparameterize_packed_draw(first, o.dim, o.generator, o.num_samples, VK_OPTIONS_PARAM)
+              : call::reparameterize_draw(first, second, o.generator, o.num_samples, VK_OPTIONS_PARAM));
+    return {o.packed ? call::reparameterize_packed(first, o.dim, *o.rng, o.num_samples, VK_OPTIONS_PARAM)
+                     : call::reparameterize(first, second, *o.rng, o.num_samples, VK_OPTIONS_PARAM)};
+  }
+  if (!o.sample)
+    return as_list(o.packed ? call::gaussian_kl_packed(first, o.dim, prior_mu, prior_logvar, VK_OPTIONS_KL)
+                            : call::gaussian_kl(first, second, prior_mu, prior_logvar, VK_OPTIONS_KL));
+  if (o.draw)
+    return as_list(o.packed ? call::sample_kl_packed_draw(first, o.dim, prior_mu, prior_logvar, o.generator,
+                                                          o.num_samples, VK_OPTIONS_KL)
+                            : call::sample_kl_draw(first, second, prior_mu, prior_logvar, o.generator,
+                                                   o.num_samples, VK_OPTIONS_KL));
+  return as_list(
+      o.packed
+          ? call::sample_kl_packed(first, o.dim, *o.rng, prior_mu, prior_logvar, o.num_samples, VK_OPTIONS_KL)
+          : call::sample_kl(first, second, *o.rng, prior_mu, prior_logvar, o.num_samples, VK_OPTIONS_KL));
+}
+
+class LatentFunction : public torch::autograd::Function<LatentFunction> {
+ public:
+  static variable_list forward(AutogradContext* ctx, const Tensor& first, const OptTensor& second,
+                               const OptTensor& prior_mu, const OptTensor& prior_logvar,
+                               const c10::intrusive_ptr<Options>& options) {
+    const Options& o = *options;
+    variable_list results = compute(first, second.value_or(Tensor()), prior_mu, prior_logvar, o);
+    Tensor rng = o.draw ? results.back() : o.rng.value_or(Tensor());
+    Tensor gate, open;
+    variable_list constant;
+    if (o.kl) {
+      const size_t at = o.sample ? 3 : 2;
+      gate = results[at];
+      open = results[at + 1];
+      constant = {gate, open};
+    }
+    if (o.draw) constant.push_back(rng);
+    if (!constant.empty()) ctx->mark_non_differentiable(constant);
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({first, second.value_or(Tensor()), rng, prior_mu.value_or(Tensor()),
+                            prior_logvar.value_or(Tensor()), gate, open, o.weight.value_or(Tensor())});
+    // Saved above as a variable; held here as well it would escape the hooks on saved tensors.
+    options->weight.reset();
+    options->rng.reset();
+    options->free_bits_per_group.reset();
+    ctx->saved_data["options"] = c10::IValue::make_capsule(options);
+    return results;
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    const auto holder = ctx->saved_data["options"].toCapsule();
+    const Options& o = static_cast<const Options&>(*holder);
+    const variable_list saved = ctx->get_saved_variables();
+    const auto optional = [](const Tensor& t) { return t.defined() ? OptTensor(t) : OptTensor(); };
+    const OptTensor grad_z = o.sample ? optional(grads[0]) : OptTensor();
+    const OptTensor grad_kl = o.kl ? optional(grads[o.sample ? 1 : 0]) : OptTensor();
+    const OptTensor grad_rate = o.kl ? optional(grads[o.sample ? 2 : 1]) : OptTensor();
+    variable_list out(5);
+    if (!grad_z && !grad_kl && !grad_rate) return out;
+    const OptTensor rng = optional(saved[2]), prior_mu = optional(saved[3]),
+                    prior_logvar = optional(saved[4]);
+    const OptTensor gate = optional(saved[5]), open = optional(saved[6]), weight = optional(saved[7]);
+#define VK_OPTIONS_SAVED                                                                             \
+  rng, prior_mu, prior_logvar, gate, open, o.prior_grads, o.clamp, o.batch_dims, o.groups(), weight, \
+      o.balance, o.reduction, o.group_sums, VK_OPTIONS_PARAM
+    if (o.packed) {
+      std::tie(out[0], out[2], out[3]) =
+          call::latent_backward_packed(grad_z, grad_kl, grad_rate, saved[0], o.dim, VK_OPTIONS_SAVED);
+    } else {
+      std::tie(out[0], out[1], out[2], out[3]) =
+          call::latent_backward(grad_z, grad_kl, grad_rate, saved[0], saved[1], VK_OPTIONS_SAVED);
+      if (!out[0].defined()) out[0] = *grad_z;
+    }
+#undef VK_OPTIONS_SAVED
+    return out;
+  }
+};
+
+bool needs_grad(std::initializer_list<const OptTensor*> tensors) {
+  if (!at::GradMode::is_enabled()) return false;
+  return std::any_of(tensors.begin(), tensors.end(),
+                     [](const OptTensor* t) { return *t && (*t)->requires_grad(); });
+}
+
+variable_list run(const Tensor& first, const OptTensor& second, const OptTensor& prior_mu,
+                  const OptTensor& prior_logvar, c10::intrusive_ptr<Options> options) {
+  const OptTensor head = first;
+  if (!needs_grad({&head, &second, &prior_mu, &prior_logvar}))
+    return compute(first, second.value_or(Tensor()), prior_mu, prior_logvar, *options);
+  options->prior_grads = needs_grad({&prior_mu, &prior_logvar});
+  return LatentFunction::apply(first, second, prior_mu, prior_logvar, options);
+}
+
+template <size_t... I>
+auto as_tuple(const variable_list& v, std::index_sequence<I...>) {
+  return std::make_tuple(v[I]...);
+}
+template <size_t N>
+auto as_tuple(const variable_list& v) {
+  return as_tuple(v, std::make_index_sequence<N>());
+}
+
+c10::intrusive_ptr<Options> options_for(bool sample) {
+  auto o = c10::make_intrusive<Options>();
+  o->sample = sample;
+  return o;
+}
+void set_packed(Options& o, int64_t dim) {
+  o.packed = true;
+  o.dim = dim;
+}
+void set_state(Options& o, const Tensor& rng) { o.rng = rng; }
+void set_state(Options& o, const OptGenerator& generator) {
+  o.generator = generator;
+  o.draw = true;
+}
+
+template <class State>
+variable_list sampled(const Tensor& first, const OptTensor& second, std::optional<int64_t> dim,
+                      const State& state, const OptSymInt& num_samples, VK_PARAM_ARGS) {
+  auto o = options_for(true);
+  if (dim) set_packed(*o, *dim);
+  set_state(*o, state);
+  o->num_samples = num_samples;
+  o->set_param(VK_PARAM_PASS);
+  return run(first, second, {}, {}, o);
+}
+
+template <class State>
+variable_list sampled_kl(const Tensor& first, const OptTensor& second, std::optional<int64_t> dim,
+                         const State& state, const OptSymInt& num_samples, VK_PRIOR_ARGS, VK_KL_ARGS) {
+  auto o = options_for(true);
+  if (dim) set_packed(*o, *dim);
+  set_state(*o, state);
+  o->num_samples = num_samples;
+  o->set_kl(VK_KL_PASS);
+  return run(first, second, VK_PRIOR_PASS, o);
+}
+
+variable_list only_kl(const Tensor& first, const OptTensor& second, std::optional<int64_t> dim, VK_PRIOR_ARGS,
+                      VK_KL_ARGS) {
+  auto o = options_for(false);
+  if (dim) set_packed(*o, *dim);
+  o->set_kl(VK_KL_PASS);
+  return run(first, second, VK_PRIOR_PASS, o);
+}
+
+Tensor reparameterize(VK_TARGET_ARGS, const Tensor& rng, OptSymInt num_samples, VK_PARAM_ARGS) {
+  return sampled(mu, logvar, {}, rng, num_samples, VK_PARAM_PASS)[0];
+}
+Tensors2 reparameterize_draw(VK_TARGET_ARGS, const OptGenerator& generator, OptSymInt num_samples,
+                             VK_PARAM_ARGS) {
+  return as_tuple<2>(sampled(mu, logvar, {}, generator, num_samples, VK_PARAM_PASS));
+}
+Tensor reparameterize_packed(VK_PACKED_ARGS, const Tensor& rng, OptSymInt num_samples, VK_PARAM_ARGS) {
+  return sampled(moments, {}, dim, rng, num_samples, VK_PARAM_PASS)[0];
+}
+Tensors2 reparameterize_packed_draw(VK_PACKED_ARGS, const OptGenerator& generator, OptSymInt num_samples,
+                                    VK_PARAM_ARGS) {
+  return as_tuple<2>(sampled(moments, {}, dim, generator, num_samples, VK_PARAM_PASS));
+}
+Tensors4 gaussian_kl(VK_TARGET_ARGS, VK_PRIOR_ARGS, VK_KL_ARGS) {
+  return as_tuple<4>(only_kl(mu, logvar, {}, VK_PRIOR_PASS, VK_KL_PASS));
+}
+Tensors4 gaussian_kl_packed(VK_PACKED_ARGS, VK_PRIOR_ARGS, VK_KL_ARGS) {
+  return as_tuple<4>(only_kl(moments, {}, dim, VK_PRIOR_PASS, VK_KL_PASS));
+}
+Tensors5 sample_kl(VK_TARGET_ARGS, const Tensor& rng, VK_PRIOR_ARGS, OptSymInt num_samples, VK_KL_ARGS) {
+  return as_tuple<5>(sampled_kl(mu, logvar, {}, rng, num_samples, VK_PRIOR_PASS, VK_KL_PASS));
+}
+Tensors6 sample_kl_draw(VK_TARGET_ARGS, VK_PRIOR_ARGS, const OptGenerator& generator, OptSymInt num_samples,
+                        VK_KL_ARGS) {
+  return as_tuple<6>(sampled_kl(mu, logvar, {}, generator, num_samples, VK_PRIOR_PASS, VK_KL_PASS));
+}
+Tensors5 sample_kl_packed(VK_PACKED_ARGS, const Tensor& rng, VK_PRIOR_ARGS, OptSymInt num_samples,
+                          VK_KL_ARGS) {
+  return as_tuple<5>(sampled_kl(moments, {}, dim, rng, num_samples, VK_PRIOR_PASS, VK_KL_PASS));
+}
+Tensors6 sample_kl_packed_draw(VK_PACKED_ARGS, VK_PRIOR_ARGS, const OptGenerator& generator,
+                               OptSymInt num_samples, VK_KL_ARGS) {
+  return as_tuple<6>(sampled_kl(moments, {}, dim, generator, num_samples, VK_PRIOR_PASS, VK_KL_PASS));
+}
+
+// Differentiated itself (double backward), the backward is computed by formulas that autograd can follow.
+Tensors4 latent_backward(VK_GRAD_ARGS, VK_TARGET_ARGS, VK_SAVED_ARGS) {
+  const OptTensor a = mu, b = logvar;
+  if (needs_grad({&grad_z, &grad_kl, &grad_kl_per_group, &a, &b, &prior_mu, &prior_logvar}))
+    return call::latent_backward_reference(VK_GRAD_PASS, VK_TARGET_PASS, VK_SAVED_PASS);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return call::latent_backward(VK_GRAD_PASS, VK_TARGET_PASS, VK_SAVED_PASS);
+}
+Tensors3 latent_backward_packed(VK_GRAD_ARGS, VK_PACKED_ARGS, VK_SAVED_ARGS) {
+  const OptTensor a = moments;
+  if (needs_grad({&grad_z, &grad_kl, &grad_kl_per_group, &a, &prior_mu, &prior_logvar}))
+    return call::latent_backward_packed_reference(VK_GRAD_PASS, VK_PACKED_PASS, VK_SAVED_PASS);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return call::latent_backward_packed(VK_GRAD_PASS, VK_PACKED_PASS, VK_SAVED_PASS);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(vaekernels, Autograd, m) {
+#define VK_AUTOGRAD(name) m.impl(#name, &name);
+  VK_AUTOGRAD(reparameterize)
+  VK_AUTOGRAD(reparameterize_draw)
+  VK_AUTOGRAD(reparameterize_packed)
+  VK_AUTOGRAD(reparameterize_packed_draw)
+  VK_AUTOGRAD(gaussian_kl)
+  VK_AUTOGRAD(gaussian_kl_packed)
+  VK_AUTOGRAD(sample_kl)
+  VK_AUTOGRAD(sample_kl_draw)
+  VK_AUTOGRAD(sample_kl_packed)
+  VK_AUTOGRAD(sample_kl_packed_draw)
+  VK_AUTOGRAD(latent_backward)
+  VK_AUTOGRAD(latent_backward_packed)
+#undef VK_AUTOGRAD
+  // States and words are integers: nothing to differentiate.
+  m.impl("_rng_state", torch::autograd::autogradNotImplementedFallback());
+  m.impl("_philox_words", torch::autograd::autogradNotImplementedFallback());
+}
+
+}  // namespace vk

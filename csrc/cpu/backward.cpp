@@ -1,0 +1,174 @@
+#include <cmath>
+#include <memory>
+
+#include "job.h"
+
+namespace vk::cpu {
+namespace {
+
+template <class R>
+using BackwardTile = void (*)(TileInputs<R>, Bounds<R>, const R*, const R*, const R*, R, R, TileGradients<R>,
+                              int);
+
+template <class R>
+BackwardTile<R> backward_tile_for(Param param, Mode mode) {
+  return with_param(param, [mode](auto p) -> BackwardTile<R> {
+    if (mode == Mode::sample) return backward_tile<p.value, Mode::sample, R>;
+    if (mode == Mode::standard) return backward_tile<p.value, Mode::standard, R>;
+    return backward_tile<p.value, Mode::prior, R>;
+  });
+}
+
+template <class R>
+class BackwardJob {
+ public:
+  explicit BackwardJob(const Backward& call)
+      : p_(call),
+        m_(matrix_of(call)),
+        in_(call, m_),
+        kl_used_(call.has_kl && (call.grad_kl || call.grad_kl_per_group)),
+        mode_(!kl_used_ ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
+        tile_(backward_tile_for<R>(call.param, mode_)),
+        bounds_(bounds_of<R>(call)),
+        weight_(static_cast<const R*>(call.weight)),
+        grad_kl_(static_cast<const R*>(call.grad_kl)),
+        grad_mu_(call.grad_mu, call, m_),
+        grad_scale_(call.grad_scale, call, m_),
+        grad_prior_mu_(call.grad_prior_mu, call, m_),
+        grad_prior_scale_(call.grad_prior_scale, call, m_) {
+    if (call.grad_z != nullptr) normals_.emplace_back(call, call.numel());
+    if (kl_used_ && call.numel() > 0) prepare_groups();
+  }
+
+  void operator()(Parallel parallel) {
+    if (p_.numel() == 0) return;
+    run_chunks(*this, (p_.numel() + kChunk - 1) / kChunk,
+               std::min(p_.numel(), kChunk) * std::max<int64_t>(p_.K, 1), parallel);
+  }
+
+  void run(int64_t begin, int64_t end) {
+    const std::unique_ptr<State> state(new State());
+    const int64_t stop = std::min(p_.numel(), end * kChunk);
+    for (int64_t i = begin * kChunk; i < stop; i += kTile)
+      tile(i, static_cast<int>(std::min<int64_t>(kTile, stop - i)), *state);
+  }
+
+ private:
+  struct State {
+    TileBuffers<R> tile;
+    typename Normals<R>::Buffer normals;
+    R sum[kTile] = {}, noise[kTile] = {}, c[kTile] = {}, grad_z[kTile];
+    R grad_mu[kTile], grad_scale[kTile], grad_prior_mu[kTile], grad_prior_scale[kTile];
+  };
+
+  // What of c, the gradient with respect to KL[b, g] over w_b, is the same for all rows of a group; and the
+  // factor of what is not.
+  void prepare_groups() {
+    const R* gate = static_cast<const R*>(p_.gate);
+    const R* grad_rate = static_cast<const R*>(p_.grad_kl_per_group);
+    const R inverse = std::abs(gate[0]);
+    const bool scalar = p_.reduction != Reduction::none && p_.reduction != Reduction::elementwise;
+    R gain = 0;
+    if (grad_kl_ && scalar) {
+      gain = grad_kl_[0];
+      if (p_.reduction != Reduction::sum) gain *= inverse;
+      if (p_.reduction == Reduction::mean) gain /= static_cast<R>(p_.row_size());
+    }
+    by_row_ = grad_kl_ && (p_.reduction == Reduction::none || (scalar && p_.clamp == Clamp::sample));
+    row_gain_ = gain;
+    shared_.assign(static_cast<size_t>(p_.G), R(0));
+    for (int64_t g = 0; g < p_.G; ++g) {
+      R& s = shared_[static_cast<size_t>(g)];
+      if (grad_rate) s = p_.group_sums ? grad_rate[g] : grad_rate[g] * inverse;
+      const bool open = p_.clamp != Clamp::batch || !std::signbit(gate[g]);
+      if (grad_kl_ && scalar && !by_row_ && open) s += gain;
+    }
+  }
+
+  bool open(int64_t b, int64_t g) const {
+    if (p_.clamp != Clamp::sample) return true;
+    const int64_t cell = b * p_.G + g;
+    return (p_.open[cell / 8] >> (cell % 8) & 1) != 0;
+  }
+
+  R coefficient(int64_t b, int64_t g) const {
+    R c = shared_[static_cast<size_t>(g)];
+    if (by_row_ && open(b, g)) c += p_.reduction == Reduction::none ? grad_kl_[b] : row_gain_;
+    return weight_ ? weight_[b] * c : c;
+  }
+
+  void coefficients(int64_t begin, int n, R* c) const {
+    const bool plain = !by_row_ && !weight_;
+    for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
+      const int64_t b = row / m_.inner;
+      if (m_.kind == Matrix::Kind::runs) {
+        std::fill_n(c + at, len, coefficient(b, row % m_.inner));
+      } else if (plain) {
+        std::copy_n(shared_.data() + col, len, c + at);
+      } else {
+        for (int i = 0; i < len; ++i) c[at + i] = coefficient(b, col + i);
+      }
+    });
+    if (grad_kl_ && p_.reduction == Reduction::elementwise)
+      for (int i = 0; i < n; ++i) c[i] += grad_kl_[begin + i];
+  }
+
+  const R* read_grad_z(int64_t at, int n, R* buffer) const {
+    return as_type<R>(p_.dtype, [&](auto zero) -> const R* {
+      using T = decltype(zero);
+      const T* data = static_cast<const T*>(p_.grad_z) + at;
+      if constexpr (std::is_same_v<T, R>) {
+        if (n % kLanes == 0) return data;
+      }
+      load_dense(data, buffer, n);
+      return buffer;
+    });
+  }
+
+  void tile(int64_t begin, int n, State& s) {
+    const TileInputs<R> in = in_.read(begin, n, mode_ == Mode::prior, s.tile);
+    if (p_.grad_z)
+      for (int64_t k = 0; k < p_.K; ++k) {
+        const R* grad_z = read_grad_z(k * p_.numel() + begin, n, s.grad_z);
+        noise_tile(grad_z, normals_[0](k, begin, n, s.normals), s.sum, s.noise, k == 0, padded(n));
+      }
+    if (kl_used_) coefficients(begin, n, s.c);
+    const View<R>* views[] = {&grad_mu_, &grad_scale_, &grad_prior_mu_, &grad_prior_scale_};
+    R* buffers[] = {s.grad_mu, s.grad_scale, s.grad_prior_mu, s.grad_prior_scale};
+    R* to[4];
+    for (int i = 0; i < 4; ++i) {
+      R* direct = *views[i] ? views[i]->direct(begin, n) : nullptr;
+      to[i] = direct ? direct : buffers[i];
+    }
+    tile_(in, bounds_, s.sum, s.noise, s.c, static_cast<R>(p_.posterior_share),
+          static_cast<R>(p_.prior_share), TileGradients<R>{to[0], to[1], to[2], to[3]}, padded(n));
+    for (int i = 0; i < 4; ++i)
+      if (*views[i] && to[i] == buffers[i]) views[i]->write(begin, n, to[i]);
+  }
+
+  const Backward& p_;
+  const Matrix m_;
+  const Inputs<R> in_;
+  const bool kl_used_;
+  const Mode mode_;
+  const BackwardTile<R> tile_;
+  const Bounds<R> bounds_;
+  const R* weight_;
+  const R* grad_kl_;
+  const View<R> grad_mu_, grad_scale_, grad_prior_mu_, grad_prior_scale_;
+  std::vector<Normals<R>> normals_;
+  bool by_row_ = false;
+  R row_gain_ = 0;
+  std::vector<R> shared_;
+};
+
+}  // namespace
+
+void backward(const Backward& call, Parallel parallel) {
+  if (call.dtype == DType::f64)
+    BackwardJob<double>{call}(parallel);
+  else
+    BackwardJob<float>{call}(parallel);
+}
+
+}  // namespace vk::cpu

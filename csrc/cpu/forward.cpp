@@ -1,0 +1,340 @@
+#include <cmath>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "job.h"
+
+namespace vk::cpu {
+namespace {
+
+// float sums are moved into double ones after this many additions, which keeps their error near one rounding.
+constexpr int kRowsPerFlush = 64;
+
+template <class R>
+using ForwardTile = void (*)(TileInputs<R>, Bounds<R>, R*, R*, int);
+template <class R>
+ForwardTile<R> forward_tile_for(Param param, Mode mode) {
+  return with_param(param, [mode](auto p) -> ForwardTile<R> {
+    if (mode == Mode::sample) return forward_tile<p.value, Mode::sample, R>;
+    if (mode == Mode::standard) return forward_tile<p.value, Mode::standard, R>;
+    return forward_tile<p.value, Mode::prior, R>;
+  });
+}
+
+// NaN fails the comparison as well.
+template <class R>
+void check_not_negative(const char* name, const void* data, int64_t n) {
+  const R* x = static_cast<const R*>(data);
+  for (int64_t i = 0; i < n; ++i)
+    if (!(x[i] >= R(0)))
+      throw std::invalid_argument(std::string(name) + " must be non-negative and not NaN, got " +
+                                  std::to_string(x[i]) + " at index " + std::to_string(i));
+}
+
+template <class R>
+class ForwardJob {
+ public:
+  explicit ForwardJob(const Forward& call)
+      : p_(call),
+        m_(matrix_of(call)),
+        chunks_(chunks_of(m_, call.clamp == Clamp::sample)),
+        in_(call, m_),
+        mode_(!call.has_kl ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
+        tile_(forward_tile_for<R>(call.param, mode_)),
+        bounds_(bounds_of<R>(call)),
+        weight_(static_cast<const R*>(call.weight)),
+        lambda_(static_cast<const R*>(call.free_bits_per_group)),
+        row_values_wanted_(call.has_kl &&
+                           (call.clamp == Clamp::sample || call.reduction == Reduction::none)) {
+    if (call.z != nullptr) {
+      normals_.emplace_back(call, call.numel());
+      for (int64_t k = 0; k < call.K; ++k) {
+        char* block = static_cast<char*>(call.z) + k * call.numel() * item_size();
+        z_.emplace_back(block, call.dense(), call, m_);
+      }
+    }
+  }
+
+  void operator()(Parallel parallel) {
+    if (p_.has_kl) {
+      if (weight_) check_not_negative<R>("weight", weight_, p_.B);
+      if (lambda_) check_not_negative<R>("free_bits", lambda_, p_.G);
+      if (m_.kind == Matrix::Kind::columns) {
+        columns_.reset(new double[static_cast<size_t>(chunks_.down() * p_.G)]);
+        if (row_values_wanted_) row_values_.reset(new double[static_cast<size_t>(p_.B * chunks_.across)]);
+      } else {
+        cells_.reset(new R[static_cast<size_t>(parts() * p_.cells())]);
+      }
+    }
+    if (p_.numel() > 0) {
+      const int64_t count = chunks_.count();
+      run_chunks(*this, count, p_.numel() / std::max<int64_t>(count, 1) * std::max<int64_t>(p_.K, 1),
+                 parallel);
+    }
+    if (p_.has_kl) finish();
+  }
+
+  void run(int64_t begin, int64_t end) {
+    const std::unique_ptr<State> state(new State());
+    if (p_.has_kl && m_.kind != Matrix::Kind::runs) {
+      state->sum.resize(static_cast<size_t>(chunks_.col_step));
+      state->total.resize(static_cast<size_t>(chunks_.col_step));
+    }
+    for (int64_t i = begin; i < end; ++i) chunk(i, *state);
+  }
+
+ private:
+  struct State {
+    TileBuffers<R> tile;
+    typename Normals<R>::Buffer normals;
+    R value[kTile], lambda[kTile];
+    uint8_t open[kTile];
+    std::vector<R> sum;         // per column, at most kRowsPerFlush rows
+    std::vector<double> total;  // per column
+    int rows = 0;               // in `sum`
+    double run = 0;             // of the matrix row at hand
+  };
+
+  size_t item_size() const { return p_.dtype == DType::f64 ? 8 : (p_.dtype == DType::f32 ? 4 : 2); }
+
+  // How many chunks a cell's sum is spread over.
+  int64_t parts() const { return m_.kind == Matrix::Kind::runs ? chunks_.across : chunks_.per_unit; }
+
+  void chunk(int64_t index, State& state) {
+    const Chunk c = chunks_[index];
+    for_tiles(m_, c, [&](int64_t begin, int n) {
+      const TileInputs<R> in = in_.read(begin, n, mode_ == Mode::prior, state.tile);
+      tile_(in, bounds_, state.tile.sd, state.tile.kl, padded(n));
+      if (!z_.empty()) sample(in.mu, begin, n, state);
+      if (p_.has_kl) reduce(c, index, begin, n, state);
+    });
+    if (p_.has_kl && m_.kind == Matrix::Kind::columns) {
+      flush_columns(state);
+      double* out = &columns_[static_cast<size_t>(index / chunks_.across * p_.G + c.col0)];
+      for (int64_t j = 0; j < c.col1 - c.col0; ++j) {
+        out[j] = state.total[static_cast<size_t>(j)];
+        state.total[static_cast<size_t>(j)] = 0;
+      }
+    }
+  }
+
+  void sample(const R* mu, int64_t begin, int n, State& state) {
+    for (int64_t k = 0; k < p_.K; ++k) {
+      const R* eps = normals_[0](k, begin, n, state.normals);
+      const View<R>& z = z_[static_cast<size_t>(k)];
+      R* direct = z.direct(begin, n);
+      R* to = direct ? direct : state.tile.z;
+      sample_tile(mu, static_cast<const R*>(state.tile.sd), eps, to, padded(n));
+      if (!direct) z.write(begin, n, to);
+    }
+  }
+
+  void reduce(const Chunk& c, int64_t index, int64_t begin, int n, State& state) {
+    const R* kl = state.tile.kl;
+    if (p_.reduction == Reduction::elementwise) store_dense(kl, static_cast<R*>(p_.kl) + begin, n);
+    if (m_.kind == Matrix::Kind::columns) {
+      const R* value = kl;
+      if (p_.clamp == Clamp::sample) value = clamp_cells(begin, n, state);
+      for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
+        add_columns(kl + at, weight_ ? weight_[row] : R(1), col - c.col0, len, state);
+        if (row_values_wanted_) {
+          const double part = static_cast<double>(sum_of(value + at, len));
+          double& out = row_values_[static_cast<size_t>(row * chunks_.across + index % chunks_.across)];
+          out = col == c.col0 ? part : out + part;
+        }
+        if (col + len == c.col1 && ++state.rows == kRowsPerFlush) flush_columns(state);
+      });
+    } else if (m_.kind == Matrix::Kind::strips) {
+      for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
+        add_columns(kl + at, R(1), col, len, state);
+        if (col + len < m_.cols) return;
+        if (++state.rows == kRowsPerFlush) flush_columns(state);
+        if ((row + 1) % m_.inner == 0 || row + 1 == c.row1) {  // the batch row's, or the chunk's, last row
+          flush_columns(state);
+          const int64_t part = index / chunks_.across % chunks_.per_unit;
+          R* out = &cells_[static_cast<size_t>(part * p_.cells() + row / m_.inner * p_.G)];
+          for (int64_t g = 0; g < p_.G; ++g) {
+            out[g] = static_cast<R>(state.total[static_cast<size_t>(g)]);
+            state.total[static_cast<size_t>(g)] = 0;
+          }
+        }
+      });
+    } else {
+      for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
+        if (col == c.col0) state.run = 0;
+        state.run += static_cast<double>(sum_of(kl + at, len));
+        if (col + len == c.col1)
+          cells_[static_cast<size_t>(index % chunks_.across * p_.cells() + row)] = static_cast<R>(state.run);
+      });
+    }
+  }
+
+  void add_columns(const R* kl, R w, int64_t col, int len, State& state) {
+    R* sum = &state.sum[static_cast<size_t>(col)];
+    if (len >= 16) {
+      add_scaled(kl, w, sum, len);
+    } else {
+      for (int i = 0; i < len; ++i) sum[i] += w * kl[i];
+    }
+  }
+
+  void flush_columns(State& state) {
+    flush(state.sum.data(), state.total.data(), static_cast<int>(state.sum.size()));
+    state.rows = 0;
+  }
+
+  // Free bits on each element, where an element is a cell; returns the clamped values.
+  const R* clamp_cells(int64_t begin, int n, State& state) {
+    if (lambda_) {
+      for_segments(m_, begin, n, [&](int64_t, int64_t col, int at, int len) {
+        std::copy_n(lambda_ + col, len, state.lambda + at);
+      });
+    } else {
+      std::fill_n(state.lambda, kTile, static_cast<R>(p_.free_bits));
+    }
+    clamp_tile(static_cast<const R*>(state.tile.kl), static_cast<const R*>(state.lambda), p_.penalty,
+               state.value, state.open, padded(n));
+    pack_bits(state.open, n, p_.open + begin / 8);
+    return state.value;
+  }
+
+  static void pack_bits(const uint8_t* open, int n, uint8_t* out) {
+    for (int i = 0; i < n; i += 8) {
+      unsigned byte = 0;
+      for (int j = 0; j < 8 && i + j < n; ++j) byte |= static_cast<unsigned>(open[i + j]) << j;
+      out[i / 8] = static_cast<uint8_t>(byte);
+    }
+  }
+
+  R lambda(int64_t g) const { return lambda_ ? lambda_[g] : static_cast<R>(p_.free_bits); }
+
+  // From the chunks' sums to the results, in a fixed order.
+  void finish() {
+    double total_weight = static_cast<double>(p_.B);
+    if (weight_) {
+      total_weight = 0;
+      for (int64_t b = 0; b < p_.B; ++b) total_weight += static_cast<double>(weight_[b]);
+    }
+    std::vector<double> sums(static_cast<size_t>(p_.G), 0.0);
+    std::vector<double> row_values(row_values_wanted_ ? static_cast<size_t>(p_.B) : 0, 0.0);
+    if (m_.kind == Matrix::Kind::columns) {
+      for (int64_t d = 0; d < chunks_.down(); ++d)
+        for (int64_t g = 0; g < p_.G; ++g)
+          sums[static_cast<size_t>(g)] += columns_[static_cast<size_t>(d * p_.G + g)];
+      if (p_.numel() > 0)
+        for (size_t i = 0; i < row_values.size(); ++i)
+          for (int64_t part = 0; part < chunks_.across; ++part)
+            row_values[i] += row_values_[i * static_cast<size_t>(chunks_.across) + static_cast<size_t>(part)];
+    } else if (p_.numel() > 0) {
+      finish_cells(sums, row_values);
+    }
+
+    R* rate = static_cast<R*>(p_.kl_per_group);
+    for (int64_t g = 0; g < p_.G; ++g) {
+      const double sum = sums[static_cast<size_t>(g)];
+      rate[g] = static_cast<R>(p_.group_sums ? sum : sum / total_weight);
+    }
+    R* gate = static_cast<R*>(p_.gate);
+    const R inverse = static_cast<R>(1.0 / total_weight);
+    double clamped = 0;
+    if (p_.clamp == Clamp::batch) {
+      for (int64_t g = 0; g < p_.G; ++g) {
+        gate[g] = rate[g] >= lambda(g) ? inverse : -inverse;
+        clamped += static_cast<double>(clamp_value(rate[g], lambda(g), p_.penalty));
+      }
+    } else {
+      gate[0] = inverse;
+    }
+
+    R* kl = static_cast<R*>(p_.kl);
+    if (p_.reduction == Reduction::elementwise) return;
+    if (p_.reduction == Reduction::none) {
+      for (int64_t b = 0; b < p_.B; ++b) kl[b] = static_cast<R>(row_values[static_cast<size_t>(b)]);
+      return;
+    }
+    double sum = 0;  // of the weighted rows
+    if (p_.clamp == Clamp::batch) {
+      sum = total_weight == 0 ? 0 : clamped * total_weight;
+    } else if (p_.clamp == Clamp::sample) {
+      for (int64_t b = 0; b < p_.B; ++b)
+        sum += (weight_ ? static_cast<double>(weight_[b]) : 1.0) * row_values[static_cast<size_t>(b)];
+    } else {
+      for (const double s : sums) sum += s;
+    }
+    if (p_.reduction != Reduction::sum)
+      sum = p_.clamp == Clamp::batch && total_weight != 0 ? clamped : sum / total_weight;
+    if (p_.reduction == Reduction::mean) sum /= static_cast<double>(p_.row_size());
+    kl[0] = static_cast<R>(sum);
+  }
+
+  void finish_cells(std::vector<double>& sums, std::vector<double>& row_values) {
+    std::vector<uint8_t> open(8, 0);
+    for (int64_t b = 0; b < p_.B; ++b) {
+      const double w = weight_ ? static_cast<double>(weight_[b]) : 1.0;
+      double row = 0;
+      for (int64_t g = 0; g < p_.G; ++g) {
+        const int64_t cell = b * p_.G + g;
+        R kl = cells_[static_cast<size_t>(cell)];
+        if (parts() > 1) {
+          double whole = 0;
+          for (int64_t part = 0; part < parts(); ++part)
+            whole += static_cast<double>(cells_[static_cast<size_t>(part * p_.cells() + cell)]);
+          kl = static_cast<R>(whole);
+        }
+        sums[static_cast<size_t>(g)] += w * static_cast<double>(kl);
+        if (p_.clamp == Clamp::sample) {
+          open[static_cast<size_t>(cell % 8)] = kl >= lambda(g) ? 1 : 0;
+          if (cell % 8 == 7 || cell + 1 == p_.cells())
+            pack_bits(open.data(), static_cast<int>(cell % 8) + 1, p_.open + cell / 8);
+          kl = clamp_value(kl, lambda(g), p_.penalty);
+        }
+        row += static_cast<double>(kl);
+      }
+      if (row_values_wanted_) row_values[static_cast<size_t>(b)] = row;
+    }
+  }
+
+  const Forward& p_;
+  const Matrix m_;
+  const Chunks chunks_;
+  const Inputs<R> in_;
+  const Mode mode_;
+  const ForwardTile<R> tile_;
+  const Bounds<R> bounds_;
+  const R* weight_;
+  const R* lambda_;
+  const bool row_values_wanted_;
+  std::vector<Normals<R>> normals_;  // one, where z is wanted
+  std::vector<View<R>> z_;           // one for each sample
+  std::unique_ptr<double[]> columns_, row_values_;
+  std::unique_ptr<R[]> cells_;
+};
+
+}  // namespace
+
+void forward(const Forward& call, Parallel parallel) {
+  if (call.dtype == DType::f64)
+    ForwardJob<double>{call}(parallel);
+  else
+    ForwardJob<float>{call}(parallel);
+}
+
+void philox_words(uint64_t seed, uint64_t offset, uint64_t first_quad, int64_t n, int64_t* words) {
+  const PhiloxKeys keys = philox_keys(seed, offset);
+  for (int64_t i = 0; i < n; i += 4) {
+    const Words w = philox(keys, first_quad + static_cast<uint64_t>(i / 4));
+    const uint32_t x[4] = {w.x0, w.x1, w.x2, w.x3};
+    for (int64_t j = 0; j < 4 && i + j < n; ++j) words[i + j] = static_cast<int64_t>(x[j]);
+  }
+}
+
+const char* isa() {
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+  if (__builtin_cpu_supports("x86-64-v4")) return "avx512";
+  if (__builtin_cpu_supports("x86-64-v3")) return "avx2";
+#endif
+  return "baseline";
+}
+
+}  // namespace vk::cpu

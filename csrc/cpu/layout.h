@@ -1,0 +1,223 @@
+// How the CPU kernels walk a problem: z's storage as a matrix, cut into chunks, cut into tiles.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "tile.h"
+
+namespace vk::cpu {
+
+// z's storage as rows of contiguous elements. Row r is the pair (r / inner, r % inner).
+struct Matrix {
+  enum class Kind {
+    columns,  // [B, G]: a column is a group
+    strips,   // [B * S, G]: a column is a group, S rows make a batch row
+    runs,     // [B * G, S]: a row is the cell (b, g)
+  };
+  Kind kind;
+  int64_t rows, cols, inner;
+};
+
+inline Matrix matrix_of(const Problem& p) {
+  if (p.S == 1) return {Matrix::Kind::columns, p.B, p.G, 1};
+  if (p.groups_inner) return {Matrix::Kind::strips, p.B * p.S, p.G, p.S};
+  return {Matrix::Kind::runs, p.B * p.G, p.S, p.G};
+}
+
+// Calls f(row, column, at, n) for each piece of [begin, begin + n) of z's storage that lies in one row; `at`
+// counts from begin.
+template <class F>
+VK_FN void for_segments(const Matrix& m, int64_t begin, int n, const F& f) {
+  int64_t row = begin / m.cols, col = begin % m.cols;
+  for (int at = 0; at < n; ++row, col = 0) {
+    const int len = static_cast<int>(std::min<int64_t>(n - at, m.cols - col));
+    f(row, col, at, len);
+    at += len;
+  }
+}
+
+// Chunks are units of parallel work. Their borders depend on the shape alone, so that sums do not depend on
+// the number of threads.
+struct Chunk {
+  int64_t row0, row1, col0, col1;
+};
+
+inline constexpr int64_t kChunk = 16384;
+
+struct Chunks {
+  int64_t rows, cols;  // of the matrix
+  int64_t unit;        // rows that belong together: no chunk crosses a multiple of it
+  int64_t row_step, col_step;
+  int64_t per_unit, across;  // chunks in a unit, chunks side by side
+
+  int64_t count() const { return down() * across; }
+  int64_t down() const { return rows == 0 ? 0 : (rows + unit - 1) / unit * per_unit; }
+  Chunk operator[](int64_t i) const {
+    const int64_t d = i / across, c = i % across;
+    const int64_t start = d / per_unit * unit, end = std::min(rows, start + unit);
+    const int64_t row0 = std::min(end, start + d % per_unit * row_step);
+    return {row0, std::min(end, row0 + row_step), c * col_step, std::min(cols, (c + 1) * col_step)};
+  }
+};
+
+// `bits`: the chunk's cells are written as packed bits, so it starts on a whole byte.
+inline Chunks chunks_of(const Matrix& m, bool bits) {
+  Chunks c{m.rows, m.cols, std::max<int64_t>(m.rows, 1), 0, m.cols, 1, 1};
+  c.row_step = std::max<int64_t>(1, kChunk / std::max<int64_t>(m.cols, 1));
+  if (m.kind == Matrix::Kind::columns) {
+    if (m.cols > kTile && !(bits && m.cols % 8 != 0)) {
+      // Tall chunks of one tile's width: their sums stay in the first-level cache and are few.
+      c.col_step = kTile;
+      c.row_step = 64;
+    }
+    c.row_step = (c.row_step + 7) / 8 * 8;
+  } else if (m.kind == Matrix::Kind::strips) {
+    c.unit = c.row_step >= m.inner ? c.row_step / m.inner * m.inner : m.inner;
+    c.row_step = std::min(c.row_step, c.unit);
+    if (c.unit != m.inner) c.row_step = c.unit;
+  } else if (m.cols > kChunk) {
+    c.col_step = kChunk;
+  }
+  c.per_unit = (c.unit + c.row_step - 1) / c.row_step;
+  c.across = m.cols == 0 ? 1 : (m.cols + c.col_step - 1) / c.col_step;
+  return c;
+}
+
+// Calls f(begin, n) for each tile of a chunk: pieces of z's storage no longer than kTile.
+template <class F>
+VK_FN void for_tiles(const Matrix& m, const Chunk& c, const F& f) {
+  const bool whole = c.col0 == 0 && c.col1 == m.cols;
+  const int64_t lines = whole ? 1 : c.row1 - c.row0;
+  for (int64_t line = 0; line < lines; ++line) {
+    const int64_t begin = (c.row0 + line) * m.cols + c.col0;
+    const int64_t end = whole ? c.row1 * m.cols : begin + (c.col1 - c.col0);
+    for (int64_t i = begin; i < end; i += kTile) f(i, static_cast<int>(std::min<int64_t>(kTile, end - i)));
+  }
+}
+
+// ---- tensors seen through the matrix ---------------------------------------------------------------------
+
+template <class T, class F>
+VK_FN decltype(auto) as_type(DType dtype, const F& f) {
+  // T is the compute type: it settles which storage types are possible.
+  if constexpr (sizeof(T) == 8) {
+    (void)dtype;
+    return f(double());
+  } else {
+    if (dtype == DType::bf16) return f(BFloat16());
+    if (dtype == DType::f16) return f(Half());
+    return f(float());
+  }
+}
+
+template <class R>
+class View {
+ public:
+  View() = default;
+  View(void* data, const Strides& s, const Problem& p, const Matrix& m)
+      : data_(data), dtype_(p.dtype), m_(m) {
+    outer_ = s.b;
+    inner_ = m.kind == Matrix::Kind::runs ? s.g : s.s;
+    col_ = m.kind == Matrix::Kind::runs ? s.s : s.g;
+    dense_ = (m.cols == 1 || col_ == 1) && (m.inner == 1 || inner_ == m.cols) &&
+             (m.rows == m.inner || outer_ == m.inner * m.cols);
+  }
+  View(const Input& in, const Problem& p, const Matrix& m)
+      : View(const_cast<void*>(in.data), in.stride, p, m) {}
+  View(const Output& out, const Problem& p, const Matrix& m) : View(out.data, out.stride, p, m) {}
+
+  explicit operator bool() const { return data_ != nullptr; }
+
+  // n elements from `begin` of z's storage: the memory itself where it can be read like a tile, else
+  // `buffer`.
+  const R* read(int64_t begin, int n, R* buffer) const {
+    return as_type<R>(dtype_, [&](auto zero) -> const R* {
+      using T = decltype(zero);
+      const T* data = static_cast<const T*>(data_);
+      if (dense_) {
+        if constexpr (std::is_same_v<T, R>) {
+          if (n % kLanes == 0) return data + begin;
+        }
+        load_dense(data + begin, buffer, n);
+        return buffer;
+      }
+      for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
+        const T* from = data + offset(row, col);
+        if (col_ == 1)
+          load_dense(from, buffer + at, len);
+        else
+          for (int i = 0; i < len; ++i) buffer[at + i] = widen(from[i * col_]);
+      });
+      return buffer;
+    });
+  }
+
+  // Where a tile may be computed in place; null where it has to go through `write`.
+  R* direct(int64_t begin, int n) const {
+    const bool same = sizeof(R) == 8 || dtype_ == DType::f32;
+    return dense_ && same && n % kLanes == 0 ? static_cast<R*>(data_) + begin : nullptr;
+  }
+
+  void write(int64_t begin, int n, const R* from) const {
+    as_type<R>(dtype_, [&](auto zero) {
+      using T = decltype(zero);
+      T* data = static_cast<T*>(data_);
+      if (dense_) {
+        store_dense(from, data + begin, n);
+        return;
+      }
+      for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
+        T* to = data + offset(row, col);
+        if (col_ == 1)
+          store_dense(from + at, to, len);
+        else
+          for (int i = 0; i < len; ++i) narrow(from[at + i], to[i * col_]);
+      });
+    });
+  }
+
+ private:
+  int64_t offset(int64_t row, int64_t col) const {
+    return row / m_.inner * outer_ + row % m_.inner * inner_ + col * col_;
+  }
+
+  void* data_ = nullptr;
+  DType dtype_ = DType::f32;
+  Matrix m_{};
+  int64_t outer_ = 0, inner_ = 0, col_ = 0;
+  bool dense_ = false;
+};
+
+// The normals of a tile, sample k.
+template <class R>
+class Normals {
+ public:
+  Normals(const Problem& p, int64_t numel) : numel_(numel) {
+    const uint64_t seed = p.host_state ? p.seed : static_cast<uint64_t>(p.rng[0]);
+    const uint64_t offset = p.host_state ? p.offset : static_cast<uint64_t>(p.rng[1]);
+    keys_ = philox_keys(seed, offset);
+  }
+
+  struct Buffer {
+    WordTile words;
+    R eps[kTile + 2 * kLanes];
+  };
+
+  const R* operator()(int64_t k, int64_t begin, int n, Buffer& buffer) const {
+    const uint64_t first = static_cast<uint64_t>(k * numel_ + begin);
+    const int lead = static_cast<int>(first % 4);
+    const int quads = (lead + n + 3) / 4;
+    const int whole = (quads + kQuadLanes - 1) / kQuadLanes * kQuadLanes;
+    words_of(keys_, first / 4, whole, buffer.words);
+    normals_of(buffer.words, whole, buffer.eps);
+    return buffer.eps + lead;
+  }
+
+ private:
+  PhiloxKeys keys_{};
+  int64_t numel_;
+};
+
+}  // namespace vk::cpu

@@ -1,0 +1,251 @@
+// The elementwise half of the CPU kernels: loops over a tile that fits the first-level cache, written so that
+// the compiler vectorises them for every instruction set.
+//
+// Every loop runs over whole groups of kLanes elements, the rubbish behind the end of a tile included. So
+// there is no scalar remainder, every element takes the same instructions wherever a tile starts, and results
+// do not depend on chunk borders or vector width.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+#include <cstring>
+
+#include "../gaussian.h"
+#include "../philox.h"
+#include "../problem.h"
+
+// One source, three compilations, chosen at load time. Spelled as architecture levels: with single features
+// GCC leaves scalar calls and loses the fused multiply-add.
+#if !defined(VK_CLONES)
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define VK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define VK_CLONES
+#endif
+#endif
+
+// A lambda that is inlined into the clone that calls it: out of line it would be compiled for the baseline
+// only.
+#define VK_LAMBDA __attribute__((always_inline))
+
+namespace vk::cpu {
+
+inline constexpr int kTile = 512;
+inline constexpr int kLanes = 64;
+inline constexpr int kQuadLanes = kLanes / 4;
+
+// How many elements the loops below run over for n wanted ones.
+inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
+
+// Calls body(i) for i in [0, n), n a multiple of kLanes, in a shape with a constant inner trip count.
+template <int Lanes = kLanes, class Body>
+VK_FN void lanes(int n, const Body& body) {
+  for (int j = 0; j < n; j += Lanes)
+#pragma GCC ivdep
+    for (int i = 0; i < Lanes; ++i) body(j + i);
+}
+
+// ---- numbers in memory ----------------------------------------------------------------------------------
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+VK_FN float widen(float x) { return x; }
+VK_FN double widen(double x) { return x; }
+VK_FN float widen(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+VK_FN float widen(Half x) {
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7FFFu) << 13;
+  // Multiplying by 2^112 moves the exponent over and turns subnormals into normal numbers.
+  const float scaled = std::bit_cast<float>(magnitude) * 5.192296858534828e33f;
+  const uint32_t special = magnitude | 0x7F800000u;  // inf and NaN keep their payload
+  const uint32_t bits = (x.bits & 0x7C00u) == 0x7C00u ? special : std::bit_cast<uint32_t>(scaled);
+  return std::bit_cast<float>(bits | sign);
+}
+
+VK_FN void narrow(float x, float& out) { out = x; }
+VK_FN void narrow(double x, double& out) { out = x; }
+VK_FN void narrow(float x, BFloat16& out) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t even = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  out.bits = static_cast<uint16_t>(x != x ? ((bits >> 16) | 0x40u) : even);
+}
+VK_FN void narrow(float x, Half& out) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
+  // Normal results: rebias the exponent and round to even in the integer domain; 65520 and above become inf.
+  const uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
+  // Subnormal results: adding 1/2 aligns the digits so that the float addition does the rounding.
+  const uint32_t small =
+      std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - std::bit_cast<uint32_t>(0.5f);
+  uint32_t half = magnitude < 0x38800000u ? small : normal;
+  half = magnitude >= 0x477FF000u ? 0x7C00u : half;
+  half = magnitude > 0x7F800000u ? 0x7E00u : half;
+  out.bits = static_cast<uint16_t>(half | sign);
+}
+
+template <class T, class R>
+VK_CLONES void load_dense(const T* __restrict from, R* __restrict to, int n) {
+  for (int i = 0; i < n; ++i) to[i] = widen(from[i]);
+}
+template <class T, class R>
+VK_CLONES void store_dense(const R* __restrict from, T* __restrict to, int n) {
+  for (int i = 0; i < n; ++i) narrow(from[i], to[i]);
+}
+
+// ---- normals ---------------------------------------------------------------------------------------------
+
+struct WordTile {
+  uint32_t x0[kTile / 4 + kQuadLanes], x1[kTile / 4 + kQuadLanes];
+  uint32_t x2[kTile / 4 + kQuadLanes], x3[kTile / 4 + kQuadLanes];
+};
+
+inline VK_CLONES void words_of(const PhiloxKeys& keys, uint64_t first_quad, int quads,
+                               WordTile& __restrict out) {
+  const PhiloxKeys local = keys;
+  lanes<kQuadLanes>(quads, [&](int q) VK_LAMBDA {
+    const Words w = philox(local, first_quad + static_cast<uint64_t>(q));
+    out.x0[q] = w.x0;
+    out.x1[q] = w.x1;
+    out.x2[q] = w.x2;
+    out.x3[q] = w.x3;
+  });
+}
+
+template <class R>
+VK_CLONES void normals_of(const WordTile& __restrict w, int quads, R* __restrict eps) {
+  lanes<kQuadLanes>(quads, [&](int q) VK_LAMBDA {
+    const Pair<R> a = box_muller(w.x0[q], w.x1[q], R());
+    const Pair<R> b = box_muller(w.x2[q], w.x3[q], R());
+    eps[4 * q] = a.first;
+    eps[4 * q + 1] = a.second;
+    eps[4 * q + 2] = b.first;
+    eps[4 * q + 3] = b.second;
+  });
+}
+
+// ---- the latent layer ------------------------------------------------------------------------------------
+
+enum class Mode { sample, standard, prior };  // no KL; the KL to N(0, I); the KL to a given Gaussian
+
+template <class R>
+struct TileInputs {
+  const R *mu, *scale, *prior_mu, *prior_scale;
+};
+
+template <Param P, Mode M, class R>
+VK_CLONES void forward_tile(TileInputs<R> in, Bounds<R> bounds, R* __restrict sd, R* __restrict kl, int n) {
+  const R* __restrict mu = in.mu;
+  const R* __restrict s = in.scale;
+  const R* __restrict prior_mu = in.prior_mu;
+  const R* __restrict prior_s = in.prior_scale;
+  const Bounds<R> b = bounds;
+  lanes(n, [&](int i) VK_LAMBDA {
+    const Posterior<R> q = posterior_of<P>(scale_of<P>(s[i]), b);
+    sd[i] = q.sd;
+    if constexpr (M == Mode::standard) kl[i] = kl_standard(mu[i], q.excess);
+    if constexpr (M == Mode::prior)
+      kl[i] = kl_prior(prior_of<P>(mu[i], q.x, prior_mu[i], scale_of<P>(prior_s[i])));
+  });
+}
+
+template <class R>
+VK_CLONES void sample_tile(const R* __restrict mu, const R* __restrict sd, const R* __restrict eps,
+                           R* __restrict z, int n) {
+  lanes(n, [&](int i) VK_LAMBDA { z[i] = mu[i] + sd[i] * eps[i]; });
+}
+
+// Adds one sample's share: sum = sum over k of grad_z, noise = sum over k of grad_z * eps.
+template <class R>
+VK_CLONES void noise_tile(const R* __restrict grad_z, const R* __restrict eps, R* __restrict sum,
+                          R* __restrict noise, bool first, int n) {
+  if (first)
+    lanes(n, [&](int i) VK_LAMBDA {
+      sum[i] = grad_z[i];
+      noise[i] = grad_z[i] * eps[i];
+    });
+  else
+    lanes(n, [&](int i) VK_LAMBDA {
+      sum[i] += grad_z[i];
+      noise[i] += grad_z[i] * eps[i];
+    });
+}
+
+template <class R>
+struct TileGradients {
+  R *mu, *scale, *prior_mu, *prior_scale;
+};
+
+// In: sum and noise of noise_tile; c, the gradient of the loss with respect to each element's KL.
+template <Param P, Mode M, class R>
+VK_CLONES void backward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __restrict sum,
+                             const R* __restrict noise, const R* __restrict c, R posterior_share,
+                             R prior_share, TileGradients<R> out, int n) {
+  const R* __restrict mu = in.mu;
+  const R* __restrict s = in.scale;
+  const R* __restrict prior_mu = in.prior_mu;
+  const R* __restrict prior_s = in.prior_scale;
+  R* __restrict grad_mu = out.mu;
+  R* __restrict grad_s = out.scale;
+  R* __restrict grad_prior_mu = out.prior_mu;
+  R* __restrict grad_prior_s = out.prior_scale;
+  const Bounds<R> b = bounds;
+  lanes(n, [&](int i) VK_LAMBDA {
+    if constexpr (M == Mode::prior) {
+      const ElementGradients<R> g = gradients_prior<P>(mu[i], s[i], prior_mu[i], prior_s[i], b, sum[i],
+                                                       noise[i], c[i] * posterior_share, c[i] * prior_share);
+      grad_mu[i] = g.mu;
+      grad_s[i] = g.scale;
+      grad_prior_mu[i] = g.prior_mu;
+      grad_prior_s[i] = g.prior_scale;
+    } else {
+      const ElementGradients<R> g = M == Mode::sample
+                                        ? gradients_sample<P>(s[i], b, sum[i], noise[i])
+                                        : gradients_standard<P>(mu[i], s[i], b, sum[i], noise[i], c[i]);
+      grad_mu[i] = g.mu;
+      grad_s[i] = g.scale;
+    }
+  });
+}
+
+// ---- free bits and sums ----------------------------------------------------------------------------------
+
+template <class R>
+VK_CLONES void clamp_tile(const R* __restrict kl, const R* __restrict lambda, Penalty penalty,
+                          R* __restrict value, uint8_t* __restrict open, int n) {
+  lanes(n, [&](int i) VK_LAMBDA { value[i] = clamp_value(kl[i], lambda[i], penalty); });
+  lanes(n, [&](int i) VK_LAMBDA { open[i] = kl[i] >= lambda[i] ? 1 : 0; });
+}
+
+template <class R>
+VK_CLONES void add_scaled(const R* __restrict x, R w, R* __restrict sum, int n) {
+  for (int i = 0; i < n; ++i) sum[i] += w * x[i];
+}
+
+template <class R>
+VK_CLONES void flush(R* __restrict from, double* __restrict to, int n) {
+  for (int i = 0; i < n; ++i) {
+    to[i] += from[i];
+    from[i] = R(0);
+  }
+}
+
+// The sum of n numbers in an order that depends on n alone: sixteen running sums, then a tree.
+template <class R>
+VK_CLONES R sum_of(const R* x, int n) {
+  constexpr int kSums = 16;
+  R part[kSums] = {};
+  int i = 0;
+  for (; i + kSums <= n; i += kSums)
+    for (int j = 0; j < kSums; ++j) part[j] += x[i + j];
+  for (int j = 0; i + j < n; ++j) part[j] += x[i + j];
+  for (int width = kSums / 2; width > 0; width /= 2)
+    for (int j = 0; j < width; ++j) part[j] += part[j + width];
+  return part[0];
+}
+
+}  // namespace vk::cpu

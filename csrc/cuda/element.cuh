@@ -1,0 +1,175 @@
+// A quad of elements: its normals, its samples and KL, its gradients.
+//
+// Quads come in two kinds. Plain ones (float32 arithmetic, a scale given by its logarithm, N(0, I), normals that begin
+// with a quad, sums over the batch) are what most calls consist of, and are unrolled. All others go element by element
+// through one copy of their code: the arrays turn by one place per round, so that every index is a constant and nothing
+// leaves the registers.
+#pragma once
+
+#include <type_traits>
+
+#include "../gaussian.h"
+#include "../philox.h"
+
+namespace vk::cuda {
+
+// Drops x[0], moves the others down and puts `last` behind them.
+template <class R, int N>
+__device__ __forceinline__ void turn(R (&x)[N], R last) {
+#pragma unroll
+  for (int i = 0; i + 1 < N; ++i) x[i] = x[i + 1];
+  x[N - 1] = last;
+}
+
+template <class R>
+__device__ __forceinline__ void quad_normals(const PhiloxKeys& keys, uint64_t quad, R (&out)[4]) {
+  const Words w = philox(keys, quad);
+  if constexpr (sizeof(R) == 4) {
+    const Pair<R> a = box_muller(w.x0, w.x1, R()), b = box_muller(w.x2, w.x3, R());
+    out[0] = a.first;
+    out[1] = a.second;
+    out[2] = b.first;
+    out[3] = b.second;
+  } else {
+    uint32_t x[2] = {w.x0, w.x2}, y[2] = {w.x1, w.x3};
+#pragma unroll 1
+    for (int i = 0; i < 2; ++i) {
+      const Pair<R> pair = box_muller(x[0], y[0], R());
+      turn(x, x[0]);
+      turn(y, y[0]);
+      turn(out, pair.first);
+      turn(out, pair.second);
+    }
+  }
+}
+
+// The normals number first .. first + 3. `aligned`: first is a multiple of 4.
+template <class R>
+__device__ __forceinline__ void normals(const PhiloxKeys& keys, uint64_t first, bool aligned, R (&out)[4]) {
+  if (aligned) return quad_normals(keys, first / 4, out);
+  R all[8] = {};
+#pragma unroll 1
+  for (int q = 0; q < 2; ++q) {
+    R four[4] = {};
+    quad_normals(keys, first / 4 + q, four);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) turn(all, four[j]);
+  }
+  if ((first & 1) != 0) turn(all, R(0));
+  if ((first & 2) != 0) {
+    turn(all, R(0));
+    turn(all, R(0));
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) out[j] = all[j];
+}
+
+// Both parameterizations by the logarithm are log_std of s * slope, so they share their code.
+VK_FN bool by_logarithm(Param param) { return param == Param::logvar || param == Param::log_std; }
+template <class R>
+__device__ __forceinline__ R log_slope(Param param) {
+  return param == Param::logvar ? R(0.5) : R(1);
+}
+
+template <class R>
+struct Sampled {
+  R sd, kl;
+};
+
+template <Param P, bool HasKL, class R>
+__device__ __forceinline__ Sampled<R> sampled(R mu, R s, R prior_mu, R prior_s, bool prior, const Bounds<R>& bounds) {
+  const Posterior<R> q = posterior_of<P>(scale_of<P>(s), bounds);
+  if constexpr (!HasKL) return {q.sd, R(0)};
+  if (prior) return {q.sd, kl_prior(prior_of<P>(mu, q.x, prior_mu, scale_of<P>(prior_s)))};
+  return {q.sd, kl_standard(mu, q.excess)};
+}
+
+// In: the second tensor's elements in sd; out: the standard deviations, and the KL where it is wanted.
+template <bool Plain, bool HasKL, class R>
+__device__ __forceinline__ void sample_and_kl(Param param, const Bounds<R>& bounds, bool prior, R (&mu)[4], R (&sd)[4],
+                                              R (&prior_mu)[4], R (&prior_s)[4], R (&kl)[4]) {
+  const R slope = log_slope<R>(param);
+  if constexpr (Plain) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const Sampled<R> e = sampled<Param::log_std, HasKL>(mu[j], sd[j] * slope, R(0), R(0), false, bounds);
+      sd[j] = e.sd;
+      kl[j] = e.kl;
+    }
+  } else {
+#pragma unroll 1
+    for (int j = 0; j < 4; ++j) {
+      Sampled<R> e;
+      if (by_logarithm(param))
+        e = sampled<Param::log_std, HasKL>(mu[0], sd[0] * slope, prior_mu[0], prior_s[0] * slope, prior, bounds);
+      else if (param == Param::std)
+        e = sampled<Param::std, HasKL>(mu[0], sd[0], prior_mu[0], prior_s[0], prior, bounds);
+      else
+        e = sampled<Param::softplus, HasKL>(mu[0], sd[0], prior_mu[0], prior_s[0], prior, bounds);
+      turn(mu, mu[0]);
+      turn(sd, e.sd);
+      turn(prior_mu, prior_mu[0]);
+      turn(prior_s, prior_s[0]);
+      turn(kl, e.kl);
+    }
+  }
+}
+
+// What gradients need besides the elements.
+template <class R>
+struct Shares {
+  Bounds<R> bounds;
+  R posterior, prior;  // of c
+};
+
+template <Param P, bool HasKL, class R>
+__device__ __forceinline__ ElementGradients<R> gradients(R mu, R s, R prior_mu, R prior_s, bool prior,
+                                                         const Shares<R>& shares, R sum, R noise, R c) {
+  if constexpr (!HasKL) return gradients_sample<P>(s, shares.bounds, sum, noise);
+  if (prior)
+    return gradients_prior<P>(mu, s, prior_mu, prior_s, shares.bounds, sum, noise, c * shares.posterior,
+                              c * shares.prior);
+  return gradients_standard<P>(mu, s, shares.bounds, sum, noise, c);
+}
+
+// In: the elements; out: their gradients. sum, noise and c as in gaussian.h.
+template <bool Plain, bool HasKL, class R>
+__device__ __forceinline__ void quad_gradients(Param param, const Shares<R>& shares, bool prior, R (&mu)[4], R (&s)[4],
+                                               R (&prior_mu)[4], R (&prior_s)[4], R (&sum)[4], R (&noise)[4],
+                                               R (&c)[4]) {
+  const R slope = log_slope<R>(param);
+  if constexpr (Plain) {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const ElementGradients<R> e = gradients<Param::log_std, HasKL>(mu[j], s[j] * slope, R(0), R(0), false, shares,
+                                                                     sum[j], noise[j], c[j]);
+      mu[j] = e.mu;
+      s[j] = e.scale * slope;
+    }
+  } else {
+#pragma unroll 1
+    for (int j = 0; j < 4; ++j) {
+      ElementGradients<R> e;
+      if (by_logarithm(param)) {
+        e = gradients<Param::log_std, HasKL>(mu[0], s[0] * slope, prior_mu[0], prior_s[0] * slope, prior, shares,
+                                             sum[0], noise[0], c[0]);
+        e.scale *= slope;
+        e.prior_scale *= slope;
+      } else if (param == Param::std) {
+        e = gradients<Param::std, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, sum[0], noise[0], c[0]);
+      } else {
+        e = gradients<Param::softplus, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, sum[0], noise[0],
+                                              c[0]);
+      }
+      turn(mu, e.mu);
+      turn(s, e.scale);
+      turn(prior_mu, e.prior_mu);
+      turn(prior_s, e.prior_scale);
+      turn(sum, sum[0]);
+      turn(noise, noise[0]);
+      turn(c, c[0]);
+    }
+  }
+}
+
+}  // namespace vk::cuda

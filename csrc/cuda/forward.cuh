@@ -1,0 +1,62 @@
+// What a forward kernel is told.
+#pragma once
+
+#include "launch.cuh"
+
+namespace vk::cuda {
+
+template <class R>
+struct ForwardArgs {
+  Geometry g;
+  int64_t rows, groups, numel, K;  // rows: of the batch
+  Source mu, scale, prior_mu, prior_scale;
+  Bounds<R> bounds;
+  Keys keys;
+  Param param;
+  Clamp clamp;
+  Penalty penalty;
+  Reduction reduction;
+  bool plain, aligned;  // as element.cuh says: all quads are plain; no quad of normals is split
+  bool group_sums, z_wide, kl_wide;
+  R free_bits, row_size;  // row_size: latent elements of a batch row
+  uint64_t seed, offset;  // for rng_out
+
+  void* z;
+  int64_t* rng_out;
+  R *kl, *kl_per_group, *gate;
+  uint8_t* open;
+  const R *weight, *free_bits_per_group;
+
+  // Scratch memory, each part present only where it is needed.
+  R* sums;        // [tile, part, width] weighted sums of the KL
+  R* weights;     // [tile, part] sums of weights
+  R* losses;      // one for each tile, block or set of rows: what the loss is added up from
+  R* row_values;  // [row, tile] clamped values of rows that several tiles share
+  R* cells;       // [row, group, split]
+  uint8_t* masks; // [row, vector] open bits that no byte of `open` can take directly
+
+  unsigned* counters;  // null: a second kernel finishes the sums
+
+  __host__ __device__ bool one_block() const { return g.tiles == 1 && g.parts() == 1; }
+  __host__ __device__ bool has_loss() const {
+    return reduction != Reduction::none && reduction != Reduction::elementwise;
+  }
+  __host__ __device__ bool clamps_elements() const { return g.cells == Cells::elements && clamp == Clamp::sample; }
+  __host__ __device__ bool clamps_cells() const { return g.cells == Cells::scratch && clamp == Clamp::sample; }
+  // What the loss is added up from.
+  __host__ __device__ int64_t loss_count() const {
+    return clamps_elements() ? g.tiles * g.parts() : (clamps_cells() ? g.row_sets() : g.tiles);
+  }
+  // Sets of rows are finished only when all the blocks that write to them are done.
+  __host__ __device__ bool finishes_rows() const {
+    return g.cells == Cells::scratch || row_values != nullptr || masks != nullptr;
+  }
+  __host__ __device__ int64_t row_writers() const { return g.folded ? g.tiles : g.tiles * g.splits; }
+  // How many tiles and sets announce that they are finished.
+  __host__ __device__ int64_t arrivals() const { return g.tiles + (finishes_rows() ? g.row_sets() : 0); }
+  // What the first kernel leaves unfinished when it may not count.
+  __host__ __device__ int64_t open_tiles() const { return g.parts() > 1 ? g.tiles : 0; }
+  __host__ __device__ int64_t open_sets() const { return finishes_rows() && row_writers() > 1 ? g.row_sets() : 0; }
+};
+
+}  // namespace vk::cuda

@@ -1,0 +1,183 @@
+// How a problem is cut for the GPU: which axis a thread runs along, what a block owns, how many blocks there are.
+//
+// z's storage is seen as [B, O, I], I innermost. A block owns a tile of groups, so that their sums need no other
+// block but those that share the tile:
+//   column  groups lie along I (and, for [B, D], O counts the batch rows): a thread keeps a vector of columns
+//           and runs along O;
+//   row     a group is a row: threads share a row and run along I. Without a KL there are no groups, and a whole
+//           tensor may be one row.
+// Everything here depends on the problem alone, not on the GPU, so sums come out bit-equal on all of them.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <cstdint>
+
+#include "../problem.h"
+
+namespace vk::cuda {
+
+enum class Layout { row, column };
+
+// Where a tensor lies: the strides of [B, O, I] in elements.
+struct Axes {
+  int64_t b = 0, o = 0, i = 0;
+};
+
+// What becomes of the value of single cells KL[b, g].
+enum class Cells : uint8_t {
+  none,      // nothing: sums over the batch are all that is wanted
+  elements,  // a cell is an element, and its thread clamps it
+  scratch,   // a cell is a sum: kept in scratch memory until its batch row is complete
+};
+
+struct Geometry {
+  Layout layout = Layout::row;
+  bool folded = false;  // column: O counts batch rows, B is 1
+  Cells cells = Cells::none;
+  int64_t B = 1, O = 1, I = 1;
+  int vector = 4;  // elements per thread and step
+
+  int log_tx = 0, log_ty = 0, log_tz = 0;  // threads along I, O and B
+  int64_t tiles = 1;
+  int chunks = 1, splits = 1;              // parts of a tile: pieces of B, and pieces of the axis run along
+  int64_t chunk_rows = 1, split_length = 1;
+
+  VK_FN int tx() const { return 1 << log_tx; }
+  VK_FN int ty() const { return 1 << log_ty; }
+  VK_FN int tz() const { return 1 << log_tz; }
+  VK_FN int threads() const { return tx() * ty() * tz(); }
+  VK_FN int parts() const { return chunks * splits; }
+  VK_FN int width() const { return layout == Layout::column ? tx() * vector : ty(); }  // groups in a tile
+  VK_FN int64_t row_sets() const { return folded ? splits : chunks; }  // batch rows that are finished together
+  VK_FN int64_t vectors() const { return (I + vector - 1) / vector; }
+};
+
+inline constexpr int kBlock = 256;
+// A problem of so many vectors is one block's work: a second block would cost more than it saves.
+inline constexpr int kSmall = 1024;
+// Blocks that share the sums: one wave of 256 threads with 48 registers on 132 multiprocessors.
+inline constexpr int64_t kReducingBlocks = 660;
+
+inline int vector_of(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16 ? 8 : 4; }
+
+VK_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int ceil_log2(int64_t n, int most) {
+  int log = 0;
+  while (log < most && (int64_t{1} << log) < n) ++log;
+  return log;
+}
+
+// The tensors of a call while its axes are merged.
+template <size_t N>
+struct Tensors {
+  std::array<Axes*, N> axes;
+
+  // I takes in O where every tensor lets it.
+  bool merge_inner(Geometry& g) const {
+    for (Axes* a : axes)
+      if (g.O != 1 && g.I != 1 && a->o != a->i * g.I) return false;
+    for (Axes* a : axes) {
+      if (g.I == 1 && g.O != 1) a->i = a->o;
+      a->o = 0;
+    }
+    g.I *= g.O;
+    g.O = 1;
+    return true;
+  }
+
+  // O takes in B.
+  bool merge_outer(Geometry& g) const {
+    for (Axes* a : axes)
+      if (g.B != 1 && g.O != 1 && a->b != a->o * g.O) return false;
+    for (Axes* a : axes) {
+      if (g.O == 1 && g.B != 1) a->o = a->b;
+      a->b = 0;
+    }
+    g.O *= g.B;
+    g.B = 1;
+    return true;
+  }
+};
+
+inline Axes axes_of(const Strides& s, const Problem& p) {
+  const bool column = p.S == 1 || p.groups_inner;
+  if (p.S == 1) return {s.b, 0, s.g};
+  return column ? Axes{s.b, s.s, s.g} : Axes{s.b, s.g, s.s};
+}
+
+// `kl`: the groups matter. `reduces`: blocks have to add up what they found.
+template <size_t N>
+Geometry geometry_of(const Problem& p, bool kl, bool reduces, const Tensors<N>& tensors) {
+  Geometry g;
+  g.vector = vector_of(p.dtype);
+  const bool column = p.S == 1 || p.groups_inner;
+  g.B = p.B;
+  g.O = p.S == 1 ? 1 : (column ? p.S : p.G);
+  g.I = column ? p.G : p.S;
+  const bool cells = kl && (p.clamp == Clamp::sample || p.reduction == Reduction::none);
+  const bool rows_alike = !cells && p.weight == nullptr;
+
+  if (!kl || (p.G == 1 && rows_alike)) {
+    // No element is told from another: the longest rows that the strides allow.
+    if (tensors.merge_inner(g) && tensors.merge_outer(g)) tensors.merge_inner(g);
+    g.layout = kl || g.vectors() >= 64 ? Layout::row : Layout::column;
+    if (kl && g.O != 1) {  // O counts batch rows here, which a row kernel takes for groups
+      g.B = g.O;
+      g.O = 1;
+      for (Axes* a : tensors.axes) {
+        a->b = a->o;
+        a->o = 0;
+      }
+    }
+  } else if (column) {
+    g.layout = Layout::column;
+    g.folded = p.S == 1;
+    if (g.folded || rows_alike) tensors.merge_outer(g);
+  }
+  if (cells && reduces) g.cells = g.folded ? Cells::elements : Cells::scratch;
+
+  // The block. One block takes a small problem whole, if that spares it the counters.
+  const int64_t vectors = g.vectors();
+  const bool one_block = reduces && g.B * g.O * vectors <= kSmall;
+  const int most = one_block && p.dtype != DType::f64 ? 9 : ceil_log2(kBlock, 8);
+  if (g.layout == Layout::column) {
+    g.log_tx = ceil_log2(vectors, 5);
+    // Narrower tiles where wide ones would leave more than a quarter of the last one idle.
+    while (g.log_tx > 3 && (ceil_div(vectors, g.tx()) * g.tx() - vectors) * 4 > vectors) --g.log_tx;
+    g.log_ty = ceil_log2(g.O, most - g.log_tx);
+    g.log_tz = std::max(ceil_log2(g.B, most - g.log_tx - g.log_ty), 5 - g.log_tx - g.log_ty);
+    g.tiles = ceil_div(vectors, g.tx());
+  } else {
+    g.log_tx = ceil_log2(vectors, most);
+    g.log_ty = ceil_log2(g.O, most - g.log_tx);
+    g.log_tz = std::max(ceil_log2(g.B, most - g.log_tx - g.log_ty), 5 - g.log_tx - g.log_ty);
+    g.tiles = ceil_div(g.O, g.ty());
+  }
+  g.tiles = std::max<int64_t>(g.tiles, 1);
+
+  // The parts of a tile. Few parts make long loops, many make a long last sum: the balance lies near the root.
+  const int64_t along = g.layout == Layout::column ? g.O : g.I;
+  const int64_t step = g.layout == Layout::column ? g.ty() : static_cast<int64_t>(g.tx()) * g.vector;
+  const int64_t steps = std::max<int64_t>(1, ceil_div(along, step));
+  const int64_t row_steps = std::max<int64_t>(1, ceil_div(g.B, g.tz()));
+  const int64_t all = steps * row_steps;
+  int64_t parts;
+  if (reduces)
+    parts = std::min(kReducingBlocks / g.tiles, static_cast<int64_t>(11 * std::sqrt(static_cast<double>(all))));
+  else
+    parts = std::min<int64_t>(std::max(ceil_div(4 * kReducingBlocks, g.tiles), ceil_div(all, 4)), 65535);
+  parts = one_block && g.tiles == 1 ? 1 : std::clamp<int64_t>(parts, 1, all);
+
+  const int64_t round = g.cells == Cells::none ? 1 : 8;  // bits are packed by whole bytes
+  g.chunk_rows = ceil_div(ceil_div(row_steps, std::min(parts, row_steps)) * g.tz(), round) * round;
+  g.chunks = static_cast<int>(std::max<int64_t>(1, ceil_div(g.B, g.chunk_rows)));
+  const int64_t splits = std::clamp<int64_t>(parts / g.chunks, 1, steps);
+  g.split_length = ceil_div(ceil_div(steps, splits) * step, round) * round;
+  g.splits = static_cast<int>(std::max<int64_t>(1, ceil_div(along, g.split_length)));
+  return g;
+}
+
+}  // namespace vk::cuda

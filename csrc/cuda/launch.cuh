@@ -1,0 +1,179 @@
+// What forward.cu and backward.cu share: the launch, shared memory, and a call's tensors as a kernel reads them.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <type_traits>
+
+#include "../philox.h"
+#include "element.cuh"
+#include "geometry.h"
+#include "latent.h"
+#include "vector.cuh"
+
+// The two places where a kernel touches the CUDA runtime. A build that runs the kernels on the CPU defines its own.
+#if !defined(VK_LAUNCH)
+#define VK_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define VK_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+namespace vk::cuda {
+
+// Which code a kernel runs; element.cuh says what plain is.
+enum class Path {
+  host,     // plain quads, round keys as kernel parameters
+  device,   // plain quads, round keys from a state in device memory
+  general,  // anything
+};
+
+// Threads per block and blocks per multiprocessor that the compiler plans for: 48 registers for plain quads.
+template <Path P>
+inline constexpr int kThreadLimit = P == Path::general ? kBlock : 640;
+template <Path P>
+inline constexpr int kBlocksAtOnce = P == Path::general ? 1 : 2;
+
+struct Keys {
+  PhiloxKeys host;
+  const int64_t* state;
+};
+
+inline Keys keys_of(const Problem& p) {
+  if (p.host_state) return {philox_keys(p.seed, p.offset), nullptr};
+  return {{}, p.rng};
+}
+
+inline constexpr int kKeyBytes = 96;
+static_assert(sizeof(PhiloxKeys) <= kKeyBytes);
+
+// Shared memory that the keys take.
+template <bool Sample, Path P>
+VK_FN constexpr int key_bytes() {
+  return Sample && P != Path::host ? kKeyBytes : 0;
+}
+
+// The round keys as the kernel reads them: parameters, or a copy in shared memory, where reading them costs 1.5
+// instructions per element and keeps no registers.
+template <Path P>
+__device__ __forceinline__ const PhiloxKeys& keys_for(const Keys& keys, unsigned char* shared) {
+  if constexpr (P == Path::host) {
+    return keys.host;
+  } else {
+    PhiloxKeys* copy = reinterpret_cast<PhiloxKeys*>(shared);
+    if (threadIdx.x == 0)
+      *copy = keys.state == nullptr
+                  ? keys.host
+                  : philox_keys(static_cast<uint64_t>(keys.state[0]), static_cast<uint64_t>(keys.state[1]));
+    __syncthreads();
+    return *copy;
+  }
+}
+
+// Keeps what lies in shared memory there: the compiler would move it into registers for the whole loop.
+__device__ __forceinline__ void forget_shared() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
+}
+
+// A tensor as [B, O, I]; `step` is what a thread adds per step of its loop. `wide`: 16-byte accesses are possible.
+struct Source {
+  const void* data = nullptr;
+  Axes stride;
+  int64_t step = 0;
+  bool wide = false;
+};
+
+template <class T>
+__device__ __forceinline__ T* element_of(const Source& s, int64_t b, int64_t o, int64_t i) {
+  using Byte = std::conditional_t<std::is_const_v<T>, const void, void>;
+  return static_cast<T*>(const_cast<Byte*>(s.data)) + (b * s.stride.b + o * s.stride.o + i * s.stride.i);
+}
+
+inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+inline int size_of(DType dtype) { return dtype == DType::f64 ? 8 : (dtype == DType::f32 ? 4 : 2); }
+
+inline Source source_of(const void* data, const Axes& stride, const Geometry& g, DType dtype) {
+  Source s{data, stride};
+  const int size = size_of(dtype);
+  s.step = g.layout == Layout::column ? g.ty() * stride.o : static_cast<int64_t>(g.tx()) * g.vector * stride.i;
+  s.wide = stride.i == 1 && aligned16(data) && (g.O == 1 || stride.o * size % 16 == 0) &&
+           (g.B == 1 || stride.b * size % 16 == 0);
+  return s;
+}
+
+// z, and what is dense like it, K blocks of numel elements.
+inline bool dense_is_wide(const void* data, const Geometry& g, int64_t K, int size) {
+  return aligned16(data) && (g.B * g.O == 1 || g.I * size % 16 == 0) && (K <= 1 || g.B * g.O * g.I * size % 16 == 0);
+}
+
+// Whether the normals of every vector begin with a quad.
+inline bool quads_aligned(const Geometry& g, int64_t K) {
+  return (g.B * g.O == 1 || g.I % 4 == 0) && (K <= 1 || g.B * g.O * g.I % 4 == 0);
+}
+
+// The part of the problem that a block owns, and the place of a thread in it.
+struct Place {
+  int tx, ty, tz;
+  int64_t tile;
+  int part, chunk, split;
+  int64_t b_begin, b_end;      // batch rows of the chunk
+  int64_t from, to;            // of the axis that threads run along: O in columns, I in rows
+  int64_t o, i;                // where this thread starts
+  int steps, full;             // how often it steps, and how often with a full vector
+  int tail;                    // valid elements of the vectors that are not full
+};
+
+template <Layout L, int N>
+__device__ __forceinline__ Place place_of(const Geometry& g) {
+  Place p;
+  p.tx = threadIdx.x & (g.tx() - 1);
+  p.ty = (threadIdx.x >> g.log_tx) & (g.ty() - 1);
+  p.tz = threadIdx.x >> (g.log_tx + g.log_ty);
+  p.tile = blockIdx.x;
+  p.part = static_cast<int>(blockIdx.y);
+  p.chunk = p.part / g.splits;
+  p.split = p.part % g.splits;
+  p.b_begin = p.chunk * g.chunk_rows;
+  p.b_end = min(g.B, p.b_begin + g.chunk_rows);
+  p.from = p.split * g.split_length;
+  if constexpr (L == Layout::column) {
+    p.to = min(g.O, p.from + g.split_length);
+    p.i = (p.tile * g.tx() + p.tx) * N;
+    p.o = p.from + p.ty;
+    const int64_t left = p.to - p.o;
+    p.steps = left > 0 ? static_cast<int>((left - 1) >> g.log_ty) + 1 : 0;
+    p.tail = static_cast<int>(min(max(g.I - p.i, int64_t{0}), int64_t{N}));
+    p.full = p.tail == N ? p.steps : 0;
+  } else {
+    p.to = min(g.I, p.from + g.split_length);
+    p.o = p.tile * g.ty() + p.ty;
+    p.i = p.from + p.tx * N;
+    const int64_t left = p.to - p.i, stride = static_cast<int64_t>(g.tx()) * N;
+    p.full = left >= N ? static_cast<int>((left - N) / stride) + 1 : 0;
+    const int64_t rest = left - p.full * stride;
+    p.tail = rest > 0 ? static_cast<int>(rest) : 0;
+    p.steps = p.o < g.O ? p.full + (rest > 0 ? 1 : 0) : 0;
+  }
+  return p;
+}
+
+// Calls f(T()) for the element type.
+template <class F>
+auto with_dtype(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::f32: return f(float());
+    case DType::f64: return f(double());
+    case DType::bf16: return f(bf16());
+    default: return f(f16());
+  }
+}
+
+template <class R>
+Bounds<R> bounds_of(const Problem& p) {
+  return {static_cast<R>(0.5 * p.lo), static_cast<R>(0.5 * p.hi)};
+}
+
+inline dim3 grid_of(const Geometry& g) { return dim3(static_cast<unsigned>(g.tiles), static_cast<unsigned>(g.parts())); }
+
+}  // namespace vk::cuda

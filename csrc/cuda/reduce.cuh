@@ -1,0 +1,71 @@
+// Sums in a fixed order, and how blocks find out which of them is the last.
+//
+// No result depends on the order in which threads or blocks run: every sum is a tree or a loop whose shape
+// depends on the problem alone, and counters only decide who adds, never in what order.
+#pragma once
+
+#include <cstdint>
+
+namespace vk::cuda {
+
+// Adds the `height` rows of a row-major [height, width] matrix in shared memory into its first row. height is a power
+// of two. Called by all threads of the block, after a barrier; ends with one.
+template <class R>
+__device__ __forceinline__ void sum_rows(R* matrix, int width, int height) {
+  for (int half = height / 2; half > 0; half /= 2) {
+    for (int i = threadIdx.x; i < half * width; i += blockDim.x) matrix[i] += matrix[i + half * width];
+    __syncthreads();
+  }
+}
+
+// The sum of one number per thread, the same for all threads of the block. blockDim.x is a power of two.
+template <class R>
+__device__ __forceinline__ R block_sum(R* shared, R value) {
+  __syncthreads();
+  shared[threadIdx.x] = value;
+  __syncthreads();
+  sum_rows(shared, 1, static_cast<int>(blockDim.x));
+  return shared[0];
+}
+
+// The warp is seen as groups of `lanes` neighbours, a power of two up to 32: the mask of the calling thread's group.
+__device__ __forceinline__ unsigned lane_mask(int lanes) {
+  const int first = static_cast<int>(threadIdx.x) & 31 & ~(lanes - 1);
+  return static_cast<unsigned>((uint64_t{1} << lanes) - 1) << first;
+}
+
+// The sum over such a group, all of which take part.
+template <class R>
+__device__ __forceinline__ R lane_sum(R value, int lanes) {
+  const unsigned mask = lane_mask(lanes);
+  for (int m = lanes / 2; m > 0; m /= 2) value += __shfl_xor_sync(mask, value, m);
+  return value;
+}
+
+// Counts an arrival and returns whether it was the last of `count`; the last one leaves the counter at zero. Orders
+// what the block wrote before against what the last arriver reads afterwards.
+__device__ __forceinline__ bool arrive_last(unsigned* counter, unsigned count) {
+#if defined(__CUDA_ARCH__)
+  unsigned before;
+  asm volatile("atom.inc.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(count - 1)
+               : "memory");
+#else
+  unsigned before = __atomic_load_n(counter, __ATOMIC_RELAXED);
+  while (!__atomic_compare_exchange_n(counter, &before, before >= count - 1 ? 0 : before + 1, false, __ATOMIC_ACQ_REL,
+                                      __ATOMIC_RELAXED)) {
+  }
+#endif
+  return before == count - 1;
+}
+
+// The same for the whole block: all threads call it, all get the answer. `flag` is in shared memory.
+__device__ __forceinline__ bool block_arrives_last(unsigned* counter, unsigned count, int* flag) {
+  __syncthreads();
+  if (threadIdx.x == 0) *flag = arrive_last(counter, count) ? 1 : 0;
+  __syncthreads();
+  return *flag != 0;
+}
+
+}  // namespace vk::cuda

@@ -1,0 +1,180 @@
+// The diagonal Gaussian, element by element: the sample, the KL divergence and their derivatives.
+//
+// Everything is written in the log standard deviation x = logvar / 2:
+//   z  = mu + e^x eps
+//   KL = 1/2 (mu^2 + e^(2x) - 1 - 2x)                                prior N(0, I)
+//   KL = 1/2 (((mu - mp) e^(-xp))^2 + e^(2t) - 1 - 2t), t = x - xp   prior N(mp, e^(2 xp))
+// The CPU kernels, the CUDA kernels and the host tests compile these functions; vaekernels/reference.py is
+// the only other statement of them.
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+#include "math.h"
+
+namespace vk {
+
+// What the second tensor of a Gaussian holds.
+enum class Param : uint8_t { logvar, log_std, std, softplus };
+
+template <class R>
+struct Scale {
+  R x;          // log standard deviation
+  R log_slope;  // dx/ds
+  R sd;         // e^x, these three only where the tensor holds the standard deviation (`std`, `softplus`)
+  R inverse;    // 1 / sd
+  R slope;      // d sd/ds
+};
+
+template <Param P>
+inline constexpr bool kHoldsSd = P == Param::std || P == Param::softplus;
+
+// Below -16, log(1 + e^s) = e^s (1 - e^s / 2) to the last digit of float32; above, nothing underflows.
+// float64 has the room to go to -36.
+template <class R>
+VK_FN R softplus_switch();
+template <>
+VK_FN float softplus_switch<float>() {
+  return -16.f;
+}
+template <>
+VK_FN double softplus_switch<double>() {
+  return -36.0;
+}
+
+VK_FN float exp_of(float x) { return exp_parts(x).exp; }
+VK_FN double exp_of(double x) { return exp(x); }
+
+// The scale that element s of the second tensor stands for.
+template <Param P, class R>
+VK_FN Scale<R> scale_of(R s) {
+  if constexpr (P == Param::logvar) {
+    return {s * R(0.5), R(0.5), R(0), R(0), R(0)};
+  } else if constexpr (P == Param::log_std) {
+    return {s, R(1), R(0), R(0), R(0)};
+  } else if constexpr (P == Param::std) {
+    const R sd = s < R(0) ? nan_of<R>() : s;
+    const R inverse = R(1) / sd;
+    return {log_of(sd), inverse, sd, inverse, R(1)};
+  } else {
+    const R y = exp_of(s < R(0) ? s : -s);  // e^-|s|
+    const R sd = (s > R(0) ? s : R(0)) + log1p_of(y);
+    const R sigmoid = (s < R(0) ? y : R(1)) / (R(1) + y);
+    // Far down sd underflows long before the KL, which is close to -s there, overflows.
+    const bool far = s < softplus_switch<R>();
+    const R ratio = R(1) - y * R(0.5);
+    const R inverse = far ? exp_of(-s) : R(1) / sd;
+    return {far ? s - y * R(0.5) : log_of(sd), far ? ratio : sigmoid / sd, sd, inverse, sigmoid};
+  }
+}
+
+// Bounds on the log-variance, as bounds on x. NaN is inside, so that it comes out.
+template <class R>
+struct Bounds {
+  R lo, hi;
+  VK_FN bool inside(R x) const { return !(x < lo || x > hi); }
+  VK_FN R clamp(R x) const { return x < lo ? lo : (x > hi ? hi : x); }
+};
+
+template <class R>
+struct Posterior {
+  R x, sd, excess, growth;
+  bool inside;
+};
+
+// The posterior's scale after the bounds, with the parts of its exponential.
+template <Param P, class R>
+VK_FN Posterior<R> posterior_of(const Scale<R>& scale, const Bounds<R>& bounds) {
+  const R x = bounds.clamp(scale.x);
+  const Exp<R> e = exp_parts(x);
+  const bool inside = bounds.inside(scale.x);
+  if constexpr (kHoldsSd<P>) return {x, inside ? scale.sd : e.exp, e.excess, e.growth, inside};
+  return {x, e.exp, e.excess, e.growth, inside};
+}
+
+template <class R>
+VK_FN R kl_standard(R mu, R excess) {
+  return R(0.5) * (mu * mu + excess);
+}
+
+// The terms of the KL to a Gaussian prior. `distance` is squared only after it was scaled, so that a distant
+// mean overflows no earlier than the KL itself.
+template <class R>
+struct Prior {
+  R distance;        // (mu - mp) e^(-xp)
+  R precision_root;  // e^(-xp)
+  R excess, growth;  // of t = x - xp
+};
+
+template <Param P, class R>
+VK_FN Prior<R> prior_of(R mu, R x, R prior_mu, const Scale<R>& prior) {
+  const R root = kHoldsSd<P> ? prior.inverse : exp_of(-prior.x);
+  const Exp<R> e = exp_parts(x - prior.x);
+  return {(mu - prior_mu) * root, root, e.excess, e.growth};
+}
+
+template <class R>
+VK_FN R kl_prior(const Prior<R>& p) {
+  return R(0.5) * (p.distance * p.distance + p.excess);
+}
+
+// dKL/ds against N(0, I). Where the tensor holds sd this is (sd - 1/sd) d sd/ds, in an order that neither
+// cancels near sd = 1 nor overflows before the result does.
+template <Param P, class R>
+VK_FN R kl_slope_standard(const Scale<R>& scale, const Posterior<R>& q) {
+  if constexpr (kHoldsSd<P>) return (scale.sd - R(1)) * ((scale.sd + R(1)) * scale.log_slope);
+  return q.growth * scale.log_slope;
+}
+
+// The gradient with respect to s: `noise` = grad_z * eps is the gradient with respect to sd, `c` the gradient
+// of the loss with respect to the element's KL, `kl_slope` = dKL/ds.
+template <Param P, class R>
+VK_FN R scale_gradient(const Scale<R>& scale, const Posterior<R>& q, R noise, R c, R kl_slope) {
+  const R slope = kHoldsSd<P> ? scale.slope : q.sd * scale.log_slope;
+  return keep_if(q.inside, noise * slope + c * kl_slope);
+}
+
+// The gradients of one element, given sum = sum over samples of grad_z and noise = sum of grad_z * eps.
+template <class R>
+struct ElementGradients {
+  R mu, scale, prior_mu, prior_scale;
+};
+
+template <Param P, class R>
+VK_FN ElementGradients<R> gradients_sample(R s, const Bounds<R>& bounds, R sum, R noise) {
+  const Scale<R> scale = scale_of<P>(s);
+  return {sum, scale_gradient<P>(scale, posterior_of<P>(scale, bounds), noise, R(0), R(0)), R(0), R(0)};
+}
+
+template <Param P, class R>
+VK_FN ElementGradients<R> gradients_standard(R mu, R s, const Bounds<R>& bounds, R sum, R noise, R c) {
+  const Scale<R> scale = scale_of<P>(s);
+  const Posterior<R> q = posterior_of<P>(scale, bounds);
+  return {sum + c * mu, scale_gradient<P>(scale, q, noise, c, kl_slope_standard<P>(scale, q)), R(0), R(0)};
+}
+
+// cq and cp: c for the posterior and for the prior, which differ under KL balancing.
+template <Param P, class R>
+VK_FN ElementGradients<R> gradients_prior(R mu, R s, R prior_mu, R prior_s, const Bounds<R>& bounds, R sum,
+                                          R noise, R cq, R cp) {
+  const Scale<R> scale = scale_of<P>(s), prior_scale = scale_of<P>(prior_s);
+  const Posterior<R> q = posterior_of<P>(scale, bounds);
+  const Prior<R> p = prior_of<P>(mu, q.x, prior_mu, prior_scale);
+  const R pull = p.distance * p.precision_root;
+  return {sum + cq * pull, scale_gradient<P>(scale, q, noise, cq, p.growth * scale.log_slope), -(cp * pull),
+          -(cp * ((p.growth + p.distance * p.distance) * prior_scale.log_slope))};
+}
+
+// Free bits, f(x; lambda): what the loss counts of a rate x. The gate is open, x >= lambda, where the
+// gradient passes. NaN is never open and always comes out.
+enum class Penalty : uint8_t { floor, hinge, mask };
+
+template <class R>
+VK_FN R clamp_value(R x, R lambda, Penalty penalty) {
+  const bool open = x >= lambda;
+  const R closed = x != x ? x : (penalty == Penalty::floor ? lambda : R(0));
+  return open ? (penalty == Penalty::hinge ? x - lambda : x) : closed;
+}
+
+}  // namespace vk

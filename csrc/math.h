@@ -1,0 +1,195 @@
+// Elementary functions for the kernels, one name on host and device.
+//
+// The host versions are branch-free polynomials, because a call into libm stops the compiler from
+// vectorising the loop around it. The device versions in float32 use the special-function unit. float64 goes
+// to the platform's own libm on both sides: there accuracy counts and speed does not.
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#define VK_FN __host__ __device__ __forceinline__
+#else
+#define VK_FN inline __attribute__((always_inline))
+#endif
+
+namespace vk {
+
+// As a macro's value: std::numeric_limits is host code to nvcc.
+template <class R>
+VK_FN R nan_of() {
+  return static_cast<R>(NAN);
+}
+
+// What exp(x) is made of, kept apart so that nothing cancels near x = 0.
+template <class R>
+struct Exp {
+  R exp;     // e^x
+  R growth;  // e^(2x) - 1
+  R excess;  // e^(2x) - 1 - 2x, relative error < 1e-6 also where it is 1e-12
+};
+
+// Beyond 24 the "- 1 - 2x" of the excess is below the rounding of e^(2x); stopping there keeps inf - inf out.
+template <class R>
+VK_FN R excess_far(R sd, R x) {
+  const R near = x > R(24) ? R(24) : x;
+  return sd * sd - (R(1) + R(2) * near);
+}
+
+#if defined(__CUDA_ARCH__)
+
+VK_FN float lg2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+VK_FN float ex2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+VK_FN float sqrt_of(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+VK_FN float log_of(float x) { return logf(x); }
+
+VK_FN Exp<float> exp_parts(float x) {
+  const float e = ex2_approx(x * 1.44269504088896f);
+  // |x| < 1/4: e^(2x) - 1 - 2x = x^2 (2 + 4/3 x + 2/3 x^2 + ...), truncated below 1e-6 of the sum.
+  float p = 8.f / 315.f;
+  p = p * x + 4.f / 45.f;
+  p = p * x + 4.f / 15.f;
+  p = p * x + 2.f / 3.f;
+  p = p * x + 4.f / 3.f;
+  p = p * x + 2.f;
+  const float near = x * x * p;
+  const bool small = fabsf(x) < 0.25f;
+  const float excess = small ? near : excess_far(e, x);
+  return {e, small ? near + 2.f * x : e * e - 1.f, excess};
+}
+
+#else
+
+// Largest relative error on the reduced range |f| <= ln(2)/2: 8e-9 before rounding.
+VK_FN Exp<float> exp_parts(float x) {
+  // e^-104 is 0 and e^89 is inf in float32, so the clamp changes no result; NaN passes through both tests.
+  float c = x < -104.5f ? -104.5f : x;
+  c = c > 89.f ? 89.f : c;
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the float.
+  const float magic = 12582912.f;
+  const float t = c * 1.44269504088896f + magic;
+  const float n = t - magic;
+  float f = c - n * 0.693145751953125f;
+  f = f - n * 1.42860682030941723e-6f;
+  float p = 1.3901284e-3f;
+  p = p * f + 8.363146e-3f;
+  p = p * f + 4.1666854e-2f;
+  p = p * f + 0.16666578f;
+  p = p * f + 0.5f;
+  // Every product that meets an addition is used there alone: then the compiler fuses the two wherever this
+  // is inlined, and e^x has the same bits with and without its companions.
+  const float fp = f * p;
+  const float q = fp * f + f;           // e^f - 1
+  const float twice_q2 = fp * (f + f);  // 2 (e^f - 1 - f)
+  // 2^n in two factors: one alone cannot reach the subnormal numbers or stop exactly at overflow.
+  const int32_t k = std::bit_cast<int32_t>(t) - 0x4B400000;
+  const int32_t half = k >> 1;
+  const float e =
+      (1.f + q) * std::bit_cast<float>((half + 127) << 23) * std::bit_cast<float>((k - half + 127) << 23);
+  const bool small = n == 0.f;
+  return {e, small ? q * (2.f + q) : e * e - 1.f, small ? q * q + twice_q2 : excess_far(e, x)};
+}
+
+// Natural logarithm of a positive finite number whose complement is known: where x is in [sqrt(1/2),
+// sqrt(2)), `minus_one` stands for x - 1 and carries the digits that x itself has lost. Relative error <
+// 1e-7.
+VK_FN float log_reduced(float x, float minus_one) {
+  const int32_t bits = std::bit_cast<int32_t>(x);
+  const int32_t e = (bits - 0x3F3504F3) >> 23;
+  const float m = std::bit_cast<float>(bits - (e << 23));
+  const float f = e == 0 ? minus_one : m - 1.f;
+  float p = 0.087003596f;
+  p = p * f - 0.14267476f;
+  p = p * f + 0.14914787f;
+  p = p * f - 0.16577587f;
+  p = p * f + 0.19963062f;
+  p = p * f - 0.25001338f;
+  p = p * f + 0.3333391f;
+  const float f2 = f * f;
+  const float tail = f2 * (f * p - 0.5f);
+  const float scale = static_cast<float>(e);
+  return f + (tail - scale * 2.12194440e-4f) + scale * 0.693359375f;
+}
+
+VK_FN float log_of(float x) {
+  const float tiny = x < 1.17549435e-38f ? x * 8388608.f : x;  // subnormals have no exponent to read
+  float y = log_reduced(tiny, tiny - 1.f) - (x < 1.17549435e-38f ? 15.942385152f : 0.f);
+  y = x == 0.f ? -std::numeric_limits<float>::infinity() : y;
+  y = x < 0.f ? std::numeric_limits<float>::quiet_NaN() : y;
+  return x < std::numeric_limits<float>::infinity() ? y : x;  // inf and NaN
+}
+
+VK_FN float sqrt_of(float x) { return std::sqrt(x); }
+
+#endif
+
+VK_FN double log_of(double x) { return log(x); }
+VK_FN double sqrt_of(double x) { return sqrt(x); }
+
+VK_FN Exp<double> exp_parts(double x) {
+  const double q = expm1(x);
+  const double e = exp(x);
+  // |x| < 1/2: sum x^n / n! from n = 2; the term n = 18 is below 1e-21 of the first.
+  double p = 1.0 / 6402373705728000.0;
+  const double inverse_factorial[] = {1.0 / 355687428096000.0,
+                                      1.0 / 20922789888000.0,
+                                      1.0 / 1307674368000.0,
+                                      1.0 / 87178291200.0,
+                                      1.0 / 6227020800.0,
+                                      1.0 / 479001600.0,
+                                      1.0 / 39916800.0,
+                                      1.0 / 3628800.0,
+                                      1.0 / 362880.0,
+                                      1.0 / 40320.0,
+                                      1.0 / 5040.0,
+                                      1.0 / 720.0,
+                                      1.0 / 120.0,
+                                      1.0 / 24.0,
+                                      1.0 / 6.0,
+                                      0.5};
+  for (double c : inverse_factorial) p = p * x + c;
+  const double q2 = x * x * p;
+  const bool small = fabs(x) < 0.5;
+  return {e, small ? q * (2.0 + q) : e * e - 1.0, small ? q * q + 2.0 * q2 : excess_far(e, x)};
+}
+
+// x where `keep` holds, else 0. On the host as a mask, because the compiler turns a conditional around a long
+// expression into a branch and then gives up vectorising (20 ns per element instead of 1).
+#if defined(__CUDA_ARCH__)
+template <class R>
+VK_FN R keep_if(bool keep, R x) {
+  return keep ? x : R(0);
+}
+#else
+VK_FN float keep_if(bool keep, float x) {
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(x) & (0u - static_cast<uint32_t>(keep)));
+}
+VK_FN double keep_if(bool keep, double x) {
+  return std::bit_cast<double>(std::bit_cast<uint64_t>(x) & (uint64_t{0} - static_cast<uint64_t>(keep)));
+}
+#endif
+
+// log(1 + y) for 0 <= y <= 1; the quotient repairs the rounding of 1 + y.
+template <class R>
+VK_FN R log1p_of(R y) {
+  const R u = R(1) + y;
+  const R d = u - R(1);
+  return d == R(0) ? y : log_of(u) * (y / d);
+}
+
+}  // namespace vk

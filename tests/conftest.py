@@ -1,0 +1,63 @@
+"""Fixtures: every test that takes `backend` runs on the compiled kernels and on the plain PyTorch reference.
+
+VAEKERNELS_TEST_DEVICES   devices to test, comma separated (default "cpu")
+VAEKERNELS_REQUIRE_NATIVE 1: a test that needs compiled kernels fails where there are none, and is not skipped
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import vaekernels as vk
+from vaekernels import _native
+
+DEVICES = [d for d in os.environ.get("VAEKERNELS_TEST_DEVICES", "cpu").split(",") if d]
+BACKENDS = ["kernels", "reference"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", DEVICES)
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", BACKENDS, indirect=True)
+
+
+def require_kernels(device: str) -> None:
+    """Skips, or fails where the run demands kernels, with the reason why the device has none."""
+    kind = torch.device(device).type
+    if _native.has_kernels(kind):
+        return
+    reason = f"no kernels for {kind}: {_native.explain(kind)}"
+    if os.environ.get("VAEKERNELS_REQUIRE_NATIVE") == "1":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    device = request.node.callspec.params.get("device", "cpu")
+    if request.param == "kernels":
+        require_kernels(device)
+        yield "kernels"
+        return
+    monkeypatch.setattr(_native, "has_kernels", lambda device_type: False)
+    monkeypatch.setattr(_native, "C", None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", vk.FallbackWarning)
+        yield "reference"
+
+
+@pytest.fixture
+def kernels() -> None:
+    """For tests of the compiled library itself, on the CPU."""
+    require_kernels("cpu")
+
+
+@pytest.fixture(autouse=True)
+def same_start() -> None:
+    torch.manual_seed(0)

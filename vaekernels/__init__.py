@@ -1,0 +1,42 @@
+"""vaekernels: the latent layer of a variational autoencoder as one operation.
+
+>>> import vaekernels as vk
+>>> z, kl, per_group = vk.sample_kl(mu, logvar, free_bits=0.25)
+
+`reparameterize` draws the sample, `gaussian_kl` computes the KL divergence with free bits, `sample_kl` does
+both from one reading of the posterior; each has a `_packed` form for one tensor that holds mu and logvar.
+Everything is in nats.
+"""
+
+from vaekernels import _build, _native
+from vaekernels._native import FallbackWarning
+from vaekernels.ops import (
+    SampleKL,
+    gaussian_kl,
+    gaussian_kl_packed,
+    reparameterize,
+    reparameterize_packed,
+    rng_state,
+    sample_kl,
+    sample_kl_packed,
+)
+
+if _native.C is not None:
+    from vaekernels import _double_backward
+
+    _double_backward.register()
+
+__version__ = _build.VERSION
+
+__all__ = [
+    "FallbackWarning",
+    "SampleKL",
+    "__version__",
+    "gaussian_kl",
+    "gaussian_kl_packed",
+    "reparameterize",
+    "reparameterize_packed",
+    "rng_state",
+    "sample_kl",
+    "sample_kl_packed",
+]

@@ -1,0 +1,475 @@
+"""Compiles csrc/ into the two libraries of the package and records what they were built against.
+
+Used by ``setup.py``, which loads this file alone (torch may be absent there), and by ``vaekernels build``.
+So it imports the standard library only, and torch inside functions.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import Any
+
+VERSION = "0.1.0"
+OLDEST_TORCH = (2, 11)
+RECORD_NAME = "_build.json"
+BUILD_COMMAND = "vaekernels build"
+# -std is ours: torch's headers ask for C++20 from 2.14 on, and no build tool is relied on to pass it.
+CXX_FLAGS = [
+    # GCC's false alarm inside torch's SmallVector is left out of -Wall.
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"),
+    *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+]
+NVCC_FLAGS = ["-std=c++20", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+
+
+class BuildProblem(Exception):
+    """Why a library was not built, what the user can do about it, and the tool's own words where one ran."""
+
+    def __init__(self, problem: str, remedy: str, log: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem, self.remedy, self.log = problem, remedy, log
+
+
+@dataclass(frozen=True)
+class Library:
+    """One library of the package: its file name, or why there is none."""
+
+    file: str | None = None
+    problem: str | None = None
+    remedy: str | None = None
+    log: str | None = None
+
+    @classmethod
+    def missing(cls, problem: BuildProblem) -> Library:
+        return cls(None, problem.problem, problem.remedy, problem.log)
+
+    @property
+    def failed(self) -> bool:
+        """True where a compiler ran and failed, False where there was nothing to build with or for."""
+        return self.log is not None
+
+
+@dataclass(frozen=True)
+class Record:
+    """What lies next to the libraries as JSON and is read before they are loaded."""
+
+    package: str
+    python: str
+    torch: str | None
+    torch_cuda: str | None
+    cpu: Library
+    cuda: Library
+
+    def write(self, folder: Path) -> None:
+        (folder / RECORD_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, folder: Path) -> Record | None:
+        """The record in `folder`; None where there is none or it is not one of ours."""
+        try:
+            fields: dict[str, Any] = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
+            fields["cpu"], fields["cuda"] = Library(**fields["cpu"]), Library(**fields["cuda"])
+            return cls(**fields)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+@dataclass(frozen=True)
+class Torch:
+    """What compiling against a torch takes to know about it."""
+
+    version: str
+    cuda: str | None
+    hip: str | None
+    root: str
+    cuda_archs: str
+    cxx11_abi: bool
+
+
+def torch_in_use() -> Torch:
+    """Describes the torch that this process imports. Makes no CUDA call."""
+    import torch
+
+    flags = getattr(torch._C, "_cuda_getArchFlags", None)
+    return Torch(
+        version=str(torch.__version__),
+        cuda=torch.version.cuda,
+        hip=torch.version.hip,
+        root=os.path.dirname(os.path.abspath(torch.__file__)),
+        cuda_archs=(flags() or "") if flags is not None else "",
+        cxx11_abi=bool(torch.compiled_with_cxx11_abi()),
+    )
+
+
+def find_torch() -> Torch:
+    """Describes the torch of the interpreter that builds, also from inside pip's build isolation.
+
+    pip isolates a build with PYTHONPATH alone, so the same interpreter without it sees the user's packages.
+    """
+    plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    words = ""
+    for env in (dict(os.environ), plain):
+        with tempfile.TemporaryDirectory() as elsewhere:
+            result = subprocess.run(
+                [sys.executable, os.path.abspath(__file__), "torch"],
+                env=env,
+                cwd=elsewhere,
+                capture_output=True,
+                text=True,
+            )
+        if result.returncode == 0:
+            return Torch(**json.loads(result.stdout.strip().splitlines()[-1]))
+        words = result.stderr.strip()
+    if "No module named 'torch'" in words:
+        raise BuildProblem(
+            "torch was not installed where the package was built",
+            f"Once torch is installed, run `{BUILD_COMMAND}`, "
+            "or install again with `pip install --no-build-isolation`",
+        )
+    last = words.splitlines()[-1] if words else f"exit status {result.returncode}"
+    raise BuildProblem(f"torch cannot be imported: {last}", f"Mend torch, then run `{BUILD_COMMAND}`", words)
+
+
+def source_dir() -> Path | None:
+    """csrc/: inside the installed package, or beside the package in a source tree."""
+    here = Path(__file__).resolve().parent
+    return next((p for p in (here / "csrc", here.parent / "csrc") if p.is_dir()), None)
+
+
+def python_tag() -> str:
+    """Python's version, machine and ABI, such as cpython-311-x86_64-linux-gnu."""
+    return EXTENSION_SUFFIXES[0].split(".")[1]
+
+
+def cache_dir(torch_version: str, torch_cuda: str | None) -> Path:
+    """Where `vaekernels build` puts its result, and `_native` looks for it."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "vaekernels" / f"{VERSION}-torch{torch_version}-{python_tag()}-cuda{torch_cuda or '_none'}"
+
+
+def clear(folder: Path) -> None:
+    """Removes the libraries and the record of an earlier build."""
+    for old in (*folder.glob("_C*.so"), folder / RECORD_NAME):
+        old.unlink(missing_ok=True)
+
+
+def build(target: Path, scratch: Path, say: Callable[[str], None], torch: Torch | None = None) -> Record:
+    """Builds what can be built into `target` and writes the record.
+
+    A missing tool or a failed build raises nothing: the record says so. `scratch` keeps the objects; those
+    whose sources, headers and flags did not change are not compiled again.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    scratch.mkdir(parents=True, exist_ok=True)
+    clear(target)
+    cpu = cuda = Library()
+    try:
+        torch = torch or find_torch()
+        say(f"torch {torch.version} in {torch.root}")
+        cpu = Library(_build_cpu(torch, target, scratch, say))
+    except BuildProblem as problem:
+        cpu = Library.missing(problem)
+        cuda = Library(problem="the CPU library, which it needs, was not built", remedy=problem.remedy)
+        say(f"vaekernels: no compiled kernels: {problem}. {problem.remedy}.")
+    if torch is not None and cpu.file is not None:
+        try:
+            cuda = Library(_build_cuda(torch, target, scratch, say))
+        except BuildProblem as problem:
+            cuda = Library.missing(problem)
+            say(f"vaekernels: no CUDA kernels: {problem}. {problem.remedy}.")
+    record = Record(
+        VERSION, python_tag(), torch.version if torch else None, torch.cuda if torch else None, cpu, cuda
+    )
+    record.write(target)
+    return record
+
+
+def _build_cpu(torch: Torch, target: Path, scratch: Path, say: Callable[[str], None]) -> str:
+    compiler = find_compiler(scratch)
+    flags = [*CXX_FLAGS, *_torch_flags(torch), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    sources = [p for p in _sources("*.cpp") if "cuda" not in p.parts[-2:-1]]
+    objects = _compile([(source, [*compiler, *flags]) for source in sources], scratch, say)
+    file = "_C" + EXTENSION_SUFFIXES[0]
+    shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
+    libraries = [f"-L{torch.root}/lib", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
+    extra = shlex.split(os.environ.get("LDFLAGS", ""))
+    _run([*compiler, *shared, *map(str, objects), *libraries, *extra, "-o", str(target / file)], say, file)
+    return file
+
+
+def _build_cuda(torch: Torch, target: Path, scratch: Path, say: Callable[[str], None]) -> str:
+    nvcc = cuda_compiler(torch)
+    archs = cuda_arch_flags(torch, nvcc)
+    objects = compile_cuda_objects(torch, nvcc, archs, scratch, say)
+    file = "_C_cuda.so"
+    libraries = [f"-L{torch.root}/lib", "-lc10", "-lc10_cuda", "-ltorch_cpu", "-ltorch_cuda", "-ltorch"]
+    command = [nvcc, "-shared", "-cudart", "shared", *archs, *map(str, objects), *libraries]
+    _run([*command, "-o", str(target / file)], say, file)
+    return file
+
+
+def compile_cuda_objects(
+    torch: Torch, nvcc: str, archs: Sequence[str], scratch: Path, say: Callable[[str], None]
+) -> list[Path]:
+    """Compiles csrc/cuda; works against a torch without CUDA as well, to objects only."""
+    ccbin = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
+    host = [nvcc, *ccbin, *NVCC_FLAGS, *_torch_flags(torch)]
+    if torch.cuda is None:
+        # A CPU wheel lacks the header that CMake generates for c10/cuda.
+        host.append("-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE")
+    kernels = [
+        (source, [nvcc, *ccbin, *NVCC_FLAGS, f"-I{_csrc()}", *archs]) for source in _sources("cuda/*.cu")
+    ]
+    return _compile([*kernels, *((source, host) for source in _sources("cuda/*.cpp"))], scratch, say)
+
+
+def find_compiler(scratch: Path) -> list[str]:
+    """The C++ compiler ($CXX, else c++, g++, clang++), after compiling a line of C++20 with it."""
+    if sys.platform == "win32":
+        raise BuildProblem("there are no build rules for Windows", "Use the Windows Subsystem for Linux")
+    found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
+    remedy = (
+        "Install a C++20 compiler (Debian, Ubuntu: `apt-get install g++`; conda: `conda install gxx`; macOS: "
+        f"`xcode-select --install`), then run `{BUILD_COMMAND}`"
+    )
+    if not compiler:
+        raise BuildProblem("no C++ compiler was found (c++, g++, clang++ or $CXX)", remedy)
+    probe = scratch / "probe.cpp"
+    probe.write_text("#include <concepts>\nstatic_assert(std::integral<int>);\n", encoding="utf-8")
+    command = [*compiler, "-std=c++20", "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        raise BuildProblem(
+            f"the compiler `{shlex.join(compiler)}` does not start: {error}", remedy
+        ) from error
+    if result.returncode != 0:
+        name = f"CXX={shlex.join(compiler)}" if os.environ.get("CXX") else f"the compiler {compiler[0]}"
+        words = result.stderr.strip() or f"exit status {result.returncode} and no message"
+        raise BuildProblem(f"{name} does not compile C++20", remedy, words)
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        raise BuildProblem(
+            f"Python.h is missing in {sysconfig.get_path('include')}",
+            "Install Python's headers (Debian, Ubuntu: `apt-get install python3-dev`), "
+            f"then run `{BUILD_COMMAND}`",
+        )
+    return compiler
+
+
+def find_nvcc() -> str | None:
+    """nvcc under $CUDA_HOME or $CUDA_PATH, on PATH, or under /usr/local/cuda. GPUs play no part."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            return shutil.which(os.path.join(os.environ[name], "bin", "nvcc"))
+    return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def cuda_compiler(torch: Torch) -> str:
+    """The nvcc to build with for this torch, or the reason why there is nothing to build."""
+    if os.environ.get("VAEKERNELS_CUDA") == "0":
+        raise BuildProblem("VAEKERNELS_CUDA=0 was set for the build", f"Run `{BUILD_COMMAND}` without it")
+    if torch.hip is not None:
+        raise BuildProblem("there are no kernels for ROCm", "The CPU kernels and plain PyTorch are used")
+    if torch.cuda is None:
+        raise BuildProblem(
+            f"torch {torch.version} was built without CUDA",
+            f"With a CUDA build of torch and its toolkit installed, run `{BUILD_COMMAND}`",
+        )
+    nvcc = find_nvcc()
+    major = torch.cuda.split(".")[0]
+    remedy = f"Install the CUDA {major} toolkit, set CUDA_HOME to it, then run `{BUILD_COMMAND}`"
+    if nvcc is None:
+        raise BuildProblem("nvcc was not found", remedy)
+    version = nvcc_version(nvcc)
+    if version.split(".")[0] != major:
+        raise BuildProblem(f"{nvcc} is of CUDA {version} and torch of CUDA {torch.cuda}", remedy)
+    return nvcc
+
+
+def nvcc_version(nvcc: str) -> str:
+    found = re.search(r"release (\d+\.\d+)", _output([nvcc, "--version"]))
+    return found.group(1) if found else "unknown version"
+
+
+def cuda_arch_flags(torch: Torch, nvcc: str) -> list[str]:
+    """-gencode flags: TORCH_CUDA_ARCH_LIST, else what both torch and nvcc know, plus PTX for the last."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
+    if asked:
+        flags = []
+        for arch in filter(None, asked.split(";")):
+            parsed = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+            if parsed is None:
+                raise BuildProblem(
+                    f"TORCH_CUDA_ARCH_LIST has {arch!r}", "Give compute capabilities such as '8.0;9.0+PTX'"
+                )
+            flags += _gencode(parsed.group(1) + parsed.group(2), ptx=parsed.group(3) is not None)
+        return flags
+    known = set(re.findall(r"compute_(\d+)", _output([nvcc, "--list-gpu-arch"])))
+    wanted = sorted(set(re.findall(r"sm_(\d+)\b", torch.cuda_archs)) & known, key=int)
+    if not wanted:
+        raise BuildProblem(
+            f"{nvcc} knows none of torch's GPU architectures ({torch.cuda_archs or 'none listed'})",
+            f"Set TORCH_CUDA_ARCH_LIST, such as '8.0;9.0+PTX', then run `{BUILD_COMMAND}`",
+        )
+    return [flag for arch in wanted for flag in _gencode(arch, ptx=arch == wanted[-1])]
+
+
+def _gencode(arch: str, *, ptx: bool) -> list[str]:
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+    return [*flags, f"-gencode=arch=compute_{arch},code=compute_{arch}"] if ptx else flags
+
+
+def _csrc() -> Path:
+    folder = source_dir()
+    if folder is None:
+        raise BuildProblem("csrc/ is missing", "Install the package again")
+    return folder
+
+
+def _sources(pattern: str) -> list[Path]:
+    found = sorted(_csrc().glob(pattern) if "/" in pattern else _csrc().rglob(pattern))
+    if not found:
+        raise BuildProblem(f"there is no {pattern} in {_csrc()}", "Install the package again")
+    return found
+
+
+def _torch_flags(torch: Torch) -> list[str]:
+    """Preprocessor flags. Of all pybind11 headers it is torch's that are found, first and before Python's."""
+    if tuple(int(n) for n in re.findall(r"\d+", torch.version)[:2]) < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise BuildProblem(
+            f"torch {torch.version} is older than {oldest}", f"Upgrade torch, then run `{BUILD_COMMAND}`"
+        )
+    include = f"{torch.root}/include"
+    system = [include, f"{include}/torch/csrc/api/include", sysconfig.get_path("include")]
+    return [
+        f"-I{_csrc()}",
+        *(flag for path in system for flag in ("-isystem", path)),
+        "-DTORCH_EXTENSION_NAME=_C",
+        "-DTORCH_API_INCLUDE_EXTENSION_H",
+        f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.cxx11_abi)}",
+        f'-DVAEKERNELS_TORCH_VERSION="{torch.version}"',
+    ]
+
+
+def _compile(jobs: Sequence[tuple[Path, list[str]]], scratch: Path, say: Callable[[str], None]) -> list[Path]:
+    """Runs the compile commands side by side (MAX_JOBS, else one per core) and returns the objects."""
+    workers = max(1, min(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1), len(jobs)))
+
+    def one(job: tuple[Path, list[str]]) -> Path:
+        source, command = job
+        # The command is part of the name, so an object made with other flags is never taken for this one.
+        mark = hashlib.sha256("\0".join([*command, str(source)]).encode()).hexdigest()[:12]
+        made = scratch / f"{source.stem}-{mark}.o"
+        depends = made.with_suffix(".d")
+        if not _up_to_date(made, depends):
+            dependencies = ["-MMD", "-MF", str(depends)]
+            _run(
+                [*command, "-c", str(source), *dependencies, "-o", str(made)],
+                say,
+                f"{source.parent.name}/{source.name}",
+            )
+        return made
+
+    with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+        pending = [pool.submit(one, job) for job in jobs]
+        try:
+            return [future.result() for future in pending]
+        except BuildProblem:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _up_to_date(made: Path, depends: Path) -> bool:
+    try:
+        born = made.stat().st_mtime_ns
+        rule = depends.read_text(encoding="utf-8").partition(":")[2].replace("\\\n", " ")
+        return all(os.stat(name).st_mtime_ns < born for name in shlex.split(rule))
+    except OSError:
+        return False
+
+
+def _run(command: Sequence[str], say: Callable[[str], None], what: str) -> None:
+    start = time.monotonic()
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    if result.returncode != 0:
+        raise BuildProblem(
+            f"{os.path.basename(command[0])} failed on {what}",
+            f"Mend what the compiler names (`vaekernels doctor` shows it), then run `{BUILD_COMMAND}`",
+            f"{shlex.join(command)}\n{excerpt(result.stdout) or f'exit status {result.returncode}'}",
+        )
+    if result.stdout.strip():
+        say(result.stdout.rstrip())
+    say(f"  {what}: {time.monotonic() - start:.0f} s")
+
+
+def excerpt(output: str, lines: int = 40) -> str:
+    """The part of a compiler's output to show: from the first error on, else the end."""
+    every = output.strip().splitlines()
+    start = next(
+        (i for i, line in enumerate(every) if re.search(r"\berror\b|cannot find|undefined", line)), None
+    )
+    shown = every[-lines:] if start is None else every[start : start + lines]
+    left = len(every) - len(shown)
+    return "\n".join([*shown, f"({left} more lines)"] if left else shown)
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout
+    except OSError:
+        return ""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Tools for the build itself, run as a script.
+
+    `torch` prints the torch of this interpreter as JSON; `nvcc` succeeds where there is one; `cuda-objects
+    DIR` compiles the CUDA sources for sm_80, sm_90 and PTX, and links nothing.
+    """
+    # Python puts the folder of a script first, and there the package's modules would shadow others' by name.
+    sys.path.pop(0)
+    if arguments[0] == "torch":
+        print(json.dumps(asdict(torch_in_use())))
+        return 0
+    nvcc = find_nvcc()
+    if arguments[0] == "nvcc":
+        return int(nvcc is None)
+    if nvcc is None:
+        print("cuda-objects: nvcc was not found: put it on PATH or set CUDA_HOME", file=sys.stderr)
+        return 1
+    folder = Path(arguments[1])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    start = time.monotonic()
+    try:
+        archs = [*_gencode("80", ptx=False), *_gencode("90", ptx=True)]
+        objects = compile_cuda_objects(torch_in_use(), nvcc, archs, folder, print)
+    except BuildProblem as problem:
+        print(f"cuda-objects: {problem}\n{problem.log or ''}", file=sys.stderr)
+        return 1
+    seconds = time.monotonic() - start
+    print(f"cuda-objects: {len(objects)} objects with nvcc {nvcc_version(nvcc)} in {seconds:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,155 @@
+"""First sentences of the standard library's docstrings, read from the sources at run time.
+
+Text that every Python has and that need not be shipped. It differs between Python versions, so its hash is
+recorded with every run.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import platform
+import re
+import sys
+import sysconfig
+import tempfile
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from vaekernels.training.config import DataConfig
+from vaekernels.training.data.base import SPECIALS, Data, Text, digest, encode_sentences, split
+from vaekernels.training.data.synthetic import load_synthetic_text
+
+__all__ = ["cache_dir", "first_sentence", "load_docstrings", "read_sentences", "tokenize"]
+
+SHORTEST, LONGEST = 5, 20  # tokens
+FEWEST = 500  # sentences below which there is nothing to learn a language from
+
+_FORMAT = 1  # of the cache file, raised when the extraction changes
+_TOKEN = re.compile(r"[^\W\d_]+(?:'[a-z]+)?|\d+|[^\w\s]")
+_SENTENCE = re.compile(r".+?[.!?](?=\s|$)")
+
+
+def load_docstrings(config: DataConfig, say: Callable[[str], None]) -> Data:
+    """The data set ``docstrings``; ``synthetic-text`` where the installation has no sources."""
+    root = Path(sysconfig.get_path("stdlib"))
+    sentences = _cached(root, say)
+    if len(sentences) < FEWEST:
+        say(
+            f"found {len(sentences)} docstring sentences under {root}, fewer than {FEWEST}: this Python is "
+            f"installed without sources; using synthetic-text instead"
+        )
+        return load_synthetic_text(config, say)
+    words = [sentence.split(" ") for sentence in sentences]
+    counts = Counter(word for sentence in words for word in sentence)
+    # Ties broken by the word: the vocabulary is a function of the sentences alone.
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    vocabulary = (*SPECIALS, *ranked[: config.vocabulary - len(SPECIALS)])
+    x = encode_sentences(words, vocabulary)
+    train, heldout = split(x)
+    return Text("docstrings", train, heldout, digest(x, vocabulary), vocabulary)
+
+
+def read_sentences(root: Path) -> list[str]:
+    """The unique first sentences of 5 to 20 tokens under ``root``, tokens joined by spaces, in order of file
+    and line."""
+    found: dict[str, None] = {}
+    for path in sorted(root.rglob("*.py")):
+        if not {"site-packages", "dist-packages"}.isdisjoint(path.relative_to(root).parts):
+            continue
+        for docstring in _docstrings(path):
+            tokens = tokenize(first_sentence(docstring))
+            if SHORTEST <= len(tokens) <= LONGEST:
+                found.setdefault(" ".join(tokens))
+    return list(found)
+
+
+def first_sentence(docstring: str) -> str:
+    """The first sentence of the first paragraph, on one line."""
+    paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
+    match = _SENTENCE.match(paragraph)
+    return match.group() if match else paragraph
+
+
+def tokenize(sentence: str) -> list[str]:
+    """Lower-case words, numbers and single punctuation marks."""
+    return _TOKEN.findall(sentence.lower())
+
+
+def _docstrings(path: Path) -> Iterator[str]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the library's own tests hold invalid escapes on purpose
+            tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError):
+        return  # the library's own tests hold files that do not parse on purpose
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node, clean=False)
+            if docstring:
+                yield docstring
+        # Definitions are statements, so expressions need no visit; this halves the time of ast.walk.
+        for name in ("handlers", "finalbody", "orelse", "body"):
+            children = getattr(node, name, None)
+            if isinstance(children, list):
+                pending.extend(reversed(children))
+
+
+def cache_dir() -> Path:
+    """Where this user's caches are, by the custom of the system."""
+    if sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = str(Path.home() / "Library" / "Caches")
+    else:
+        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "vaekernels"
+
+
+def _cached(root: Path, say: Callable[[str], None]) -> list[str]:
+    place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
+    path = cache_dir() / f"docstrings-{platform.python_version()}-{place}.json"
+    sentences = _read_cache(path)
+    if sentences is None:
+        say(f"reading the docstrings under {root} (once, some 10 seconds) ...")
+        sentences = read_sentences(root)
+        try:
+            _write_cache(path, sentences)
+        except OSError as error:
+            say(f"cannot keep them in {path}: {error.strerror}; the next run reads them again")
+    return sentences
+
+
+def _hash(sentences: list[str]) -> str:
+    return hashlib.sha256("\n".join(sentences).encode()).hexdigest()
+
+
+def _read_cache(path: Path) -> list[str] | None:
+    """The sentences, or None where the file is absent, damaged or of another format: they are then read
+    again."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        sentences = stored["sentences"]
+        whole = stored["format"] == _FORMAT and stored["sha256"] == _hash(sentences)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return sentences if whole else None
+
+
+def _write_cache(path: Path, sentences: list[str]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format": _FORMAT, "sha256": _hash(sentences), "sentences": sentences}
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump(content, file, ensure_ascii=False, indent=0)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

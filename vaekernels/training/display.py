@@ -1,0 +1,106 @@
+"""What the user sees: one progress bar, a line per epoch, a table at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from rich.console import Console, JustifyMethod
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from vaekernels.training.config import ObjectiveConfig
+from vaekernels.training.evaluate import Evaluation
+
+__all__ = ["Bar", "describe_objective", "epoch_line", "evaluation_tables", "progress_bar"]
+
+_DIMS_PER_ROW = 8
+
+
+class Bar:
+    """The bar of one training run."""
+
+    def __init__(self, progress: Progress, *, epochs: int, steps: int, done: int) -> None:
+        self._progress = progress
+        self._epochs = epochs
+        self._task = progress.add_task("", total=steps, completed=done, epoch=f"1/{epochs}", terms="")
+
+    def update(self, *, epoch: int, step: int, rate: float, nll: float, weight: float) -> None:
+        """``rate`` and ``nll`` are means over the epoch so far, in nats."""
+        self._progress.update(
+            self._task,
+            completed=step,
+            epoch=f"{epoch + 1}/{self._epochs}",
+            terms=f"rate {rate:.2f} NLL {nll:.2f} weight {weight:.2f}",
+        )
+
+
+@contextmanager
+def progress_bar(console: Console, *, epochs: int, steps: int, done: int) -> Iterator[Bar]:
+    """A live bar on a terminal, nothing elsewhere (a log file gets the line per epoch)."""
+    columns = (
+        TextColumn("epoch {task.fields[epoch]}"),
+        BarColumn(bar_width=12),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[terms]}"),
+        TimeRemainingColumn(compact=True),
+    )
+    with Progress(
+        *columns, console=console, transient=True, refresh_per_second=4, disable=not console.is_terminal
+    ) as progress:
+        yield Bar(progress, epochs=epochs, steps=steps, done=done)
+
+
+def epoch_line(epoch: int, epochs: int, weight: float, evaluation: Evaluation) -> str:
+    """Held-out figures after an epoch, at most 80 columns."""
+    return (
+        f"epoch {epoch}/{epochs}  weight {weight:.2f}  held out: rate {evaluation.rate:.2f}  "
+        f"NLL {evaluation.nll:.2f}  Δ_shuffle {evaluation.delta_shuffle.value:.2f}"
+    )
+
+
+def describe_objective(objective: ObjectiveConfig, latent_dim: int, anneal_steps: int) -> str:
+    """The loss in words. Both terms are sums, over data and over latent dimensions, so beta is what it says:
+    a mean over the data dimensions would multiply it by their number."""
+    text = f"loss = NLL (sum over the data) + weight * KL (sum over {latent_dim} latent dims), nats\n"
+    if anneal_steps:
+        text += f"weight: 0 to {objective.beta:g} linearly over {anneal_steps} steps"
+    else:
+        text += f"weight: {objective.beta:g} throughout"
+    text += f", so effective beta = {objective.beta:g}"
+    if objective.free_bits is not None:
+        per_dim = objective.group == "dim"
+        groups = (
+            f"per dimension ({objective.free_bits * latent_dim:g} in all)"
+            if per_dim
+            else "for all dimensions"
+        )
+        moment = "after" if objective.clamp == "batch" else "before"
+        text += f"\nfree bits: {objective.free_bits:g} nats {groups}, clamped {moment} the batch mean"
+    return text
+
+
+def evaluation_tables(evaluation: Evaluation) -> list[Table]:
+    """All held-out figures: the totals, and rate and Var(mu) per dimension."""
+    dims = len(evaluation.rate_per_dim)
+    totals = Table(title=f"held out, {evaluation.examples} examples, nats per example", title_justify="left")
+    totals.add_column("measure")
+    totals.add_column("value", justify="right")
+    totals.add_row("rate (KL, unclamped)", f"{evaluation.rate:.2f}")
+    totals.add_row("NLL (reconstruction)", f"{evaluation.nll:.2f}")
+    totals.add_row("NELBO (NLL + rate)", f"{evaluation.nelbo:.2f}")
+    totals.add_row("active units, Var(mu) > 0.01", f"{evaluation.active_units} of {dims}")
+    totals.add_row("Δ_shuffle [95%]: NLL with another's z", str(evaluation.delta_shuffle))
+
+    columns = min(dims, _DIMS_PER_ROW)
+    per_dim = Table(title="per latent dimension", title_justify="left", show_header=False)
+    for justify in ("right", "left", *["right"] * columns):
+        per_dim.add_column(justify=cast(JustifyMethod, justify), no_wrap=True)
+    for start in range(0, dims, columns):
+        stop = min(start + columns, dims)
+        label = f"dims {start}-{stop - 1}" if stop - start > 1 else f"dim {start}"
+        per_dim.add_row(label, "rate", *(f"{rate:.2f}" for rate in evaluation.rate_per_dim[start:stop]))
+        variances = (f"{variance:.2f}" for variance in evaluation.mu_variance_per_dim[start:stop])
+        per_dim.add_row("", "Var(mu)", *variances, end_section=True)
+    return [totals, per_dim]

@@ -1,0 +1,29 @@
+"""What the trainer tells the user in one line instead of a traceback."""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointError", "ConfigError", "DataError", "Interrupted", "NonFiniteError", "TrainingError"]
+
+
+class TrainingError(Exception):
+    """Base of the errors whose message is meant for the user of the command line."""
+
+
+class ConfigError(TrainingError, ValueError):
+    """A setting that is unknown or out of range."""
+
+
+class DataError(TrainingError):
+    """Data that is missing or cannot be read."""
+
+
+class CheckpointError(TrainingError):
+    """A run directory or checkpoint that is missing, unreadable or of another run."""
+
+
+class Interrupted(TrainingError):
+    """The user asked to stop; everything is saved."""
+
+
+class NonFiniteError(TrainingError, ArithmeticError):
+    """A loss, gradient or evaluation that is NaN or inf."""
