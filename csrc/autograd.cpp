@@ -104,6 +104,9 @@ class LatentFunction : public torch::autograd::Function<LatentFunction> {
       constant = {gate, open};
     }
     if (o.draw) constant.push_back(rng);
+    // Where only the prior is learned, z is a constant to autograd.
+    if (o.sample && !first.requires_grad() && !(second && second->requires_grad()))
+      constant.push_back(results[0]);
     if (!constant.empty()) ctx->mark_non_differentiable(constant);
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({first, second.value_or(Tensor()), rng, prior_mu.value_or(Tensor()),

@@ -278,17 +278,18 @@ def test_padding_changes_neither_posterior_nor_likelihood() -> None:
 def test_greedy_decoding_takes_the_likeliest_and_ends() -> None:
     torch.manual_seed(0)
     model = GRUTextVAE(9, latent_dim=2, hidden=8, embedding=4)
-    z = torch.randn(5, 2)
-    tokens = model.greedy(z, length=6)
-    assert tokens.shape[0] == 5 and tokens.shape[1] <= 6
-    row, first = tokens[0], tokens[0, 0].item()
+    z = 5 * torch.randn(50, 2)
+    tokens = model.greedy(z, length=12)
+    assert tokens.shape[0] == 50 and tokens.shape[1] <= 12
     alternatives = torch.arange(2, 9)[:, None]  # PAD and BOS are never said
     likelihood = model.log_likelihood(alternatives, z[:1].expand(len(alternatives), 2))
-    assert alternatives[likelihood.argmax()].item() == first
+    assert alternatives[likelihood.argmax()].item() == tokens[0, 0].item()
+    ended = (tokens == 2).cumsum(dim=1) - (tokens == 2).long() > 0
+    assert ended.any() and not ended[:, -1].all(), "some sentences end before others"
+    assert ((tokens == 0) == ended).all(), "PAD after EOS and nowhere else"
     with torch.no_grad():
         model.to_logits.bias[2] = 1e3  # EOS at once
-    assert model.greedy(z).tolist() == [[2]] * 5
-    assert row.shape == (tokens.shape[1],)
+    assert model.greedy(z).tolist() == [[2]] * 50
 
 
 # --- configuration

@@ -64,7 +64,7 @@ def normals(rng: Tensor, count: int, dtype: torch.dtype, device: torch.device, f
     x0, x1, x2, x3 = _quads(rng.to(device), (skip + count + 3) // 4, first_quad)
     flat = torch.stack((*_box_muller(x0, x1, dtype), *_box_muller(x2, x3, dtype)), -1).reshape(-1)
     if torch.compiler.is_compiling():
-        # A slice would make the tracer prove that count <= 4 * ((count + 3) // 4), which it cannot for a symbol.
+        # A slice makes the tracer prove that count <= 4 * ((count + 3) // 4), and it cannot.
         return flat[torch.arange(count, device=device) + skip]
     return flat[skip : skip + count]
 

@@ -15,7 +15,6 @@ struct BackwardArgs {
   Param param;
   Clamp clamp;
   Reduction reduction;
-  bool plain, aligned;  // as in forward.cuh
   bool group_sums, grad_z_wide, grad_kl_wide;
   R row_size;
 
@@ -67,7 +66,6 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
   using R = compute_t<T>;
   constexpr int N = kVector<T>;
   const bool prior = !Plain && HasKL && a.prior_mu.data != nullptr;
-  forget_shared();
   Vector<T> mu_words{}, scale_words, grad_words, prior_mu_words{}, prior_scale_words{};
   scale_words.load(at.scale, a.scale.stride.i, a.scale.wide, at.valid);
   if (HasKL) mu_words.load(at.mu, a.mu.stride.i, a.mu.wide, at.valid);
@@ -95,6 +93,7 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
   }
 
   auto quad = [&](int q) {
+    forget_shared();
     R mu[4], s[4], sum[4] = {}, noise[4] = {}, c[4] = {}, prior_mu[4] = {}, prior_s[4] = {};
     mu_words.front(mu);
     scale_words.front(s);
@@ -113,7 +112,7 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
       for (int64_t k = 0; k < a.K; ++k) {
         R grad[4], eps[4];
         load_quad(static_cast<const T*>(a.grad_z) + storage, a.grad_z_wide, at.valid - 4 * q, grad);
-        normals(keys, static_cast<uint64_t>(storage), a.aligned, eps);
+        normals(keys, static_cast<uint64_t>(storage), a.g.aligned, eps);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           sum[j] += grad[j];
@@ -169,8 +168,12 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
   }
 }
 
+// Blocks on a multiprocessor that leave enough registers (80, 64) for plain quads.
+template <class T, Path P>
+inline constexpr int kBlocksAtOnce = P == Path::general ? 1 : (sizeof(T) == 2 ? 3 : 4);
+
 template <class T, Layout L, bool HasKL, bool Sample, Path P>
-__global__ void __launch_bounds__(kThreadLimit<P>, kBlocksAtOnce<P>)
+__global__ void __launch_bounds__(kBlock, (kBlocksAtOnce<T, P>))
     backward_kernel(const __grid_constant__ BackwardArgs<compute_t<T>> a) {
   using R = compute_t<T>;
   constexpr int N = kVector<T>;
@@ -241,7 +244,7 @@ void launch(const BackwardArgs<compute_t<T>>& a, cudaStream_t stream) {
 template <class T, Layout L, bool HasKL, bool Sample>
 void launch_path(const BackwardArgs<compute_t<T>>& a, cudaStream_t stream) {
   if constexpr (sizeof(T) < 8) {
-    if (a.plain) {
+    if (a.g.plain) {
       if constexpr (Sample) {
         if (a.keys.state != nullptr) return launch<T, L, HasKL, Sample, Path::device>(a, stream);
       }
@@ -274,18 +277,24 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
   Axes out_prior_mu = axes_of(call.grad_prior_mu.stride, call);
   Axes out_prior_scale = axes_of(call.grad_prior_scale.stride, call);
   const bool out_prior = prior && call.grad_prior_mu.data != nullptr;
+  a.K = call.grad_z != nullptr ? call.K : 0;
+  a.clamp = call.clamp;
+  a.reduction = call.reduction;
+  a.grad_kl = static_cast<const R*>(call.grad_kl);
+  const bool sample = !kl || call.grad_z != nullptr;
+  const bool by_cell = kl && (a.by_row() || (a.grad_kl != nullptr && call.reduction == Reduction::elementwise));
+  const Purpose purpose{kl, sample, false, !prior && !by_cell && !(sample && a.K != 1)};
   if (out_prior)
-    a.g = geometry_of(call, kl, false,
+    a.g = geometry_of(call, purpose,
                       Tensors<8>{{&mu, &scale, &prior_mu, &prior_scale, &out_mu, &out_scale, &out_prior_mu,
                                   &out_prior_scale}});
   else if (prior)
-    a.g = geometry_of(call, kl, false, Tensors<6>{{&mu, &scale, &prior_mu, &prior_scale, &out_mu, &out_scale}});
+    a.g = geometry_of(call, purpose, Tensors<6>{{&mu, &scale, &prior_mu, &prior_scale, &out_mu, &out_scale}});
   else
-    a.g = geometry_of(call, kl, false, Tensors<4>{{&mu, &scale, &out_mu, &out_scale}});
+    a.g = geometry_of(call, purpose, Tensors<4>{{&mu, &scale, &out_mu, &out_scale}});
   const Geometry& g = a.g;
   a.groups = call.G;
   a.numel = call.numel();
-  a.K = call.grad_z != nullptr ? call.K : 0;
   a.mu = source_of(call.mu.data, mu, g, call.dtype);
   a.scale = source_of(call.scale.data, scale, g, call.dtype);
   a.grad_mu = source_of(call.grad_mu.data, out_mu, g, call.dtype);
@@ -301,22 +310,15 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
   a.shares = {bounds_of<R>(call), static_cast<R>(call.posterior_share), static_cast<R>(call.prior_share)};
   if (call.grad_z != nullptr) a.keys = keys_of(call);
   a.param = call.param;
-  a.clamp = call.clamp;
-  a.reduction = call.reduction;
   a.group_sums = call.group_sums;
   a.grad_z_wide = dense_is_wide(call.grad_z, g, call.K, size_of(call.dtype));
   a.grad_kl_wide = dense_is_wide(call.grad_kl, g, 1, sizeof(R));
   a.row_size = static_cast<R>(call.row_size());
   a.grad_z = call.grad_z;
-  a.grad_kl = static_cast<const R*>(call.grad_kl);
   a.grad_kl_per_group = static_cast<const R*>(call.grad_kl_per_group);
   a.gate = static_cast<const R*>(call.gate);
   a.weight = static_cast<const R*>(call.weight);
   a.open = call.open;
-  const bool sample = !kl || call.grad_z != nullptr;
-  a.aligned = quads_aligned(g, call.K);
-  a.plain = by_logarithm(call.param) && !prior && !(sample && (!a.aligned || a.K != 1)) &&
-            !(kl && (a.by_row() || (a.grad_kl != nullptr && call.reduction == Reduction::elementwise)));
   if (g.layout == Layout::column)
     launch_layout<T, Layout::column>(a, kl, stream);
   else

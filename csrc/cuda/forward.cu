@@ -72,9 +72,9 @@ __device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& 
   unsigned open = 0;
   int64_t k = 0, storage = at.storage;
   do {
-    forget_shared();
     Vector<T> z{};
     auto quad = [&](int q) {
+      forget_shared();
       R mu[4], sd[4], kl[4] = {}, prior_mu[4] = {}, prior_s[4] = {};
       mu_words.front(mu);
       scale_words.front(sd);
@@ -120,7 +120,7 @@ __device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& 
       }
       if constexpr (Sample) {
         R eps[4];
-        normals(keys, static_cast<uint64_t>(storage) + 4 * q, Plain || a.aligned, eps);
+        normals(keys, static_cast<uint64_t>(storage) + 4 * q, Plain || a.g.aligned, eps);
 #pragma unroll
         for (int j = 0; j < 4; ++j) eps[j] = mu[j] + sd[j] * eps[j];
         z.set_front(eps);
@@ -146,7 +146,7 @@ __device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& 
 }
 
 template <class T, Layout L, bool HasKL, bool Sample, Path P>
-__global__ void __launch_bounds__(kThreadLimit<P>, kBlocksAtOnce<P>)
+__global__ void __launch_bounds__(P == Path::general ? kBlock : kSmallBlock, P == Path::general ? 1 : 2)
     forward_kernel(const __grid_constant__ ForwardArgs<compute_t<T>> a) {
   using R = compute_t<T>;
   constexpr int N = kVector<T>;
@@ -271,10 +271,13 @@ ForwardArgs<R> arguments(const Forward& call) {
   ForwardArgs<R> a{};
   Axes mu = axes_of(call.mu.stride, call), scale = axes_of(call.scale.stride, call);
   Axes prior_mu = axes_of(call.prior_mu.stride, call), prior_scale = axes_of(call.prior_scale.stride, call);
-  if (call.has_kl && call.prior_mu.data)
-    a.g = geometry_of(call, true, true, Tensors<4>{{&mu, &scale, &prior_mu, &prior_scale}});
+  const bool prior = call.has_kl && call.prior_mu.data != nullptr;
+  const bool plain = !prior && !(call.has_kl && call.reduction == Reduction::elementwise);
+  const Purpose purpose{call.has_kl, has_sample(call), call.has_kl, plain};
+  if (prior)
+    a.g = geometry_of(call, purpose, Tensors<4>{{&mu, &scale, &prior_mu, &prior_scale}});
   else
-    a.g = geometry_of(call, call.has_kl, call.has_kl, Tensors<2>{{&mu, &scale}});
+    a.g = geometry_of(call, purpose, Tensors<2>{{&mu, &scale}});
   const Geometry& g = a.g;
   a.rows = call.B;
   a.groups = call.G;
@@ -282,7 +285,7 @@ ForwardArgs<R> arguments(const Forward& call) {
   a.K = call.K;
   a.mu = source_of(call.mu.data, mu, g, call.dtype);
   a.scale = source_of(call.scale.data, scale, g, call.dtype);
-  if (call.has_kl && call.prior_mu.data) {
+  if (prior) {
     a.prior_mu = source_of(call.prior_mu.data, prior_mu, g, call.dtype);
     a.prior_scale = source_of(call.prior_scale.data, prior_scale, g, call.dtype);
   }
@@ -291,9 +294,6 @@ ForwardArgs<R> arguments(const Forward& call) {
   a.param = call.param;
   a.clamp = call.clamp;
   a.penalty = call.penalty;
-  a.aligned = quads_aligned(g, call.K);
-  a.plain = by_logarithm(call.param) && a.prior_mu.data == nullptr && (a.aligned || !has_sample(call)) &&
-            g.cells == Cells::none && !(call.has_kl && call.reduction == Reduction::elementwise);
   a.reduction = call.reduction;
   a.group_sums = call.group_sums;
   a.z_wide = dense_is_wide(call.z, g, call.K, size_of(call.dtype));
@@ -348,7 +348,7 @@ void launch(const ForwardArgs<compute_t<T>>& a, cudaStream_t stream) {
 template <class T, Layout L, bool HasKL, bool Sample>
 void launch_path(const ForwardArgs<compute_t<T>>& a, cudaStream_t stream) {
   if constexpr (sizeof(T) < 8) {
-    if (a.plain) {
+    if (a.g.plain) {
       if constexpr (Sample) {
         if (a.keys.state != nullptr) return launch<T, L, HasKL, Sample, Path::device>(a, stream);
       }

@@ -16,7 +16,6 @@ struct ForwardArgs {
   Clamp clamp;
   Penalty penalty;
   Reduction reduction;
-  bool plain, aligned;  // as element.cuh says: all quads are plain; no quad of normals is split
   bool group_sums, z_wide, kl_wide;
   R free_bits, row_size;  // row_size: latent elements of a batch row
   uint64_t seed, offset;  // for rng_out

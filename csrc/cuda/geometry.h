@@ -36,6 +36,8 @@ struct Geometry {
   Layout layout = Layout::row;
   bool folded = false;  // column: O counts batch rows, B is 1
   Cells cells = Cells::none;
+  bool aligned = true;  // no quad of normals is split between vectors
+  bool plain = false;   // the quads are what element.cuh calls plain
   int64_t B = 1, O = 1, I = 1;
   int vector = 4;  // elements per thread and step
 
@@ -55,10 +57,10 @@ struct Geometry {
 };
 
 inline constexpr int kBlock = 256;
-// A problem of so many vectors is one block's work: a second block would cost more than it saves.
-inline constexpr int kSmall = 1024;
-// Blocks that share the sums: one wave of 256 threads with 48 registers on 132 multiprocessors.
-inline constexpr int64_t kReducingBlocks = 660;
+// A problem of so many vectors is the work of one, larger block: a second one would cost more than it saves.
+inline constexpr int kSmall = 1024, kSmallBlock = 512;
+// Blocks that share the sums: one wave of 256 threads with 64 registers on 132 multiprocessors.
+inline constexpr int64_t kReducingBlocks = 528;
 
 inline int vector_of(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16 ? 8 : 4; }
 
@@ -108,9 +110,17 @@ inline Axes axes_of(const Strides& s, const Problem& p) {
   return column ? Axes{s.b, s.s, s.g} : Axes{s.b, s.g, s.s};
 }
 
-// `kl`: the groups matter. `reduces`: blocks have to add up what they found.
+// What a kernel does with a problem, as far as it shapes the blocks.
+struct Purpose {
+  bool kl = false;       // groups matter
+  bool sample = false;   // normals are drawn
+  bool reduces = false;  // blocks add up what they found
+  bool plain = false;    // nothing that Geometry::plain does not settle itself keeps the quads from being plain
+};
+
 template <size_t N>
-Geometry geometry_of(const Problem& p, bool kl, bool reduces, const Tensors<N>& tensors) {
+Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>& tensors) {
+  const auto [kl, sample, reduces, plain] = purpose;
   Geometry g;
   g.vector = vector_of(p.dtype);
   const bool column = p.S == 1 || p.groups_inner;
@@ -139,10 +149,14 @@ Geometry geometry_of(const Problem& p, bool kl, bool reduces, const Tensors<N>& 
   }
   if (cells && reduces) g.cells = g.folded ? Cells::elements : Cells::scratch;
 
+  g.aligned = (g.B * g.O == 1 || g.I % 4 == 0) && (p.K <= 1 || p.numel() % 4 == 0);
+  g.plain = plain && p.dtype != DType::f64 && (p.param == Param::logvar || p.param == Param::log_std) &&
+            g.cells == Cells::none && (g.aligned || !sample);
+
   // The block. One block takes a small problem whole, if that spares it the counters.
   const int64_t vectors = g.vectors();
   const bool one_block = reduces && g.B * g.O * vectors <= kSmall;
-  const int most = one_block && p.dtype != DType::f64 ? 9 : ceil_log2(kBlock, 8);
+  const int most = ceil_log2(one_block && g.plain ? kSmallBlock : kBlock, 10);
   if (g.layout == Layout::column) {
     g.log_tx = ceil_log2(vectors, 5);
     // Narrower tiles where wide ones would leave more than a quarter of the last one idle.

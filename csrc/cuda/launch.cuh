@@ -26,12 +26,6 @@ enum class Path {
   general,  // anything
 };
 
-// Threads per block and blocks per multiprocessor that the compiler plans for: 48 registers for plain quads.
-template <Path P>
-inline constexpr int kThreadLimit = P == Path::general ? kBlock : 640;
-template <Path P>
-inline constexpr int kBlocksAtOnce = P == Path::general ? 1 : 2;
-
 struct Keys {
   PhiloxKeys host;
   const int64_t* state;
@@ -105,11 +99,6 @@ inline Source source_of(const void* data, const Axes& stride, const Geometry& g,
 // z, and what is dense like it, K blocks of numel elements.
 inline bool dense_is_wide(const void* data, const Geometry& g, int64_t K, int size) {
   return aligned16(data) && (g.B * g.O == 1 || g.I * size % 16 == 0) && (K <= 1 || g.B * g.O * g.I * size % 16 == 0);
-}
-
-// Whether the normals of every vector begin with a quad.
-inline bool quads_aligned(const Geometry& g, int64_t K) {
-  return (g.B * g.O == 1 || g.I % 4 == 0) && (K <= 1 || g.B * g.O * g.I % 4 == 0);
 }
 
 // The part of the problem that a block owns, and the place of a thread in it.
