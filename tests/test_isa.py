@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 import pytest
+from conftest import require_kernels
 
 from vaekernels import _native
 
@@ -22,6 +23,7 @@ FMA = r"vfn?m(add|sub)(132|213|231)"
 @pytest.fixture(scope="module")
 def functions() -> dict[str, list[str]]:
     """The instructions of every function of the library that has a clone for an instruction set."""
+    require_kernels("cpu")
     if platform.machine() != "x86_64":
         pytest.skip(f"clones for instruction sets exist on x86-64 only, this is {platform.machine()}")
     objdump = shutil.which("objdump")

@@ -1,3 +1,4 @@
+#include <charconv>
 #include <cmath>
 #include <memory>
 #include <stdexcept>
@@ -22,6 +23,13 @@ ForwardTile<R> forward_tile_for(Param param, Mode mode) {
   });
 }
 
+// A number as Python writes it, so that kernels and reference say the same.
+std::string repr(double x) {
+  char digits[32];
+  std::string text(digits, std::to_chars(digits, digits + sizeof(digits), x).ptr);
+  return text.find_first_not_of("-0123456789") == std::string::npos ? text + ".0" : text;
+}
+
 // NaN fails the comparison as well.
 template <class R>
 void check_not_negative(const char* name, const void* data, int64_t n) {
@@ -29,7 +37,8 @@ void check_not_negative(const char* name, const void* data, int64_t n) {
   for (int64_t i = 0; i < n; ++i)
     if (!(x[i] >= R(0)))
       throw std::invalid_argument(std::string(name) + " must be non-negative and not NaN, got " +
-                                  std::to_string(x[i]) + " at index " + std::to_string(i));
+                                  repr(static_cast<double>(x[i])) + " at index " + std::to_string(i) +
+                                  "; mend it, e.g. with " + name + ".clamp(min=0)");
 }
 
 template <class R>
@@ -322,15 +331,17 @@ void forward(const Forward& call, Parallel parallel) {
 
 void philox_words(uint64_t seed, uint64_t offset, uint64_t first_quad, int64_t n, int64_t* words) {
   const PhiloxKeys keys = philox_keys(seed, offset);
-  for (int64_t i = 0; i < n; i += 4) {
-    const Words w = philox(keys, first_quad + static_cast<uint64_t>(i / 4));
-    const uint32_t x[4] = {w.x0, w.x1, w.x2, w.x3};
-    for (int64_t j = 0; j < 4 && i + j < n; ++j) words[i + j] = static_cast<int64_t>(x[j]);
+  const WordsFunction words_of = best_words();
+  for (int64_t i = 0; i < n; i += 4 * kQuadLanes) {
+    uint32_t x[4][kQuadLanes];
+    words_of(keys, first_quad + static_cast<uint64_t>(i / 4), kQuadLanes, WordArrays{x[0], x[1], x[2], x[3]});
+    for (int64_t j = 0; j < 4 * kQuadLanes && i + j < n; ++j)
+      words[i + j] = static_cast<int64_t>(x[j % 4][j / 4]);
   }
 }
 
 const char* isa() {
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#if VK_X86_DISPATCH
   if (__builtin_cpu_supports("x86-64-v4")) return "avx512";
   if (__builtin_cpu_supports("x86-64-v3")) return "avx2";
 #endif

@@ -210,12 +210,14 @@ class Normals {
     const int lead = static_cast<int>(first % 4);
     const int quads = (lead + n + 3) / 4;
     const int whole = (quads + kQuadLanes - 1) / kQuadLanes * kQuadLanes;
-    words_of(keys_, first / 4, whole, buffer.words);
+    WordTile& w = buffer.words;
+    words_(keys_, first / 4, whole, WordArrays{w.x0, w.x1, w.x2, w.x3});
     normals_of(buffer.words, whole, buffer.eps);
     return buffer.eps + lead;
   }
 
  private:
+  const WordsFunction words_ = best_words();
   PhiloxKeys keys_{};
   int64_t numel_;
 };

@@ -11,13 +11,13 @@
 #include <cstring>
 
 #include "../gaussian.h"
-#include "../philox.h"
 #include "../problem.h"
+#include "words.h"
 
 // One source, three compilations, chosen at load time. Spelled as architecture levels: with single features
 // GCC leaves scalar calls and loses the fused multiply-add.
 #if !defined(VK_CLONES)
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#if VK_X86_DISPATCH
 #define VK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define VK_CLONES
@@ -32,7 +32,7 @@ namespace vk::cpu {
 
 inline constexpr int kTile = 512;
 inline constexpr int kLanes = 64;
-inline constexpr int kQuadLanes = kLanes / 4;
+static_assert(kQuadLanes * 4 == kLanes);
 
 // How many elements the loops below run over for n wanted ones.
 inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -103,18 +103,6 @@ struct WordTile {
   uint32_t x0[kTile / 4 + kQuadLanes], x1[kTile / 4 + kQuadLanes];
   uint32_t x2[kTile / 4 + kQuadLanes], x3[kTile / 4 + kQuadLanes];
 };
-
-inline VK_CLONES void words_of(const PhiloxKeys& keys, uint64_t first_quad, int quads,
-                               WordTile& __restrict out) {
-  const PhiloxKeys local = keys;
-  lanes<kQuadLanes>(quads, [&](int q) VK_LAMBDA {
-    const Words w = philox(local, first_quad + static_cast<uint64_t>(q));
-    out.x0[q] = w.x0;
-    out.x1[q] = w.x1;
-    out.x2[q] = w.x2;
-    out.x3[q] = w.x3;
-  });
-}
 
 template <class R>
 VK_CLONES void normals_of(const WordTile& __restrict w, int quads, R* __restrict eps) {

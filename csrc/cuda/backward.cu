@@ -12,13 +12,14 @@ struct BackwardArgs {
   Source grad_mu, grad_scale, grad_prior_mu, grad_prior_scale;
   Shares<R> shares;
   Keys keys;
+  DType dtype;
   Param param;
   Clamp clamp;
   Reduction reduction;
   bool group_sums, grad_z_wide, grad_kl_wide;
   R row_size;
 
-  const void* grad_z;
+  const char* grad_z;
   const R *grad_kl, *grad_kl_per_group, *gate, *weight;
   const uint8_t* open;
 
@@ -50,10 +51,9 @@ __device__ __forceinline__ R shared_gradient(const BackwardArgs<R>& a, int64_t g
 }
 
 // Where a thread's vector is in the tensors.
-template <class T>
 struct Position {
-  const T *mu, *scale, *prior_mu, *prior_scale;
-  T *grad_mu, *grad_scale, *grad_prior_mu, *grad_prior_scale;
+  const char *mu, *scale, *prior_mu, *prior_scale;
+  char *grad_mu, *grad_scale, *grad_prior_mu, *grad_prior_scale;
   int64_t storage, batch_row;
   int valid;
 };
@@ -61,20 +61,19 @@ struct Position {
 // One vector. `shared`: what of its KL's gradient all batch rows share, by column or for all of it.
 template <class T, Layout L, bool HasKL, bool Sample, bool Plain, int kGroups>
 __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>& a, const PhiloxKeys& keys,
-                                                const Place& p, const Position<T>& at, compute_t<T> gain,
+                                                const Place& p, const Position& at, compute_t<T> gain,
                                                 compute_t<T> (&shared)[kGroups]) {
   using R = compute_t<T>;
   constexpr int N = kVector<T>;
   const bool prior = !Plain && HasKL && a.prior_mu.data != nullptr;
   Vector<T> mu_words{}, scale_words, grad_words, prior_mu_words{}, prior_scale_words{};
-  scale_words.load(at.scale, a.scale.stride.i, a.scale.wide, at.valid);
-  if (HasKL) mu_words.load(at.mu, a.mu.stride.i, a.mu.wide, at.valid);
+  scale_words.load(at.scale, a.scale.stride.i, a.scale.wide, at.valid, a.dtype);
+  if (HasKL) mu_words.load(at.mu, a.mu.stride.i, a.mu.wide, at.valid, a.dtype);
   if (prior) {
-    prior_mu_words.load(at.prior_mu, a.prior_mu.stride.i, a.prior_mu.wide, at.valid);
-    prior_scale_words.load(at.prior_scale, a.prior_scale.stride.i, a.prior_scale.wide, at.valid);
+    prior_mu_words.load(at.prior_mu, a.prior_mu.stride.i, a.prior_mu.wide, at.valid, a.dtype);
+    prior_scale_words.load(at.prior_scale, a.prior_scale.stride.i, a.prior_scale.wide, at.valid, a.dtype);
   }
-  const T* grad_z = static_cast<const T*>(a.grad_z) + at.storage;
-  if (Plain && Sample) grad_words.load(grad_z, 1, a.grad_z_wide, at.valid);
+  if (Plain && Sample) grad_words.load(a.grad_z + at.storage * size_of(a.dtype), size_of(a.dtype), a.grad_z_wide, at.valid, a.dtype);
 
   R weight = 1, row_gain = 0;
   unsigned open = ~0u;
@@ -111,7 +110,8 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
       int64_t storage = at.storage + 4 * q;
       for (int64_t k = 0; k < a.K; ++k) {
         R grad[4], eps[4];
-        load_quad(static_cast<const T*>(a.grad_z) + storage, a.grad_z_wide, at.valid - 4 * q, grad);
+        grad_words.load(a.grad_z + storage * size_of(a.dtype), size_of(a.dtype), a.grad_z_wide, at.valid, a.dtype);
+        grad_words.front(grad);
         normals(keys, static_cast<uint64_t>(storage), a.g.aligned, eps);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -130,7 +130,9 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
       }
       if (!Plain && a.grad_kl != nullptr && a.reduction == Reduction::elementwise) {
         R grad[4];
-        load_quad(a.grad_kl + at.storage + 4 * q, a.grad_kl_wide, at.valid - 4 * q, grad);
+        Vector<R> grad_kl;
+        grad_kl.load(reinterpret_cast<const char*>(a.grad_kl + at.storage), sizeof(R), a.grad_kl_wide, at.valid, a.dtype);
+        grad_kl.front(grad);
 #pragma unroll
         for (int j = 0; j < 4; ++j) c[j] += grad[j];
       }
@@ -160,11 +162,11 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
   };
 #pragma unroll 1
   for (int q = 0; q < N / 4; ++q) quad(q);
-  mu_words.store(at.grad_mu, a.grad_mu.stride.i, a.grad_mu.wide, at.valid);
-  scale_words.store(at.grad_scale, a.grad_scale.stride.i, a.grad_scale.wide, at.valid);
+  mu_words.store(at.grad_mu, a.grad_mu.stride.i, a.grad_mu.wide, at.valid, a.dtype);
+  scale_words.store(at.grad_scale, a.grad_scale.stride.i, a.grad_scale.wide, at.valid, a.dtype);
   if (prior && a.grad_prior_mu.data != nullptr) {
-    prior_mu_words.store(at.grad_prior_mu, a.grad_prior_mu.stride.i, a.grad_prior_mu.wide, at.valid);
-    prior_scale_words.store(at.grad_prior_scale, a.grad_prior_scale.stride.i, a.grad_prior_scale.wide, at.valid);
+    prior_mu_words.store(at.grad_prior_mu, a.grad_prior_mu.stride.i, a.grad_prior_mu.wide, at.valid, a.dtype);
+    prior_scale_words.store(at.grad_prior_scale, a.grad_prior_scale.stride.i, a.grad_prior_scale.wide, at.valid, a.dtype);
   }
 }
 
@@ -199,18 +201,18 @@ __global__ void __launch_bounds__(kBlock, (kBlocksAtOnce<T, P>))
   }
 
   for (int64_t b = p.b_begin + p.tz; b < p.b_end; b += g.tz()) {
-    Position<T> at{};
-    if (HasKL) at.mu = element_of<const T>(a.mu, b, p.o, p.i);
-    at.scale = element_of<const T>(a.scale, b, p.o, p.i);
-    at.grad_mu = element_of<T>(a.grad_mu, b, p.o, p.i);
-    at.grad_scale = element_of<T>(a.grad_scale, b, p.o, p.i);
+    Position at{};
+    if (HasKL) at.mu = element_of(a.mu, b, p.o, p.i);
+    at.scale = element_of(a.scale, b, p.o, p.i);
+    at.grad_mu = element_of(a.grad_mu, b, p.o, p.i);
+    at.grad_scale = element_of(a.grad_scale, b, p.o, p.i);
     if (prior) {
-      at.prior_mu = element_of<const T>(a.prior_mu, b, p.o, p.i);
-      at.prior_scale = element_of<const T>(a.prior_scale, b, p.o, p.i);
+      at.prior_mu = element_of(a.prior_mu, b, p.o, p.i);
+      at.prior_scale = element_of(a.prior_scale, b, p.o, p.i);
     }
     if (prior_grads) {
-      at.grad_prior_mu = element_of<T>(a.grad_prior_mu, b, p.o, p.i);
-      at.grad_prior_scale = element_of<T>(a.grad_prior_scale, b, p.o, p.i);
+      at.grad_prior_mu = element_of(a.grad_prior_mu, b, p.o, p.i);
+      at.grad_prior_scale = element_of(a.grad_prior_scale, b, p.o, p.i);
     }
     at.storage = (b * g.O + p.o) * g.I + p.i;
     at.batch_row = g.folded ? p.o : b;
@@ -241,33 +243,43 @@ void launch(const BackwardArgs<compute_t<T>>& a, cudaStream_t stream) {
   VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), (key_bytes<Sample, P>()), stream, a);
 }
 
+// T: the element type of a plain kernel.
 template <class T, Layout L, bool HasKL, bool Sample>
-void launch_path(const BackwardArgs<compute_t<T>>& a, cudaStream_t stream) {
-  if constexpr (sizeof(T) < 8) {
-    if (a.g.plain) {
-      if constexpr (Sample) {
-        if (a.keys.state != nullptr) return launch<T, L, HasKL, Sample, Path::device>(a, stream);
-      }
-      return launch<T, L, HasKL, Sample, Path::host>(a, stream);
-    }
+void launch_plain(const BackwardArgs<float>& a, cudaStream_t stream) {
+  if constexpr (Sample) {
+    if (a.keys.state != nullptr) return launch<T, L, HasKL, Sample, Path::device>(a, stream);
   }
-  launch<T, L, HasKL, Sample, Path::general>(a, stream);
+  launch<T, L, HasKL, Sample, Path::host>(a, stream);
 }
 
-template <class T, Layout L>
-void launch_layout(const BackwardArgs<compute_t<T>>& a, bool kl, cudaStream_t stream) {
+template <Layout L, bool HasKL, bool Sample, class R>
+void launch_path(const BackwardArgs<R>& a, cudaStream_t stream) {
+  if constexpr (sizeof(R) == 8) {
+    launch<double, L, HasKL, Sample, Path::general>(a, stream);
+  } else if (!a.g.plain) {
+    launch<AnyFloat, L, HasKL, Sample, Path::general>(a, stream);
+  } else if (a.dtype == DType::f32) {
+    launch_plain<float, L, HasKL, Sample>(a, stream);
+  } else if (a.dtype == DType::bf16) {
+    launch_plain<bf16, L, HasKL, Sample>(a, stream);
+  } else {
+    launch_plain<f16, L, HasKL, Sample>(a, stream);
+  }
+}
+
+template <Layout L, class R>
+void launch_layout(const BackwardArgs<R>& a, bool kl, cudaStream_t stream) {
   // Without any gradient that is used, K = 0 samples give zeros.
   if (!kl)
-    launch_path<T, L, false, true>(a, stream);
+    launch_path<L, false, true>(a, stream);
   else if (a.grad_z != nullptr)
-    launch_path<T, L, true, true>(a, stream);
+    launch_path<L, true, true>(a, stream);
   else
-    launch_path<T, L, true, false>(a, stream);
+    launch_path<L, true, false>(a, stream);
 }
 
-template <class T>
+template <class R>
 void launch_backward(const Backward& call, cudaStream_t stream) {
-  using R = compute_t<T>;
   const bool kl = call.has_kl && (call.grad_kl != nullptr || call.grad_kl_per_group != nullptr);
   const bool prior = kl && call.prior_mu.data != nullptr;
   BackwardArgs<R> a{};
@@ -309,27 +321,31 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
   }
   a.shares = {bounds_of<R>(call), static_cast<R>(call.posterior_share), static_cast<R>(call.prior_share)};
   if (call.grad_z != nullptr) a.keys = keys_of(call);
+  a.dtype = call.dtype;
   a.param = call.param;
   a.group_sums = call.group_sums;
   a.grad_z_wide = dense_is_wide(call.grad_z, g, call.K, size_of(call.dtype));
   a.grad_kl_wide = dense_is_wide(call.grad_kl, g, 1, sizeof(R));
   a.row_size = static_cast<R>(call.row_size());
-  a.grad_z = call.grad_z;
+  a.grad_z = static_cast<const char*>(call.grad_z);
   a.grad_kl_per_group = static_cast<const R*>(call.grad_kl_per_group);
   a.gate = static_cast<const R*>(call.gate);
   a.weight = static_cast<const R*>(call.weight);
   a.open = call.open;
   if (g.layout == Layout::column)
-    launch_layout<T, Layout::column>(a, kl, stream);
+    launch_layout<Layout::column>(a, kl, stream);
   else
-    launch_layout<T, Layout::row>(a, kl, stream);
+    launch_layout<Layout::row>(a, kl, stream);
 }
 
 }  // namespace
 
 cudaError_t backward(const Backward& call, cudaStream_t stream) {
   if (call.numel() == 0) return cudaSuccess;
-  with_dtype(call.dtype, [&](auto zero) { launch_backward<decltype(zero)>(call, stream); });
+  if (call.dtype == DType::f64)
+    launch_backward<double>(call, stream);
+  else
+    launch_backward<float>(call, stream);
   return cudaGetLastError();
 }
 

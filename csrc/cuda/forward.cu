@@ -44,28 +44,28 @@ __device__ __forceinline__ void write_cells(const ForwardArgs<R>& a, const Place
 }
 
 // Where a thread's vector is in the tensors, and what its KL counts.
-template <class T>
+template <class R>
 struct Position {
-  const T *mu, *scale, *prior_mu, *prior_scale;
+  const char *mu, *scale, *prior_mu, *prior_scale;
   int64_t storage, batch_row;
   int valid;
-  compute_t<T> weight;
+  R weight;
 };
 
 // One vector: reads it, draws K samples, and adds its KL to `sum` (by column; or all of it to sum[0]).
 template <class T, Layout L, bool HasKL, bool Sample, bool Plain, int kSums>
 __device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& a, const PhiloxKeys& keys,
-                                               const Place& p, const Position<T>& at, compute_t<T> (&sum)[kSums],
+                                               const Place& p, const Position<compute_t<T>>& at, compute_t<T> (&sum)[kSums],
                                                compute_t<T>& clamped) {
   using R = compute_t<T>;
   constexpr int N = kVector<T>;
   const bool prior = !Plain && HasKL && a.prior_mu.data != nullptr;
   Vector<T> mu_words, scale_words, prior_mu_words{}, prior_scale_words{};
-  mu_words.load(at.mu, a.mu.stride.i, a.mu.wide, at.valid);
-  scale_words.load(at.scale, a.scale.stride.i, a.scale.wide, at.valid);
+  mu_words.load(at.mu, a.mu.stride.i, a.mu.wide, at.valid, a.dtype);
+  scale_words.load(at.scale, a.scale.stride.i, a.scale.wide, at.valid, a.dtype);
   if (prior) {
-    prior_mu_words.load(at.prior_mu, a.prior_mu.stride.i, a.prior_mu.wide, at.valid);
-    prior_scale_words.load(at.prior_scale, a.prior_scale.stride.i, a.prior_scale.wide, at.valid);
+    prior_mu_words.load(at.prior_mu, a.prior_mu.stride.i, a.prior_mu.wide, at.valid, a.dtype);
+    prior_scale_words.load(at.prior_scale, a.prior_scale.stride.i, a.prior_scale.wide, at.valid, a.dtype);
   }
   const bool cells = !Plain && HasKL && L == Layout::column && a.g.cells == Cells::elements;
   R row_value = 0, total = 0;
@@ -91,7 +91,7 @@ __device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& 
             if (a.kl_wide && valid >= 4) {
               Vector<R> out;
               out.set_front(kl);
-              out.store(to, 1, true, 4);
+              out.store(reinterpret_cast<char*>(to), sizeof(R), true, 4, a.dtype);
             } else {
 #pragma unroll
               for (int j = 0; j < 4; ++j)
@@ -135,7 +135,7 @@ __device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& 
     };
 #pragma unroll 1
     for (int q = 0; q < N / 4; ++q) quad(q);
-    if constexpr (Sample) z.store(static_cast<T*>(a.z) + storage, 1, a.z_wide, at.valid);
+    if constexpr (Sample) z.store(a.z + storage * size_of(a.dtype), size_of(a.dtype), a.z_wide, at.valid, a.dtype);
     storage += a.numel;
   } while (Sample && ++k < a.K);
   if constexpr (HasKL && L == Layout::row) sum[0] += at.weight * total;
@@ -177,12 +177,12 @@ __global__ void __launch_bounds__(P == Path::general ? kBlock : kSmallBlock, P =
     // Threads without elements are needed where neighbours exchange numbers.
     const bool idle = b >= p.b_end || (L == Layout::column && p.tail == 0 && (P != Path::general || g.cells != Cells::elements));
     const int steps = idle ? 0 : p.steps;
-    Position<T> at{};
-    at.mu = element_of<const T>(a.mu, b, p.o, p.i);
-    at.scale = element_of<const T>(a.scale, b, p.o, p.i);
+    Position<R> at{};
+    at.mu = element_of(a.mu, b, p.o, p.i);
+    at.scale = element_of(a.scale, b, p.o, p.i);
     if (prior) {
-      at.prior_mu = element_of<const T>(a.prior_mu, b, p.o, p.i);
-      at.prior_scale = element_of<const T>(a.prior_scale, b, p.o, p.i);
+      at.prior_mu = element_of(a.prior_mu, b, p.o, p.i);
+      at.prior_scale = element_of(a.prior_scale, b, p.o, p.i);
     }
     at.storage = (b * g.O + p.o) * g.I + p.i;
     at.batch_row = g.folded ? p.o : b;
@@ -291,6 +291,7 @@ ForwardArgs<R> arguments(const Forward& call) {
   }
   a.bounds = bounds_of<R>(call);
   if (has_sample(call)) a.keys = keys_of(call);
+  a.dtype = call.dtype;
   a.param = call.param;
   a.clamp = call.clamp;
   a.penalty = call.penalty;
@@ -302,7 +303,7 @@ ForwardArgs<R> arguments(const Forward& call) {
   a.row_size = static_cast<R>(call.row_size());
   a.seed = call.seed;
   a.offset = call.offset;
-  a.z = call.z;
+  a.z = static_cast<char*>(call.z);
   a.rng_out = call.rng_out;
   a.kl = static_cast<R*>(call.kl);
   a.kl_per_group = static_cast<R*>(call.kl_per_group);
@@ -345,41 +346,50 @@ void launch(const ForwardArgs<compute_t<T>>& a, cudaStream_t stream) {
   VK_LAUNCH(kernel, grid_of(g), g.threads(), shared, stream, a);
 }
 
+// T: the element type of a plain kernel.
 template <class T, Layout L, bool HasKL, bool Sample>
-void launch_path(const ForwardArgs<compute_t<T>>& a, cudaStream_t stream) {
-  if constexpr (sizeof(T) < 8) {
-    if (a.g.plain) {
-      if constexpr (Sample) {
-        if (a.keys.state != nullptr) return launch<T, L, HasKL, Sample, Path::device>(a, stream);
-      }
-      return launch<T, L, HasKL, Sample, Path::host>(a, stream);
-    }
+void launch_plain(const ForwardArgs<float>& a, cudaStream_t stream) {
+  if constexpr (Sample) {
+    if (a.keys.state != nullptr) return launch<T, L, HasKL, Sample, Path::device>(a, stream);
   }
-  launch<T, L, HasKL, Sample, Path::general>(a, stream);
+  launch<T, L, HasKL, Sample, Path::host>(a, stream);
 }
 
-template <class T, Layout L>
-void launch_layout(const ForwardArgs<compute_t<T>>& a, bool has_kl, bool sample, cudaStream_t stream) {
+template <Layout L, bool HasKL, bool Sample, class R>
+void launch_path(const ForwardArgs<R>& a, cudaStream_t stream) {
+  if constexpr (sizeof(R) == 8) {
+    launch<double, L, HasKL, Sample, Path::general>(a, stream);
+  } else if (!a.g.plain) {
+    launch<AnyFloat, L, HasKL, Sample, Path::general>(a, stream);
+  } else if (a.dtype == DType::f32) {
+    launch_plain<float, L, HasKL, Sample>(a, stream);
+  } else if (a.dtype == DType::bf16) {
+    launch_plain<bf16, L, HasKL, Sample>(a, stream);
+  } else {
+    launch_plain<f16, L, HasKL, Sample>(a, stream);
+  }
+}
+
+template <Layout L, class R>
+void launch_layout(const ForwardArgs<R>& a, bool has_kl, bool sample, cudaStream_t stream) {
   if (!has_kl)
-    launch_path<T, L, false, true>(a, stream);
+    launch_path<L, false, true>(a, stream);
   else if (sample)
-    launch_path<T, L, true, true>(a, stream);
+    launch_path<L, true, true>(a, stream);
   else
-    launch_path<T, L, true, false>(a, stream);
+    launch_path<L, true, false>(a, stream);
 }
 
-template <class T>
+template <class R>
 void launch_forward(const Forward& call, void* scratch, unsigned* counters, bool capturing, cudaStream_t stream) {
-  using R = compute_t<T>;
   ForwardArgs<R> a = arguments<R>(call);
   const Geometry& g = a.g;
-  const bool sample = has_sample(call), column = g.layout == Layout::column;
   if (call.has_kl) take_scratch(a, scratch);
   a.counters = capturing || a.one_block() ? nullptr : counters;
-  if (column)
-    launch_layout<T, Layout::column>(a, call.has_kl, sample, stream);
+  if (g.layout == Layout::column)
+    launch_layout<Layout::column>(a, call.has_kl, has_sample(call), stream);
   else
-    launch_layout<T, Layout::row>(a, call.has_kl, sample, stream);
+    launch_layout<Layout::row>(a, call.has_kl, has_sample(call), stream);
   if (!call.has_kl || !capturing || a.one_block()) return;
   const int64_t open = a.open_tiles() + a.open_sets();
   const size_t shared = static_cast<size_t>(g.width() + g.threads()) * sizeof(R);
@@ -388,14 +398,17 @@ void launch_forward(const Forward& call, void* scratch, unsigned* counters, bool
   if (open != 1 && a.has_loss()) VK_LAUNCH(kernel, dim3(1), g.threads(), shared, stream, a, true);
 }
 
+template <class R>
+size_t scratch_size(const Forward& call) {
+  ForwardArgs<R> a = arguments<R>(call);
+  return take_scratch(a, nullptr);
+}
+
 }  // namespace
 
 size_t forward_scratch(const Forward& call) {
   if (!call.has_kl) return 0;
-  return with_dtype(call.dtype, [&](auto zero) {
-    ForwardArgs<compute_t<decltype(zero)>> a = arguments<compute_t<decltype(zero)>>(call);
-    return take_scratch(a, nullptr);
-  });
+  return call.dtype == DType::f64 ? scratch_size<double>(call) : scratch_size<float>(call);
 }
 
 cudaError_t forward(const Forward& call, void* scratch, unsigned* counters, bool capturing, cudaStream_t stream) {
@@ -403,9 +416,10 @@ cudaError_t forward(const Forward& call, void* scratch, unsigned* counters, bool
     if (call.rng_out == nullptr) return cudaSuccess;
     return write_state({call.seed, call.offset}, call.rng_out, stream);
   }
-  with_dtype(call.dtype, [&](auto zero) {
-    launch_forward<decltype(zero)>(call, scratch, counters, capturing, stream);
-  });
+  if (call.dtype == DType::f64)
+    launch_forward<double>(call, scratch, counters, capturing, stream);
+  else
+    launch_forward<float>(call, scratch, counters, capturing, stream);
   return cudaGetLastError();
 }
 

@@ -12,6 +12,7 @@ struct ForwardArgs {
   Source mu, scale, prior_mu, prior_scale;
   Bounds<R> bounds;
   Keys keys;
+  DType dtype;
   Param param;
   Clamp clamp;
   Penalty penalty;
@@ -20,7 +21,7 @@ struct ForwardArgs {
   R free_bits, row_size;  // row_size: latent elements of a batch row
   uint64_t seed, offset;  // for rng_out
 
-  void* z;
+  char* z;
   int64_t* rng_out;
   R *kl, *kl_per_group, *gate;
   uint8_t* open;

@@ -39,7 +39,7 @@ struct Geometry {
   bool aligned = true;  // no quad of normals is split between vectors
   bool plain = false;   // the quads are what element.cuh calls plain
   int64_t B = 1, O = 1, I = 1;
-  int vector = 4;  // elements per thread and step
+  int vector = 4;  // elements per thread and step: a quad, or the two that 16 bytes of a 16-bit type hold
 
   int log_tx = 0, log_ty = 0, log_tz = 0;  // threads along I, O and B
   int64_t tiles = 1;
@@ -61,8 +61,6 @@ inline constexpr int kBlock = 256;
 inline constexpr int kSmall = 1024, kSmallBlock = 512;
 // Blocks that share the sums: one wave of 256 threads with 64 registers on 132 multiprocessors.
 inline constexpr int64_t kReducingBlocks = 528;
-
-inline int vector_of(DType dtype) { return dtype == DType::bf16 || dtype == DType::f16 ? 8 : 4; }
 
 VK_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -122,7 +120,6 @@ template <size_t N>
 Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>& tensors) {
   const auto [kl, sample, reduces, plain] = purpose;
   Geometry g;
-  g.vector = vector_of(p.dtype);
   const bool column = p.S == 1 || p.groups_inner;
   g.B = p.B;
   g.O = p.S == 1 ? 1 : (column ? p.S : p.G);
@@ -133,7 +130,7 @@ Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>&
   if (!kl || (p.G == 1 && rows_alike)) {
     // No element is told from another: the longest rows that the strides allow.
     if (tensors.merge_inner(g) && tensors.merge_outer(g)) tensors.merge_inner(g);
-    g.layout = kl || g.vectors() >= 64 ? Layout::row : Layout::column;
+    g.layout = kl || g.I >= 512 ? Layout::row : Layout::column;
     if (kl && g.O != 1) {  // O counts batch rows here, which a row kernel takes for groups
       g.B = g.O;
       g.O = 1;
@@ -152,6 +149,7 @@ Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>&
   g.aligned = (g.B * g.O == 1 || g.I % 4 == 0) && (p.K <= 1 || p.numel() % 4 == 0);
   g.plain = plain && p.dtype != DType::f64 && (p.param == Param::logvar || p.param == Param::log_std) &&
             g.cells == Cells::none && (g.aligned || !sample);
+  if (g.plain && p.dtype != DType::f32) g.vector = 8;
 
   // The block. One block takes a small problem whole, if that spares it the counters.
   const int64_t vectors = g.vectors();

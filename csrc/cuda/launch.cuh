@@ -69,34 +69,33 @@ __device__ __forceinline__ void forget_shared() {
 #endif
 }
 
-// A tensor as [B, O, I]; `step` is what a thread adds per step of its loop. `wide`: 16-byte accesses are possible.
+// A tensor as [B, O, I], all distances in bytes; `step` is what a thread adds per step of its loop. `wide`: whole vectors
+// can be moved at once.
 struct Source {
-  const void* data = nullptr;
+  void* data = nullptr;
   Axes stride;
   int64_t step = 0;
   bool wide = false;
 };
 
-template <class T>
-__device__ __forceinline__ T* element_of(const Source& s, int64_t b, int64_t o, int64_t i) {
-  using Byte = std::conditional_t<std::is_const_v<T>, const void, void>;
-  return static_cast<T*>(const_cast<Byte*>(s.data)) + (b * s.stride.b + o * s.stride.o + i * s.stride.i);
+__device__ __forceinline__ char* element_of(const Source& s, int64_t b, int64_t o, int64_t i) {
+  return static_cast<char*>(s.data) + (b * s.stride.b + o * s.stride.o + i * s.stride.i);
 }
+
+VK_FN int size_of(DType dtype) { return dtype == DType::f64 ? 8 : (dtype == DType::f32 ? 4 : 2); }
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
-inline int size_of(DType dtype) { return dtype == DType::f64 ? 8 : (dtype == DType::f32 ? 4 : 2); }
-
 inline Source source_of(const void* data, const Axes& stride, const Geometry& g, DType dtype) {
-  Source s{data, stride};
   const int size = size_of(dtype);
-  s.step = g.layout == Layout::column ? g.ty() * stride.o : static_cast<int64_t>(g.tx()) * g.vector * stride.i;
-  s.wide = stride.i == 1 && aligned16(data) && (g.O == 1 || stride.o * size % 16 == 0) &&
-           (g.B == 1 || stride.b * size % 16 == 0);
+  Source s{const_cast<void*>(data), {stride.b * size, stride.o * size, stride.i * size}};
+  s.step = g.layout == Layout::column ? g.ty() * s.stride.o : static_cast<int64_t>(g.tx()) * g.vector * s.stride.i;
+  s.wide = stride.i == 1 && aligned16(data) && (g.O == 1 || s.stride.o % 16 == 0) &&
+           (g.B == 1 || s.stride.b % 16 == 0);
   return s;
 }
 
-// z, and what is dense like it, K blocks of numel elements.
+// z, and what is dense like it: K blocks of numel elements.
 inline bool dense_is_wide(const void* data, const Geometry& g, int64_t K, int size) {
   return aligned16(data) && (g.B * g.O == 1 || g.I * size % 16 == 0) && (K <= 1 || g.B * g.O * g.I * size % 16 == 0);
 }
@@ -145,17 +144,6 @@ __device__ __forceinline__ Place place_of(const Geometry& g) {
     p.steps = p.o < g.O ? p.full + (rest > 0 ? 1 : 0) : 0;
   }
   return p;
-}
-
-// Calls f(T()) for the element type.
-template <class F>
-auto with_dtype(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::f32: return f(float());
-    case DType::f64: return f(double());
-    case DType::bf16: return f(bf16());
-    default: return f(f16());
-  }
 }
 
 template <class R>

@@ -14,6 +14,8 @@ namespace vk::cuda {
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
+// Any of float, bf16 and f16, which one is known at run time: what need not be fast is compiled once for all three.
+struct AnyFloat {};
 
 // The type that elements of type T are computed in.
 template <class T>
@@ -29,7 +31,7 @@ using compute_t = typename Compute<T>::type;
 
 // Elements that one thread handles at a time: whole quads of normals, and whole 16-byte words in memory.
 template <class T>
-inline constexpr int kVector = sizeof(T) == 2 ? 8 : 4;
+inline constexpr int kVector = std::is_same_v<T, bf16> || std::is_same_v<T, f16> ? 8 : 4;
 
 template <class To, class From>
 __device__ __forceinline__ To bits_as(const From& x) {
@@ -38,11 +40,6 @@ __device__ __forceinline__ To bits_as(const From& x) {
   memcpy(&y, &x, sizeof(y));
   return y;
 }
-
-__device__ __forceinline__ float widen(float x) { return x; }
-__device__ __forceinline__ double widen(double x) { return x; }
-__device__ __forceinline__ float widen(bf16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float widen(f16 x) { return __half2float(x); }
 
 // The same number, of which the compiler knows nothing: multiples of a stride that it knew it would compute ahead of a
 // loop and keep in registers.
@@ -103,9 +100,9 @@ struct Vector {
     }
   }
 
-  // From `data`, `stride` apart, of which `valid` exist; the others read as 0. `wide`: stride is 1 and data a multiple
-  // of 16 bytes.
-  __device__ __forceinline__ void load(const T* data, int64_t stride, bool wide, int valid) {
+  // From `data`, `stride` bytes apart, of which `valid` exist; the others read as 0. `wide`: the elements are dense and
+  // data is a multiple of 16 bytes.
+  __device__ __forceinline__ void load(const char* data, int64_t stride, bool wide, int valid, DType) {
     if (wide && valid == kVector<T>) {
       const uint4* from = reinterpret_cast<const uint4*>(data);
 #pragma unroll
@@ -121,7 +118,7 @@ struct Vector {
     stride = opaque(stride);
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) {
-      const T x = i < valid ? data[i * stride] : T(0.f);
+      const T x = i < valid ? *reinterpret_cast<const T*>(data + i * stride) : T(0.f);
       if constexpr (sizeof(T) == 2) {
         const uint32_t bits = static_cast<uint32_t>(bits_as<uint16_t>(x)) << (16 * (i % 2));
         word[i / 2] = i % 2 == 0 ? bits : word[i / 2] | bits;
@@ -134,7 +131,7 @@ struct Vector {
     }
   }
 
-  __device__ __forceinline__ void store(T* data, int64_t stride, bool wide, int valid) const {
+  __device__ __forceinline__ void store(char* data, int64_t stride, bool wide, int valid, DType) const {
     if (wide && valid == kVector<T>) {
       uint4* to = reinterpret_cast<uint4*>(data);
 #pragma unroll
@@ -146,35 +143,94 @@ struct Vector {
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) {
       if (i >= valid) break;
+      T* to = reinterpret_cast<T*>(data + i * stride);
       if constexpr (sizeof(T) == 2)
-        data[i * stride] = bits_as<T>(static_cast<uint16_t>(word[i / 2] >> (16 * (i % 2))));
+        *to = bits_as<T>(static_cast<uint16_t>(word[i / 2] >> (16 * (i % 2))));
       else if constexpr (sizeof(T) == 4)
-        data[i * stride] = bits_as<float>(word[i]);
+        *to = bits_as<float>(word[i]);
       else
-        data[i * stride] = bits_as<double>(word[2 * i] | static_cast<uint64_t>(word[2 * i + 1]) << 32);
+        *to = bits_as<double>(word[2 * i] | static_cast<uint64_t>(word[2 * i + 1]) << 32);
     }
   }
 };
 
-// Four dense elements.
-template <class T>
-__device__ __forceinline__ void load_quad(const T* data, bool wide, int valid, compute_t<T> (&out)[4]) {
-  if (wide && valid >= 4) {
-    if constexpr (sizeof(T) == 2) {
-      const uint2 two = __ldg(reinterpret_cast<const uint2*>(data));
-      Vector<T> v;
-      v.word[0] = two.x;
-      v.word[1] = two.y;
-      v.front(out);
-    } else {
-      Vector<T> v;
-      v.load(data, 1, true, 4);
-      v.front(out);
-    }
-    return;
-  }
+// One quad; 16-bit types move 8 bytes at a time.
+template <>
+struct Vector<AnyFloat> {
+  float value[4];
+
+  __device__ __forceinline__ void turn() {}
+  __device__ __forceinline__ void front(float (&out)[4]) const {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) out[i] = i < valid ? widen(data[i]) : compute_t<T>(0);
-}
+    for (int i = 0; i < 4; ++i) out[i] = value[i];
+  }
+  __device__ __forceinline__ void set_front(const float (&in)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) value[i] = in[i];
+  }
+
+  __device__ __forceinline__ void load(const char* data, int64_t stride, bool wide, int valid, DType dtype) {
+    if (dtype == DType::f32) {
+      Vector<float> v;
+      v.load(data, stride, wide, valid, dtype);
+      v.front(value);
+      return;
+    }
+    uint32_t word[2];
+    if (wide && valid == 4) {
+      const uint2 two = __ldg(reinterpret_cast<const uint2*>(data));
+      word[0] = two.x;
+      word[1] = two.y;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t bits = i < valid ? *reinterpret_cast<const uint16_t*>(data + i * stride) : 0u;
+        word[i / 2] = i % 2 == 0 ? bits : word[i / 2] | bits << 16;
+      }
+    }
+    if (dtype == DType::bf16)
+      front_of<bf16>(word);
+    else
+      front_of<f16>(word);
+  }
+
+  __device__ __forceinline__ void store(char* data, int64_t stride, bool wide, int valid, DType dtype) const {
+    if (dtype == DType::f32) {
+      Vector<float> v;
+      v.set_front(value);
+      v.store(data, stride, wide, valid, dtype);
+      return;
+    }
+    uint32_t word[2];
+    if (dtype == DType::bf16)
+      words_of<bf16>(word);
+    else
+      words_of<f16>(word);
+    if (wide && valid == 4) {
+      *reinterpret_cast<uint2*>(data) = make_uint2(word[0], word[1]);
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < valid)
+        *reinterpret_cast<uint16_t*>(data + i * stride) = static_cast<uint16_t>(word[i / 2] >> (16 * (i % 2)));
+  }
+
+ private:
+  template <class T>
+  __device__ __forceinline__ void front_of(const uint32_t (&word)[2]) {
+    Vector<T> v;
+    v.word[0] = word[0];
+    v.word[1] = word[1];
+    v.front(value);
+  }
+  template <class T>
+  __device__ __forceinline__ void words_of(uint32_t (&word)[2]) const {
+    Vector<T> v;
+    v.set_front(value);
+    word[0] = v.word[0];
+    word[1] = v.word[1];
+  }
+};
 
 }  // namespace vk::cuda
