@@ -16,12 +16,10 @@
 
 // One source, three compilations, chosen at load time. Spelled as architecture levels: with single features
 // GCC leaves scalar calls and loses the fused multiply-add.
-#if !defined(VK_CLONES)
 #if VK_X86_DISPATCH
 #define VK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define VK_CLONES
-#endif
 #endif
 
 // A lambda that is inlined into the clone that calls it: out of line it would be compiled for the baseline

@@ -7,11 +7,16 @@
 
 #include "../philox.h"
 
+// Whether the instruction set is chosen at run time; 0 compiles for that of the compiler's flags alone.
+#if !defined(VK_X86_DISPATCH)
 #if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
 #define VK_X86_DISPATCH 1
-#include <immintrin.h>
 #else
 #define VK_X86_DISPATCH 0
+#endif
+#endif
+#if VK_X86_DISPATCH
+#include <immintrin.h>
 #endif
 
 namespace vk::cpu {

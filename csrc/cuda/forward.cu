@@ -24,22 +24,22 @@ __device__ __forceinline__ R clamp_quad(const ForwardArgs<R>& a, int64_t group, 
   return sum;
 }
 
-// Writes what clamp_quad found for a vector of N columns of row b.
+// Writes what clamp_quad found for a vector of N columns of row b, if there is one. Called by whole warps.
 template <int N, class R>
-__device__ __forceinline__ void write_cells(const ForwardArgs<R>& a, const Place& p, int64_t b, int valid, R sum,
-                                            unsigned open) {
+__device__ __forceinline__ void write_cells(const ForwardArgs<R>& a, const Place& p, int64_t b, bool exists,
+                                            int valid, R sum, unsigned open) {
   if (a.clamp == Clamp::sample) {
     if (a.masks != nullptr) {
       if (valid > 0) a.masks[b * a.g.vectors() + p.i / N] = static_cast<uint8_t>(open);
     } else {
       // Rows are whole bytes. Two neighbours share one where a vector is half as long.
-      if constexpr (N == 4) open |= __shfl_xor_sync(lane_mask(a.g.tx()), open, 1) << 4;
+      if constexpr (N == 4) open |= __shfl_xor_sync(0xFFFFFFFFu, open, 1) << 4;
       if (valid > 0 && p.i % 8 == 0) a.open[(b * a.groups + p.i) / 8] = static_cast<uint8_t>(open);
     }
   }
   if (a.reduction == Reduction::none) {
     const R row = lane_sum(sum, a.g.tx());
-    if (p.tx == 0) (a.row_values ? a.row_values[b * a.g.tiles + p.tile] : a.kl[b]) = row;
+    if (p.tx == 0 && exists) (a.row_values ? a.row_values[b * a.g.tiles + p.tile] : a.kl[b]) = row;
   }
 }
 
@@ -49,6 +49,7 @@ struct Position {
   const char *mu, *scale, *prior_mu, *prior_scale;
   int64_t storage, batch_row;
   int valid;
+  bool exists;  // the row
   R weight;
 };
 
@@ -99,8 +100,10 @@ __device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& 
             }
           }
           if constexpr (L == Layout::column) {
+            if (Plain || at.exists) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) sum[j] += at.weight * kl[j];
+              for (int j = 0; j < 4; ++j) sum[j] += at.weight * kl[j];
+            }
             if (cells) row_value += clamp_quad(a, p.i + 4 * q, valid, kl, 4 * q, open);
           } else if (valid >= 4) {
             total += (kl[0] + kl[1]) + (kl[2] + kl[3]);
@@ -141,7 +144,7 @@ __device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& 
   if constexpr (HasKL && L == Layout::row) sum[0] += at.weight * total;
   if (cells) {
     clamped += at.weight * row_value;
-    write_cells<N>(a, p, at.batch_row, at.valid, row_value, open);
+    write_cells<N>(a, p, at.batch_row, at.exists, at.valid, row_value, open);
   }
 }
 
@@ -174,9 +177,10 @@ __global__ void __launch_bounds__(P == Path::general ? kBlock : kSmallBlock, P =
   R clamped = 0;
   for (int64_t row = p.b_begin; row < p.b_end; row += g.tz()) {
     const int64_t b = row + p.tz;
-    // Threads without elements are needed where neighbours exchange numbers.
-    const bool idle = b >= p.b_end || (L == Layout::column && p.tail == 0 && (P != Path::general || g.cells != Cells::elements));
-    const int steps = idle ? 0 : p.steps;
+    // Where neighbours exchange numbers, all threads make the same steps, some of them without elements.
+    const bool together = P == Path::general && HasKL && g.cells == Cells::elements;
+    const bool idle = b >= p.b_end || (L == Layout::column && p.tail == 0);
+    const int steps = together ? static_cast<int>((p.to - p.from + g.ty() - 1) >> g.log_ty) : (idle ? 0 : p.steps);
     Position<R> at{};
     at.mu = element_of(a.mu, b, p.o, p.i);
     at.scale = element_of(a.scale, b, p.o, p.i);
@@ -191,7 +195,9 @@ __global__ void __launch_bounds__(P == Path::general ? kBlock : kSmallBlock, P =
     if (weighted && !g.folded && steps > 0) at.weight = a.weight[b];
     for (int step = 0; step < steps; ++step) {
       at.valid = step < p.full ? N : p.tail;
-      if (weighted && g.folded) at.weight = a.weight[at.batch_row];
+      at.exists = !together || (b < p.b_end && at.batch_row < p.to);
+      if (together && (idle || !at.exists)) at.valid = 0;
+      if (weighted && g.folded && at.exists) at.weight = a.weight[at.batch_row];
       forward_vector<T, L, HasKL, Sample, P != Path::general>(a, keys, p, at, sum, clamped);
       at.mu += a.mu.step;
       at.scale += a.scale.step;

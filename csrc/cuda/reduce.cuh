@@ -28,17 +28,10 @@ __device__ __forceinline__ R block_sum(R* shared, R value) {
   return shared[0];
 }
 
-// The warp is seen as groups of `lanes` neighbours, a power of two up to 32: the mask of the calling thread's group.
-__device__ __forceinline__ unsigned lane_mask(int lanes) {
-  const int first = static_cast<int>(threadIdx.x) & 31 & ~(lanes - 1);
-  return static_cast<unsigned>((uint64_t{1} << lanes) - 1) << first;
-}
-
-// The sum over such a group, all of which take part.
+// The sum over each group of `lanes` neighbours in a warp, a power of two. The whole warp takes part.
 template <class R>
 __device__ __forceinline__ R lane_sum(R value, int lanes) {
-  const unsigned mask = lane_mask(lanes);
-  for (int m = lanes / 2; m > 0; m /= 2) value += __shfl_xor_sync(mask, value, m);
+  for (int m = lanes / 2; m > 0; m /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, m);
   return value;
 }
 

@@ -1,0 +1,88 @@
+"""One source, several instruction sets: z and the rates are the same bits on every CPU with FMA."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import require_kernels
+
+import vaekernels as vk
+from vaekernels import _build, _native
+
+ROWS, COLS = 67, 241
+STATE = (1234567890123, 40)
+# What the library's clones are compiled for, by the name that `build_info` gives the CPU.
+LEVELS = {"baseline": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+
+
+def inputs() -> torch.Tensor:
+    mu = torch.randn(ROWS, COLS)
+    logvar = 3.0 * torch.randn(ROWS, COLS)
+    logvar[:, ::7] *= 1e-3
+    return torch.stack([mu, logvar])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory):
+    """run(level, tensors) -> (z, rate) from the kernels compiled for that level alone."""
+    require_kernels("cpu")
+    if platform.machine() != "x86_64":
+        pytest.skip(f"the levels are those of x86-64, this is {platform.machine()}")
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("g++") or shutil.which("c++") or ""]
+    if not compiler[0]:
+        pytest.skip("no C++ compiler")
+    folder = tmp_path_factory.mktemp("levels")
+    tests, csrc = Path(__file__).parent, _build.source_dir()
+    assert csrc is not None
+
+    def call(level: str, tensors: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        program = folder / level
+        if not program.exists():
+            flags = [*_build.CXX_FLAGS, f"-march={level}", "-DVK_X86_DISPATCH=0", f"-I{csrc}"]
+            sources = [str(tests / "vector_path.cpp"), str(csrc / "cpu" / "forward.cpp")]
+            subprocess.run([*compiler, *flags, *sources, "-o", str(program)], check=True)
+        result = subprocess.run(
+            [str(program), str(ROWS), str(COLS)],
+            input=tensors.numpy().tobytes(),
+            capture_output=True,
+            check=True,
+        )
+        numbers = np.frombuffer(result.stdout, dtype=np.float32)
+        return numbers[: ROWS * COLS], numbers[ROWS * COLS :]
+
+    return call
+
+
+def available(level: str) -> bool:
+    order = list(LEVELS)
+    here = _native.C.build_info()["cpu_isa"]
+    return order.index(level) <= order.index(here)
+
+
+@pytest.mark.parametrize("level", ["avx2", "avx512"])
+def test_every_level_with_fma_gives_the_bits_of_the_library(level, run):
+    if not available(level):
+        pytest.skip(f"this CPU has no {level}")
+    tensors = inputs()
+    z, rate = run(LEVELS[level], tensors)
+    ours = vk.sample_kl(*tensors, free_bits=0.25, rng=torch.tensor(STATE))
+    assert np.array_equal(z, ours.z.numpy().ravel())
+    assert np.array_equal(rate, ours.kl_per_group.numpy())
+
+
+def test_without_fma_the_numbers_agree(run):
+    tensors = inputs()
+    z, rate = run(LEVELS["baseline"], tensors)
+    ours = vk.sample_kl(*tensors, free_bits=0.25, rng=torch.tensor(STATE))
+    # 1e-5 on the normals, which sd scales
+    error = np.abs(z - ours.z.numpy().ravel()) / (1.0 + np.exp(0.5 * tensors[1].numpy().ravel()))
+    assert error.max() <= 1e-5
+    np.testing.assert_allclose(rate, ours.kl_per_group.numpy(), rtol=1e-5)
