@@ -20,7 +20,7 @@ struct Options : torch::CustomClassHolder {
   OptSymInt num_samples;
   std::optional<double> free_bits, balance;
   OptTensor free_bits_per_group, weight;
-  std::string clamp, penalty, reduction, parameterization;
+  std::string clamp = "batch", penalty = "floor", reduction = "batchmean", parameterization = "logvar";
   int64_t batch_dims = 1;
   bool group_sums = false;
   std::optional<std::vector<int64_t>> group_dims;

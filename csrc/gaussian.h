@@ -44,7 +44,7 @@ VK_FN double softplus_switch<double>() {
 }
 
 VK_FN float exp_of(float x) { return exp_parts(x).exp; }
-VK_FN double exp_of(double x) { return exp(x); }
+VK_CALL double exp_of(double x) { return exp(x); }
 
 // The scale that element s of the second tensor stands for.
 template <Param P, class R>

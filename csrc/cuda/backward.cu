@@ -1,4 +1,5 @@
-// The backward kernels: every gradient in one elementwise pass. What the forward decided is read, never decided again.
+// The backward kernels: every gradient in one elementwise pass. What the forward decided is read, never
+// decided again.
 #include "launch.cuh"
 
 namespace vk::cuda {
@@ -26,7 +27,8 @@ struct BackwardArgs {
   __host__ __device__ bool scalar_loss() const {
     return reduction != Reduction::none && reduction != Reduction::elementwise;
   }
-  // The gradient of the loss with respect to KL[b, g] is w[b] (shared[g] + row[b] open[b, g]); is there a `row`?
+  // The gradient of the loss with respect to KL[b, g] is w[b] (shared[g] + row[b] open[b, g]); is there a
+  // `row`?
   __host__ __device__ bool by_row() const {
     return grad_kl != nullptr && (reduction == Reduction::none || (scalar_loss() && clamp == Clamp::sample));
   }
@@ -42,7 +44,8 @@ __device__ __forceinline__ R loss_gain(const BackwardArgs<R>& a, R inverse_weigh
 }
 
 template <class R>
-__device__ __forceinline__ R shared_gradient(const BackwardArgs<R>& a, int64_t group, R gain, R inverse_weight) {
+__device__ __forceinline__ R shared_gradient(const BackwardArgs<R>& a, int64_t group, R gain,
+                                             R inverse_weight) {
   R shared = 0;
   if (a.grad_kl_per_group != nullptr)
     shared = a.group_sums ? a.grad_kl_per_group[group] : a.grad_kl_per_group[group] * inverse_weight;
@@ -73,7 +76,9 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
     prior_mu_words.load(at.prior_mu, a.prior_mu.stride.i, a.prior_mu.wide, at.valid, a.dtype);
     prior_scale_words.load(at.prior_scale, a.prior_scale.stride.i, a.prior_scale.wide, at.valid, a.dtype);
   }
-  if (Plain && Sample) grad_words.load(a.grad_z + at.storage * size_of(a.dtype), size_of(a.dtype), a.grad_z_wide, at.valid, a.dtype);
+  if (Plain && Sample)
+    grad_words.load(a.grad_z + at.storage * size_of(a.dtype), size_of(a.dtype), a.grad_z_wide, at.valid,
+                    a.dtype);
 
   R weight = 1, row_gain = 0;
   unsigned open = ~0u;
@@ -110,7 +115,8 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
       int64_t storage = at.storage + 4 * q;
       for (int64_t k = 0; k < a.K; ++k) {
         R grad[4], eps[4];
-        grad_words.load(a.grad_z + storage * size_of(a.dtype), size_of(a.dtype), a.grad_z_wide, at.valid, a.dtype);
+        grad_words.load(a.grad_z + storage * size_of(a.dtype), size_of(a.dtype), a.grad_z_wide, at.valid,
+                        a.dtype);
         grad_words.front(grad);
         normals(keys, static_cast<uint64_t>(storage), a.g.aligned, eps);
 #pragma unroll
@@ -131,7 +137,8 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
       if (!Plain && a.grad_kl != nullptr && a.reduction == Reduction::elementwise) {
         R grad[4];
         Vector<R> grad_kl;
-        grad_kl.load(reinterpret_cast<const char*>(a.grad_kl + at.storage), sizeof(R), a.grad_kl_wide, at.valid, a.dtype);
+        grad_kl.load(reinterpret_cast<const char*>(a.grad_kl + at.storage), sizeof(R), a.grad_kl_wide,
+                     at.valid, a.dtype);
         grad_kl.front(grad);
 #pragma unroll
         for (int j = 0; j < 4; ++j) c[j] += grad[j];
@@ -166,7 +173,8 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
   scale_words.store(at.grad_scale, a.grad_scale.stride.i, a.grad_scale.wide, at.valid, a.dtype);
   if (prior && a.grad_prior_mu.data != nullptr) {
     prior_mu_words.store(at.grad_prior_mu, a.grad_prior_mu.stride.i, a.grad_prior_mu.wide, at.valid, a.dtype);
-    prior_scale_words.store(at.grad_prior_scale, a.grad_prior_scale.stride.i, a.grad_prior_scale.wide, at.valid, a.dtype);
+    prior_scale_words.store(at.grad_prior_scale, a.grad_prior_scale.stride.i, a.grad_prior_scale.wide,
+                            at.valid, a.dtype);
   }
 }
 
@@ -294,7 +302,8 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
   a.reduction = call.reduction;
   a.grad_kl = static_cast<const R*>(call.grad_kl);
   const bool sample = !kl || call.grad_z != nullptr;
-  const bool by_cell = kl && (a.by_row() || (a.grad_kl != nullptr && call.reduction == Reduction::elementwise));
+  const bool by_cell =
+      kl && (a.by_row() || (a.grad_kl != nullptr && call.reduction == Reduction::elementwise));
   const Purpose purpose{kl, sample, false, !prior && !by_cell && !(sample && a.K != 1)};
   if (out_prior)
     a.g = geometry_of(call, purpose,

@@ -23,8 +23,8 @@ bool capturing(cudaStream_t stream) {
 
 // The state of the next call. Under its lock, since a generator is shared between threads.
 at::PhiloxCudaState next_state(const std::optional<at::Generator>& generator) {
-  auto* gen = at::get_generator_or_default<at::CUDAGeneratorImpl>(generator,
-                                                                  at::cuda::detail::getDefaultCUDAGenerator());
+  auto* gen = at::get_generator_or_default<at::CUDAGeneratorImpl>(
+      generator, at::cuda::detail::getDefaultCUDAGenerator());
   const std::lock_guard<std::mutex> lock(gen->mutex_);
   return gen->philox_cuda_state(4);
 }
@@ -44,11 +44,13 @@ void write_state(const at::PhiloxCudaState& state, at::Tensor& out, cudaStream_t
   C10_CUDA_CHECK(cuda::write_state(source, out.mutable_data_ptr<int64_t>(), stream));
 }
 
-// Counters for the stream: zero before and after every call, because calls on one stream follow each other. A capture
-// never uses them, so an abandoned one leaves nothing behind. Made once per stream and kept: a few pages in all.
+// Counters for the stream: zero before and after every call, because calls on one stream follow each other. A
+// capture never uses them, so an abandoned one leaves nothing behind. Made once per stream and kept: a few
+// pages in all.
 unsigned* counters_for(const at::Tensor& like, c10::cuda::CUDAStream stream) {
   static std::mutex mutex;
-  static auto* made = new std::map<std::pair<c10::DeviceIndex, cudaStream_t>, at::Tensor>();  // outlives CUDA's teardown
+  static auto* made =
+      new std::map<std::pair<c10::DeviceIndex, cudaStream_t>, at::Tensor>();  // outlives CUDA's teardown
   const std::lock_guard<std::mutex> lock(mutex);
   at::Tensor& counters = (*made)[{stream.device_index(), stream.stream()}];
   if (!counters.defined())
@@ -64,7 +66,8 @@ struct CudaBackend {
     return out;
   }
 
-  static at::Tensor draw(Forward& call, const at::Tensor& like, const std::optional<at::Generator>& generator) {
+  static at::Tensor draw(Forward& call, const at::Tensor& like,
+                         const std::optional<at::Generator>& generator) {
     const c10::DeviceGuard guard(like.device());
     at::Tensor out = empty_state(like);
     const at::PhiloxCudaState state = next_state(generator);
@@ -90,7 +93,8 @@ struct CudaBackend {
     at::Tensor scratch;
     if (bytes > 0) scratch = at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
     unsigned* counters = captured || !call.has_kl ? nullptr : counters_for(like, stream);
-    C10_CUDA_CHECK(cuda::forward(call, bytes > 0 ? scratch.mutable_data_ptr() : nullptr, counters, captured, stream));
+    C10_CUDA_CHECK(
+        cuda::forward(call, bytes > 0 ? scratch.mutable_data_ptr() : nullptr, counters, captured, stream));
   }
 
   static void backward(const Backward& call, const at::Tensor& like) {

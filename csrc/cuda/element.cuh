@@ -1,9 +1,9 @@
 // A quad of elements: its normals, its samples and KL, its gradients.
 //
-// Quads come in two kinds. Plain ones (float32 arithmetic, a scale given by its logarithm, N(0, I), normals that begin
-// with a quad, sums over the batch) are what most calls consist of, and are unrolled. All others go element by element
-// through one copy of their code: the arrays turn by one place per round, so that every index is a constant and nothing
-// leaves the registers.
+// Quads come in two kinds. Plain ones (float32 arithmetic, a scale given by its logarithm, N(0, I), normals
+// that begin with a quad, sums over the batch) are what most calls consist of, and are unrolled. All others
+// go element by element through one copy of their code: the arrays turn by one place per round, so that every
+// index is a constant and nothing leaves the registers.
 #pragma once
 
 #include <type_traits>
@@ -77,7 +77,8 @@ struct Sampled {
 };
 
 template <Param P, bool HasKL, class R>
-__device__ __forceinline__ Sampled<R> sampled(R mu, R s, R prior_mu, R prior_s, bool prior, const Bounds<R>& bounds) {
+__device__ __forceinline__ Sampled<R> sampled(R mu, R s, R prior_mu, R prior_s, bool prior,
+                                              const Bounds<R>& bounds) {
   const Posterior<R> q = posterior_of<P>(scale_of<P>(s), bounds);
   if constexpr (!HasKL) return {q.sd, R(0)};
   if (prior) return {q.sd, kl_prior(prior_of<P>(mu, q.x, prior_mu, scale_of<P>(prior_s)))};
@@ -86,8 +87,8 @@ __device__ __forceinline__ Sampled<R> sampled(R mu, R s, R prior_mu, R prior_s, 
 
 // In: the second tensor's elements in sd; out: the standard deviations, and the KL where it is wanted.
 template <bool Plain, bool HasKL, class R>
-__device__ __forceinline__ void sample_and_kl(Param param, const Bounds<R>& bounds, bool prior, R (&mu)[4], R (&sd)[4],
-                                              R (&prior_mu)[4], R (&prior_s)[4], R (&kl)[4]) {
+__device__ __forceinline__ void sample_and_kl(Param param, const Bounds<R>& bounds, bool prior, R (&mu)[4],
+                                              R (&sd)[4], R (&prior_mu)[4], R (&prior_s)[4], R (&kl)[4]) {
   const R slope = log_slope<R>(param);
   if constexpr (Plain) {
 #pragma unroll
@@ -101,7 +102,8 @@ __device__ __forceinline__ void sample_and_kl(Param param, const Bounds<R>& boun
     for (int j = 0; j < 4; ++j) {
       Sampled<R> e;
       if (by_logarithm(param))
-        e = sampled<Param::log_std, HasKL>(mu[0], sd[0] * slope, prior_mu[0], prior_s[0] * slope, prior, bounds);
+        e = sampled<Param::log_std, HasKL>(mu[0], sd[0] * slope, prior_mu[0], prior_s[0] * slope, prior,
+                                           bounds);
       else if (param == Param::std)
         e = sampled<Param::std, HasKL>(mu[0], sd[0], prior_mu[0], prior_s[0], prior, bounds);
       else
@@ -134,15 +136,15 @@ __device__ __forceinline__ ElementGradients<R> gradients(R mu, R s, R prior_mu, 
 
 // In: the elements; out: their gradients. sum, noise and c as in gaussian.h.
 template <bool Plain, bool HasKL, class R>
-__device__ __forceinline__ void quad_gradients(Param param, const Shares<R>& shares, bool prior, R (&mu)[4], R (&s)[4],
-                                               R (&prior_mu)[4], R (&prior_s)[4], R (&sum)[4], R (&noise)[4],
-                                               R (&c)[4]) {
+__device__ __forceinline__ void quad_gradients(Param param, const Shares<R>& shares, bool prior, R (&mu)[4],
+                                               R (&s)[4], R (&prior_mu)[4], R (&prior_s)[4], R (&sum)[4],
+                                               R (&noise)[4], R (&c)[4]) {
   const R slope = log_slope<R>(param);
   if constexpr (Plain) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const ElementGradients<R> e = gradients<Param::log_std, HasKL>(mu[j], s[j] * slope, R(0), R(0), false, shares,
-                                                                     sum[j], noise[j], c[j]);
+      const ElementGradients<R> e = gradients<Param::log_std, HasKL>(mu[j], s[j] * slope, R(0), R(0), false,
+                                                                     shares, sum[j], noise[j], c[j]);
       mu[j] = e.mu;
       s[j] = e.scale * slope;
     }
@@ -151,15 +153,16 @@ __device__ __forceinline__ void quad_gradients(Param param, const Shares<R>& sha
     for (int j = 0; j < 4; ++j) {
       ElementGradients<R> e;
       if (by_logarithm(param)) {
-        e = gradients<Param::log_std, HasKL>(mu[0], s[0] * slope, prior_mu[0], prior_s[0] * slope, prior, shares,
-                                             sum[0], noise[0], c[0]);
+        e = gradients<Param::log_std, HasKL>(mu[0], s[0] * slope, prior_mu[0], prior_s[0] * slope, prior,
+                                             shares, sum[0], noise[0], c[0]);
         e.scale *= slope;
         e.prior_scale *= slope;
       } else if (param == Param::std) {
-        e = gradients<Param::std, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, sum[0], noise[0], c[0]);
+        e = gradients<Param::std, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, sum[0],
+                                         noise[0], c[0]);
       } else {
-        e = gradients<Param::softplus, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, sum[0], noise[0],
-                                              c[0]);
+        e = gradients<Param::softplus, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, sum[0],
+                                              noise[0], c[0]);
       }
       turn(mu, e.mu);
       turn(s, e.scale);

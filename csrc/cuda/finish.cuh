@@ -1,5 +1,5 @@
-// From the blocks' sums to the results: rows, tiles of groups, the loss. Run by the blocks that arrive last, or by a
-// kernel of their own; the same code in the same order either way.
+// From the blocks' sums to the results: rows, tiles of groups, the loss. Run by the blocks that arrive last,
+// or by a kernel of their own; the same code in the same order either way.
 #pragma once
 
 #include "forward.cuh"
@@ -10,7 +10,8 @@ namespace vk::cuda {
 // Shared memory of a block that reduces: a flag, then numbers.
 inline constexpr int kFlagBytes = 16;
 
-// A threshold that may not be one (negative, NaN) makes the value NaN: device memory cannot be checked beforehand.
+// A threshold that may not be one (negative, NaN) makes the value NaN: device memory cannot be checked
+// beforehand.
 template <class R>
 struct FreeBits {
   R lambda;
@@ -59,7 +60,8 @@ __device__ void gather_tile(const ForwardArgs<R>& a, int64_t tile, R* sums) {
     const int column = base + threadIdx.x % across;
     R sum = 0;
 #pragma unroll 8
-    for (int part = threadIdx.x / across; part < parts; part += down) sum += __ldcg(from + int64_t{part} * width + column);
+    for (int part = threadIdx.x / across; part < parts; part += down)
+      sum += __ldcg(from + int64_t{part} * width + column);
     // `down` rows of `across`, or (down = 1) one piece of a wider row.
     sums[base + threadIdx.x] = sum;
   }
@@ -90,8 +92,8 @@ __device__ R finish_tile(const ForwardArgs<R>& a, int64_t tile, R weight, R* sum
   return block_sum(sums, loss);
 }
 
-// Completes the rows of a set: their values from the parts of several blocks, their open bits, and returns the sum of
-// their values for the loss.
+// Completes the rows of a set: their values from the parts of several blocks, their open bits, and returns
+// the sum of their values for the loss.
 template <class R>
 __device__ R finish_rows(const ForwardArgs<R>& a, int64_t set, R* shared) {
   const int64_t step = a.g.folded ? a.g.split_length : a.g.chunk_rows;
@@ -167,10 +169,11 @@ __device__ void finish_loss(const ForwardArgs<R>& a, R* shared) {
   a.kl[0] = a.reduction == Reduction::mean ? sum / a.row_size : sum;
 }
 
-// What is left to do once a block has its sums in sums[0 .. width): hand them on, and finish what it completes.
-// `clamped`: this thread's share of a loss of clamped elements.
+// What is left to do once a block has its sums in sums[0 .. width): hand them on, and finish what it
+// completes. `clamped`: this thread's share of a loss of clamped elements.
 template <class R>
-__device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile, int part, R clamped, int* flag, R* sums) {
+__device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile, int part, R clamped,
+                                          int* flag, R* sums) {
   const int width = a.g.width(), parts = a.g.parts();
   const int64_t block = tile * parts + part;
   const bool counting = a.counters != nullptr;
@@ -199,7 +202,8 @@ __device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile,
     }
   }
   const int64_t tile_counter = 1 + static_cast<int64_t>(kCounters) / 2 + tile;
-  if (parts == 1 || (counting && block_arrives_last(a.counters + tile_counter, static_cast<unsigned>(parts), flag))) {
+  if (parts == 1 ||
+      (counting && block_arrives_last(a.counters + tile_counter, static_cast<unsigned>(parts), flag))) {
     if (parts > 1) gather_tile(a, tile, sums);
     const R weight = total_weight(a, tile, behind);
     const R share = finish_tile(a, tile, weight, sums);
@@ -212,8 +216,8 @@ __device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile,
   }
 }
 
-// Does for a captured launch what the last blocks do otherwise, with as many threads: a block for each tile and each
-// set of rows that is not complete yet, then (`loss`) one block for the loss.
+// Does for a captured launch what the last blocks do otherwise, with as many threads: a block for each tile
+// and each set of rows that is not complete yet, then (`loss`) one block for the loss.
 template <class R>
 __global__ void __launch_bounds__(1024) finish_kernel(const __grid_constant__ ForwardArgs<R> a, bool loss) {
   VK_SHARED(shared);

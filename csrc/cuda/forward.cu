@@ -4,11 +4,11 @@
 namespace vk::cuda {
 namespace {
 
-// Free bits on a quad of cells that are single elements, the first of them in `group`: returns the sum of their values
-// and adds their open bits to `open` from bit `at` on.
+// Free bits on a quad of cells that are single elements, the first of them in `group`: returns the sum of
+// their values and adds their open bits to `open` from bit `at` on.
 template <class R>
-__device__ __forceinline__ R clamp_quad(const ForwardArgs<R>& a, int64_t group, int valid, const R (&kl)[4], int at,
-                                        unsigned& open) {
+__device__ __forceinline__ R clamp_quad(const ForwardArgs<R>& a, int64_t group, int valid, const R (&kl)[4],
+                                        int at, unsigned& open) {
   R sum = 0;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
@@ -56,8 +56,8 @@ struct Position {
 // One vector: reads it, draws K samples, and adds its KL to `sum` (by column; or all of it to sum[0]).
 template <class T, Layout L, bool HasKL, bool Sample, bool Plain, int kSums>
 __device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& a, const PhiloxKeys& keys,
-                                               const Place& p, const Position<compute_t<T>>& at, compute_t<T> (&sum)[kSums],
-                                               compute_t<T>& clamped) {
+                                               const Place& p, const Position<compute_t<T>>& at,
+                                               compute_t<T> (&sum)[kSums], compute_t<T>& clamped) {
   using R = compute_t<T>;
   constexpr int N = kVector<T>;
   const bool prior = !Plain && HasKL && a.prior_mu.data != nullptr;
@@ -138,7 +138,8 @@ __device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& 
     };
 #pragma unroll 1
     for (int q = 0; q < N / 4; ++q) quad(q);
-    if constexpr (Sample) z.store(a.z + storage * size_of(a.dtype), size_of(a.dtype), a.z_wide, at.valid, a.dtype);
+    if constexpr (Sample)
+      z.store(a.z + storage * size_of(a.dtype), size_of(a.dtype), a.z_wide, at.valid, a.dtype);
     storage += a.numel;
   } while (Sample && ++k < a.K);
   if constexpr (HasKL && L == Layout::row) sum[0] += at.weight * total;
@@ -180,7 +181,8 @@ __global__ void __launch_bounds__(P == Path::general ? kBlock : kSmallBlock, P =
     // Where neighbours exchange numbers, all threads make the same steps, some of them without elements.
     const bool together = P == Path::general && HasKL && g.cells == Cells::elements;
     const bool idle = b >= p.b_end || (L == Layout::column && p.tail == 0);
-    const int steps = together ? static_cast<int>((p.to - p.from + g.ty() - 1) >> g.log_ty) : (idle ? 0 : p.steps);
+    const int steps =
+        together ? static_cast<int>((p.to - p.from + g.ty() - 1) >> g.log_ty) : (idle ? 0 : p.steps);
     Position<R> at{};
     at.mu = element_of(a.mu, b, p.o, p.i);
     at.scale = element_of(a.scale, b, p.o, p.i);
@@ -387,7 +389,8 @@ void launch_layout(const ForwardArgs<R>& a, bool has_kl, bool sample, cudaStream
 }
 
 template <class R>
-void launch_forward(const Forward& call, void* scratch, unsigned* counters, bool capturing, cudaStream_t stream) {
+void launch_forward(const Forward& call, void* scratch, unsigned* counters, bool capturing,
+                    cudaStream_t stream) {
   ForwardArgs<R> a = arguments<R>(call);
   const Geometry& g = a.g;
   if (call.has_kl) take_scratch(a, scratch);
@@ -417,7 +420,8 @@ size_t forward_scratch(const Forward& call) {
   return call.dtype == DType::f64 ? scratch_size<double>(call) : scratch_size<float>(call);
 }
 
-cudaError_t forward(const Forward& call, void* scratch, unsigned* counters, bool capturing, cudaStream_t stream) {
+cudaError_t forward(const Forward& call, void* scratch, unsigned* counters, bool capturing,
+                    cudaStream_t stream) {
   if (!call.has_kl && !has_sample(call)) {
     if (call.rng_out == nullptr) return cudaSuccess;
     return write_state({call.seed, call.offset}, call.rng_out, stream);

@@ -28,12 +28,12 @@ struct ForwardArgs {
   const R *weight, *free_bits_per_group;
 
   // Scratch memory, each part present only where it is needed.
-  R* sums;        // [tile, part, width] weighted sums of the KL
-  R* weights;     // [tile, part] sums of weights
-  R* losses;      // one for each tile, block or set of rows: what the loss is added up from
-  R* row_values;  // [row, tile] clamped values of rows that several tiles share
-  R* cells;       // [row, group, split]
-  uint8_t* masks; // [row, vector] open bits that no byte of `open` can take directly
+  R* sums;         // [tile, part, width] weighted sums of the KL
+  R* weights;      // [tile, part] sums of weights
+  R* losses;       // one for each tile, block or set of rows: what the loss is added up from
+  R* row_values;   // [row, tile] clamped values of rows that several tiles share
+  R* cells;        // [row, group, split]
+  uint8_t* masks;  // [row, vector] open bits that no byte of `open` can take directly
 
   unsigned* counters;  // null: a second kernel finishes the sums
 
@@ -41,8 +41,12 @@ struct ForwardArgs {
   __host__ __device__ bool has_loss() const {
     return reduction != Reduction::none && reduction != Reduction::elementwise;
   }
-  __host__ __device__ bool clamps_elements() const { return g.cells == Cells::elements && clamp == Clamp::sample; }
-  __host__ __device__ bool clamps_cells() const { return g.cells == Cells::scratch && clamp == Clamp::sample; }
+  __host__ __device__ bool clamps_elements() const {
+    return g.cells == Cells::elements && clamp == Clamp::sample;
+  }
+  __host__ __device__ bool clamps_cells() const {
+    return g.cells == Cells::scratch && clamp == Clamp::sample;
+  }
   // What the loss is added up from.
   __host__ __device__ int64_t loss_count() const {
     return clamps_elements() ? g.tiles * g.parts() : (clamps_cells() ? g.row_sets() : g.tiles);
@@ -56,7 +60,9 @@ struct ForwardArgs {
   __host__ __device__ int64_t arrivals() const { return g.tiles + (finishes_rows() ? g.row_sets() : 0); }
   // What the first kernel leaves unfinished when it may not count.
   __host__ __device__ int64_t open_tiles() const { return g.parts() > 1 ? g.tiles : 0; }
-  __host__ __device__ int64_t open_sets() const { return finishes_rows() && row_writers() > 1 ? g.row_sets() : 0; }
+  __host__ __device__ int64_t open_sets() const {
+    return finishes_rows() && row_writers() > 1 ? g.row_sets() : 0;
+  }
 };
 
 }  // namespace vk::cuda

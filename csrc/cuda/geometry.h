@@ -1,10 +1,12 @@
-// How a problem is cut for the GPU: which axis a thread runs along, what a block owns, how many blocks there are.
+// How a problem is cut for the GPU: which axis a thread runs along, what a block owns, how many blocks there
+// are.
 //
-// z's storage is seen as [B, O, I], I innermost. A block owns a tile of groups, so that their sums need no other
-// block but those that share the tile:
+// z's storage is seen as [B, O, I], I innermost. A block owns a tile of groups, so that their sums need no
+// other block but those that share the tile:
 //   column  groups lie along I (and, for [B, D], O counts the batch rows): a thread keeps a vector of columns
 //           and runs along O;
-//   row     a group is a row: threads share a row and run along I. Without a KL there are no groups, and a whole
+//   row     a group is a row: threads share a row and run along I. Without a KL there are no groups, and a
+//   whole
 //           tensor may be one row.
 // Everything here depends on the problem alone, not on the GPU, so sums come out bit-equal on all of them.
 #pragma once
@@ -43,7 +45,7 @@ struct Geometry {
 
   int log_tx = 0, log_ty = 0, log_tz = 0;  // threads along I, O and B
   int64_t tiles = 1;
-  int chunks = 1, splits = 1;              // parts of a tile: pieces of B, and pieces of the axis run along
+  int chunks = 1, splits = 1;  // parts of a tile: pieces of B, and pieces of the axis run along
   int64_t chunk_rows = 1, split_length = 1;
 
   VK_FN int tx() const { return 1 << log_tx; }
@@ -52,7 +54,9 @@ struct Geometry {
   VK_FN int threads() const { return tx() * ty() * tz(); }
   VK_FN int parts() const { return chunks * splits; }
   VK_FN int width() const { return layout == Layout::column ? tx() * vector : ty(); }  // groups in a tile
-  VK_FN int64_t row_sets() const { return folded ? splits : chunks; }  // batch rows that are finished together
+  VK_FN int64_t row_sets() const {
+    return folded ? splits : chunks;
+  }  // batch rows that are finished together
   VK_FN int64_t vectors() const { return (I + vector - 1) / vector; }
 };
 
@@ -113,7 +117,7 @@ struct Purpose {
   bool kl = false;       // groups matter
   bool sample = false;   // normals are drawn
   bool reduces = false;  // blocks add up what they found
-  bool plain = false;    // nothing that Geometry::plain does not settle itself keeps the quads from being plain
+  bool plain = false;  // nothing that Geometry::plain does not settle itself keeps the quads from being plain
 };
 
 template <size_t N>
@@ -170,7 +174,8 @@ Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>&
   }
   g.tiles = std::max<int64_t>(g.tiles, 1);
 
-  // The parts of a tile. Few parts make long loops, many make a long last sum: the balance lies near the root.
+  // The parts of a tile. Few parts make long loops, many make a long last sum: the balance lies near the
+  // root.
   const int64_t along = g.layout == Layout::column ? g.O : g.I;
   const int64_t step = g.layout == Layout::column ? g.ty() : static_cast<int64_t>(g.tx()) * g.vector;
   const int64_t steps = std::max<int64_t>(1, ceil_div(along, step));
@@ -178,7 +183,8 @@ Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>&
   const int64_t all = steps * row_steps;
   int64_t parts;
   if (reduces)
-    parts = std::min(kReducingBlocks / g.tiles, static_cast<int64_t>(11 * std::sqrt(static_cast<double>(all))));
+    parts =
+        std::min(kReducingBlocks / g.tiles, static_cast<int64_t>(11 * std::sqrt(static_cast<double>(all))));
   else
     parts = std::min<int64_t>(std::max(ceil_div(4 * kReducingBlocks, g.tiles), ceil_div(all, 4)), 65535);
   parts = one_block && g.tiles == 1 ? 1 : std::clamp<int64_t>(parts, 1, all);

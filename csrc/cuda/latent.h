@@ -14,17 +14,20 @@ namespace vk::cuda {
 // that may run at the same time need counters of their own.
 inline constexpr size_t kCounters = 4096;
 
-// Bytes of scratch memory for `forward`, 16-byte aligned, needed until the kernel has run; contents do not matter.
+// Bytes of scratch memory for `forward`, 16-byte aligned, needed until the kernel has run; contents do not
+// matter.
 size_t forward_scratch(const Forward& call);
 
-// One launch. With `capturing`, no counter is touched and up to two small launches finish the sums in the same order,
-// so that a graph may be replayed on any stream and a capture may be abandoned.
-cudaError_t forward(const Forward& call, void* scratch, unsigned* counters, bool capturing, cudaStream_t stream);
+// One launch. With `capturing`, no counter is touched and up to two small launches finish the sums in the
+// same order, so that a graph may be replayed on any stream and a capture may be abandoned.
+cudaError_t forward(const Forward& call, void* scratch, unsigned* counters, bool capturing,
+                    cudaStream_t stream);
 
 // One launch.
 cudaError_t backward(const Backward& call, cudaStream_t stream);
 
-// A random state with parts on the host or, where the pointers are set, on the device; `step` is added to the offset.
+// A random state with parts on the host or, where the pointers are set, on the device; `step` is added to the
+// offset.
 struct StateSource {
   uint64_t seed = 0, offset = 0;
   const int64_t* seed_data = nullptr;
@@ -36,6 +39,7 @@ struct StateSource {
 cudaError_t write_state(const StateSource& source, int64_t* state, cudaStream_t stream);
 
 // Word i of `words` is word i % 4 of quad first_quad + i / 4.
-cudaError_t philox_words(const int64_t* state, uint64_t first_quad, int64_t n, int64_t* words, cudaStream_t stream);
+cudaError_t philox_words(const int64_t* state, uint64_t first_quad, int64_t n, int64_t* words,
+                         cudaStream_t stream);
 
 }  // namespace vk::cuda

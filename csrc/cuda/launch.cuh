@@ -1,4 +1,5 @@
-// What forward.cu and backward.cu share: the launch, shared memory, and a call's tensors as a kernel reads them.
+// What forward.cu and backward.cu share: the launch, shared memory, and a call's tensors as a kernel reads
+// them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,9 +12,11 @@
 #include "latent.h"
 #include "vector.cuh"
 
-// The two places where a kernel touches the CUDA runtime. A build that runs the kernels on the CPU defines its own.
+// The two places where a kernel touches the CUDA runtime. A build that runs the kernels on the CPU defines
+// its own.
 #if !defined(VK_LAUNCH)
-#define VK_LAUNCH(kernel, grid, block, shared, stream, ...) kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
+#define VK_LAUNCH(kernel, grid, block, shared, stream, ...) \
+  kernel<<<grid, block, shared, stream>>>(__VA_ARGS__)
 #define VK_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
 #endif
 
@@ -45,8 +48,8 @@ VK_FN constexpr int key_bytes() {
   return Sample && P != Path::host ? kKeyBytes : 0;
 }
 
-// The round keys as the kernel reads them: parameters, or a copy in shared memory, where reading them costs 1.5
-// instructions per element and keeps no registers.
+// The round keys as the kernel reads them: parameters, or a copy in shared memory, where reading them
+// costs 1.5 instructions per element and keeps no registers.
 template <Path P>
 __device__ __forceinline__ const PhiloxKeys& keys_for(const Keys& keys, unsigned char* shared) {
   if constexpr (P == Path::host) {
@@ -69,8 +72,8 @@ __device__ __forceinline__ void forget_shared() {
 #endif
 }
 
-// A tensor as [B, O, I], all distances in bytes; `step` is what a thread adds per step of its loop. `wide`: whole vectors
-// can be moved at once.
+// A tensor as [B, O, I], all distances in bytes; `step` is what a thread adds per step of its loop. `wide`:
+// whole vectors can be moved at once.
 struct Source {
   void* data = nullptr;
   Axes stride;
@@ -89,7 +92,8 @@ inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 1
 inline Source source_of(const void* data, const Axes& stride, const Geometry& g, DType dtype) {
   const int size = size_of(dtype);
   Source s{const_cast<void*>(data), {stride.b * size, stride.o * size, stride.i * size}};
-  s.step = g.layout == Layout::column ? g.ty() * s.stride.o : static_cast<int64_t>(g.tx()) * g.vector * s.stride.i;
+  s.step =
+      g.layout == Layout::column ? g.ty() * s.stride.o : static_cast<int64_t>(g.tx()) * g.vector * s.stride.i;
   s.wide = stride.i == 1 && aligned16(data) && (g.O == 1 || s.stride.o % 16 == 0) &&
            (g.B == 1 || s.stride.b % 16 == 0);
   return s;
@@ -97,7 +101,8 @@ inline Source source_of(const void* data, const Axes& stride, const Geometry& g,
 
 // z, and what is dense like it: K blocks of numel elements.
 inline bool dense_is_wide(const void* data, const Geometry& g, int64_t K, int size) {
-  return aligned16(data) && (g.B * g.O == 1 || g.I * size % 16 == 0) && (K <= 1 || g.B * g.O * g.I * size % 16 == 0);
+  return aligned16(data) && (g.B * g.O == 1 || g.I * size % 16 == 0) &&
+         (K <= 1 || g.B * g.O * g.I * size % 16 == 0);
 }
 
 // The part of the problem that a block owns, and the place of a thread in it.
@@ -105,11 +110,11 @@ struct Place {
   int tx, ty, tz;
   int64_t tile;
   int part, chunk, split;
-  int64_t b_begin, b_end;      // batch rows of the chunk
-  int64_t from, to;            // of the axis that threads run along: O in columns, I in rows
-  int64_t o, i;                // where this thread starts
-  int steps, full;             // how often it steps, and how often with a full vector
-  int tail;                    // valid elements of the vectors that are not full
+  int64_t b_begin, b_end;  // batch rows of the chunk
+  int64_t from, to;        // of the axis that threads run along: O in columns, I in rows
+  int64_t o, i;            // where this thread starts
+  int steps, full;         // how often it steps, and how often with a full vector
+  int tail;                // valid elements of the vectors that are not full
 };
 
 template <Layout L, int N>
@@ -151,6 +156,8 @@ Bounds<R> bounds_of(const Problem& p) {
   return {static_cast<R>(0.5 * p.lo), static_cast<R>(0.5 * p.hi)};
 }
 
-inline dim3 grid_of(const Geometry& g) { return dim3(static_cast<unsigned>(g.tiles), static_cast<unsigned>(g.parts())); }
+inline dim3 grid_of(const Geometry& g) {
+  return dim3(static_cast<unsigned>(g.tiles), static_cast<unsigned>(g.parts()));
+}
 
 }  // namespace vk::cuda

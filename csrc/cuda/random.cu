@@ -31,10 +31,12 @@ cudaError_t write_state(const StateSource& source, int64_t* state, cudaStream_t 
   return cudaGetLastError();
 }
 
-cudaError_t philox_words(const int64_t* state, uint64_t first_quad, int64_t n, int64_t* words, cudaStream_t stream) {
+cudaError_t philox_words(const int64_t* state, uint64_t first_quad, int64_t n, int64_t* words,
+                         cudaStream_t stream) {
   if (n == 0) return cudaSuccess;
   const int64_t blocks = std::min<int64_t>(ceil_div(ceil_div(n, 4), kBlock), 4 * kReducingBlocks);
-  VK_LAUNCH(words_kernel, dim3(static_cast<unsigned>(blocks)), kBlock, 0, stream, state, first_quad, n, words);
+  VK_LAUNCH(words_kernel, dim3(static_cast<unsigned>(blocks)), kBlock, 0, stream, state, first_quad, n,
+            words);
   return cudaGetLastError();
 }
 

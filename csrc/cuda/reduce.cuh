@@ -8,8 +8,8 @@
 
 namespace vk::cuda {
 
-// Adds the `height` rows of a row-major [height, width] matrix in shared memory into its first row. height is a power
-// of two. Called by all threads of the block, after a barrier; ends with one.
+// Adds the `height` rows of a row-major [height, width] matrix in shared memory into its first row. height is
+// a power of two. Called by all threads of the block, after a barrier; ends with one.
 template <class R>
 __device__ __forceinline__ void sum_rows(R* matrix, int width, int height) {
   for (int half = height / 2; half > 0; half /= 2) {
@@ -35,8 +35,8 @@ __device__ __forceinline__ R lane_sum(R value, int lanes) {
   return value;
 }
 
-// Counts an arrival and returns whether it was the last of `count`; the last one leaves the counter at zero. Orders
-// what the block wrote before against what the last arriver reads afterwards.
+// Counts an arrival and returns whether it was the last of `count`; the last one leaves the counter at zero.
+// Orders what the block wrote before against what the last arriver reads afterwards.
 __device__ __forceinline__ bool arrive_last(unsigned* counter, unsigned count) {
 #if defined(__CUDA_ARCH__)
   unsigned before;
@@ -46,8 +46,8 @@ __device__ __forceinline__ bool arrive_last(unsigned* counter, unsigned count) {
                : "memory");
 #else
   unsigned before = __atomic_load_n(counter, __ATOMIC_RELAXED);
-  while (!__atomic_compare_exchange_n(counter, &before, before >= count - 1 ? 0 : before + 1, false, __ATOMIC_ACQ_REL,
-                                      __ATOMIC_RELAXED)) {
+  while (!__atomic_compare_exchange_n(counter, &before, before >= count - 1 ? 0 : before + 1, false,
+                                      __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
   }
 #endif
   return before == count - 1;

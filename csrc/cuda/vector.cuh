@@ -14,7 +14,8 @@ namespace vk::cuda {
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
-// Any of float, bf16 and f16, which one is known at run time: what need not be fast is compiled once for all three.
+// Any of float, bf16 and f16, which one is known at run time: what need not be fast is compiled once for all
+// three.
 struct AnyFloat {};
 
 // The type that elements of type T are computed in.
@@ -41,8 +42,8 @@ __device__ __forceinline__ To bits_as(const From& x) {
   return y;
 }
 
-// The same number, of which the compiler knows nothing: multiples of a stride that it knew it would compute ahead of a
-// loop and keep in registers.
+// The same number, of which the compiler knows nothing: multiples of a stride that it knew it would compute
+// ahead of a loop and keep in registers.
 __device__ __forceinline__ int64_t opaque(int64_t x) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+l"(x));
@@ -50,8 +51,9 @@ __device__ __forceinline__ int64_t opaque(int64_t x) {
   return x;
 }
 
-// A vector of elements as it lies in memory. It is worked on by quads, from the front; `turn` brings the next quad to the
-// front, so that every index is a constant and nothing leaves the registers. In an unrolled loop it costs nothing.
+// A vector of elements as it lies in memory. It is worked on by quads, from the front; `turn` brings the next
+// quad to the front, so that every index is a constant and nothing leaves the registers. In an unrolled loop
+// it costs nothing.
 template <class T>
 struct Vector {
   static constexpr int kWords = kVector<T> * sizeof(T) / 4, kQuad = sizeof(T);  // in 32-bit words
@@ -100,8 +102,8 @@ struct Vector {
     }
   }
 
-  // From `data`, `stride` bytes apart, of which `valid` exist; the others read as 0. `wide`: the elements are dense and
-  // data is a multiple of 16 bytes.
+  // From `data`, `stride` bytes apart, of which `valid` exist; the others read as 0. `wide`: the elements are
+  // dense and data is a multiple of 16 bytes.
   __device__ __forceinline__ void load(const char* data, int64_t stride, bool wide, int valid, DType) {
     if (wide && valid == kVector<T>) {
       const uint4* from = reinterpret_cast<const uint4*>(data);
@@ -213,7 +215,8 @@ struct Vector<AnyFloat> {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (i < valid)
-        *reinterpret_cast<uint16_t*>(data + i * stride) = static_cast<uint16_t>(word[i / 2] >> (16 * (i % 2)));
+        *reinterpret_cast<uint16_t*>(data + i * stride) =
+            static_cast<uint16_t>(word[i / 2] >> (16 * (i % 2)));
   }
 
  private:
