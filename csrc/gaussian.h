@@ -44,7 +44,7 @@ VK_FN double softplus_switch<double>() {
 }
 
 VK_FN float exp_of(float x) { return exp_parts(x).exp; }
-VK_CALL double exp_of(double x) { return exp(x); }
+VK_LONG_FN double exp_of(double x) { return exp(x); }
 
 // The scale that element s of the second tensor stands for.
 template <Param P, class R>
@@ -74,7 +74,7 @@ template <class R>
 struct Bounds {
   R lo, hi;
   VK_FN bool inside(R x) const { return !(x < lo || x > hi); }
-  VK_FN R clamp(R x) const { return x < lo ? lo : (x > hi ? hi : x); }
+  VK_FN R clamp(R x) const { return clamp_of(x, lo, hi); }
 };
 
 template <class R>

@@ -85,7 +85,7 @@ struct Pair {
 
 // r cos(2 pi y 2^-32) and r sin(2 pi y 2^-32), r = sqrt(-2 ln u), u = (x + 1/2) 2^-32. The largest radius is
 // 6.76 (x = 0), the smallest 1.5e-5.
-VK_CALL Pair<double> box_muller(uint32_t x, uint32_t y, double) {
+VK_LONG_FN Pair<double> box_muller(uint32_t x, uint32_t y, double) {
   const double scale = 1.0 / 4294967296.0;
   const int32_t s = static_cast<int32_t>(x);
   // The complement u - 1 is exact, so log1p keeps the small radii right.

@@ -23,7 +23,7 @@ import torch
 
 from vaekernels import _build, _native
 
-TRAIN_MODULES = ("lightning", "typer", "rich", "matplotlib", "sklearn", "tensorboard", "jinja2")
+TRAIN_MODULES = ("lightning_fabric", "typer", "rich", "matplotlib", "sklearn", "tensorboard", "jinja2")
 TRAIN_COMMANDS = {
     "train": "train a VAE on a data set every machine has",
     "demo": "a VAE that collapses, and the same one cured, side by side",

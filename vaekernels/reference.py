@@ -250,6 +250,9 @@ def reduce_groups(
                 loss = clamped(base, threshold * weight, penalty, is_open).sum()
             else:
                 loss = clamped(base / weight, threshold, penalty, is_open).sum()
+        if sums.numel() == 0 and reduction != "sum":
+            # No group to bring the NaN of an empty batch into the sum.
+            loss = loss + torch.zeros_like(loss) / weight
     return loss / latent_numel if reduction == "mean" else loss, rate
 
 

@@ -18,7 +18,7 @@ struct BackwardArgs {
   Clamp clamp;
   Reduction reduction;
   bool group_sums, grad_z_wide, grad_kl_wide;
-  R row_size;
+  R row_size, slope;
 
   const char* grad_z;
   const R *grad_kl, *grad_kl_per_group, *gate, *weight;
@@ -70,15 +70,15 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
   constexpr int N = kVector<T>;
   const bool prior = !Plain && HasKL && a.prior_mu.data != nullptr;
   Vector<T> mu_words{}, scale_words, grad_words, prior_mu_words{}, prior_scale_words{};
-  scale_words.load(at.scale, a.scale.stride.i, a.scale.wide, at.valid, a.dtype);
-  if (HasKL) mu_words.load(at.mu, a.mu.stride.i, a.mu.wide, at.valid, a.dtype);
+  scale_words.load(at.scale, a.scale.i, Plain || a.scale.wide, at.valid, a.dtype);
+  if (HasKL) mu_words.load(at.mu, a.mu.i, Plain || a.mu.wide, at.valid, a.dtype);
   if (prior) {
-    prior_mu_words.load(at.prior_mu, a.prior_mu.stride.i, a.prior_mu.wide, at.valid, a.dtype);
-    prior_scale_words.load(at.prior_scale, a.prior_scale.stride.i, a.prior_scale.wide, at.valid, a.dtype);
+    prior_mu_words.load(at.prior_mu, a.prior_mu.i, Plain || a.prior_mu.wide, at.valid, a.dtype);
+    prior_scale_words.load(at.prior_scale, a.prior_scale.i, Plain || a.prior_scale.wide, at.valid, a.dtype);
   }
   if (Plain && Sample)
-    grad_words.load(a.grad_z + at.storage * size_of(a.dtype), size_of(a.dtype), a.grad_z_wide, at.valid,
-                    a.dtype);
+    grad_words.load(a.grad_z + at.storage * element_size<T>(a.dtype), element_size<T>(a.dtype), true,
+                    at.valid, a.dtype);
 
   R weight = 1, row_gain = 0;
   unsigned open = ~0u;
@@ -115,8 +115,8 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
       int64_t storage = at.storage + 4 * q;
       for (int64_t k = 0; k < a.K; ++k) {
         R grad[4], eps[4];
-        grad_words.load(a.grad_z + storage * size_of(a.dtype), size_of(a.dtype), a.grad_z_wide, at.valid,
-                        a.dtype);
+        grad_words.load(a.grad_z + storage * element_size<T>(a.dtype), element_size<T>(a.dtype),
+                        a.grad_z_wide, at.valid, a.dtype);
         grad_words.front(grad);
         normals(keys, static_cast<uint64_t>(storage), a.g.aligned, eps);
 #pragma unroll
@@ -153,7 +153,7 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
         }
       }
     }
-    quad_gradients<Plain, HasKL>(a.param, a.shares, prior, mu, s, prior_mu, prior_s, sum, noise, c);
+    quad_gradients<Plain, HasKL>(a.param, a.slope, a.shares, prior, mu, s, prior_mu, prior_s, sum, noise, c);
     // The gradients take the place of the elements.
     mu_words.set_front(mu);
     scale_words.set_front(s);
@@ -169,11 +169,12 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
   };
 #pragma unroll 1
   for (int q = 0; q < N / 4; ++q) quad(q);
-  mu_words.store(at.grad_mu, a.grad_mu.stride.i, a.grad_mu.wide, at.valid, a.dtype);
-  scale_words.store(at.grad_scale, a.grad_scale.stride.i, a.grad_scale.wide, at.valid, a.dtype);
+  mu_words.store(at.grad_mu, a.grad_mu.i, Plain || a.grad_mu.wide, at.valid, a.dtype);
+  scale_words.store(at.grad_scale, a.grad_scale.i, Plain || a.grad_scale.wide, at.valid, a.dtype);
   if (prior && a.grad_prior_mu.data != nullptr) {
-    prior_mu_words.store(at.grad_prior_mu, a.grad_prior_mu.stride.i, a.grad_prior_mu.wide, at.valid, a.dtype);
-    prior_scale_words.store(at.grad_prior_scale, a.grad_prior_scale.stride.i, a.grad_prior_scale.wide,
+    prior_mu_words.store(at.grad_prior_mu, a.grad_prior_mu.i, Plain || a.grad_prior_mu.wide, at.valid,
+                         a.dtype);
+    prior_scale_words.store(at.grad_prior_scale, a.grad_prior_scale.i, Plain || a.grad_prior_scale.wide,
                             at.valid, a.dtype);
   }
 }
@@ -225,7 +226,7 @@ __global__ void __launch_bounds__(kBlock, (kBlocksAtOnce<T, P>))
     at.storage = (b * g.O + p.o) * g.I + p.i;
     at.batch_row = g.folded ? p.o : b;
     for (int step = 0; step < p.steps; ++step) {
-      at.valid = step < p.full ? N : p.tail;
+      at.valid = P != Path::general || step < p.full ? N : p.tail;
       backward_vector<T, L, HasKL, Sample, P != Path::general>(a, keys, p, at, gain, shared);
       if (HasKL) at.mu += a.mu.step;
       at.scale += a.scale.step;
@@ -291,11 +292,11 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
   const bool kl = call.has_kl && (call.grad_kl != nullptr || call.grad_kl_per_group != nullptr);
   const bool prior = kl && call.prior_mu.data != nullptr;
   BackwardArgs<R> a{};
-  Axes mu = axes_of(call.mu.stride, call), scale = axes_of(call.scale.stride, call);
-  Axes prior_mu = axes_of(call.prior_mu.stride, call), prior_scale = axes_of(call.prior_scale.stride, call);
-  Axes out_mu = axes_of(call.grad_mu.stride, call), out_scale = axes_of(call.grad_scale.stride, call);
-  Axes out_prior_mu = axes_of(call.grad_prior_mu.stride, call);
-  Axes out_prior_scale = axes_of(call.grad_prior_scale.stride, call);
+  Axes mu = axes_of(call.mu, call), scale = axes_of(call.scale, call);
+  Axes prior_mu = axes_of(call.prior_mu, call), prior_scale = axes_of(call.prior_scale, call);
+  Axes out_mu = axes_of(call.grad_mu, call), out_scale = axes_of(call.grad_scale, call);
+  Axes out_prior_mu = axes_of(call.grad_prior_mu, call);
+  Axes out_prior_scale = axes_of(call.grad_prior_scale, call);
   const bool out_prior = prior && call.grad_prior_mu.data != nullptr;
   a.K = call.grad_z != nullptr ? call.K : 0;
   a.clamp = call.clamp;
@@ -304,7 +305,7 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
   const bool sample = !kl || call.grad_z != nullptr;
   const bool by_cell =
       kl && (a.by_row() || (a.grad_kl != nullptr && call.reduction == Reduction::elementwise));
-  const Purpose purpose{kl, sample, false, !prior && !by_cell && !(sample && a.K != 1)};
+  const Purpose purpose{kl, sample, false, !prior && !by_cell && !(sample && a.K != 1), call.grad_z};
   if (out_prior)
     a.g = geometry_of(call, purpose,
                       Tensors<8>{{&mu, &scale, &prior_mu, &prior_scale, &out_mu, &out_scale, &out_prior_mu,
@@ -316,25 +317,26 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
   const Geometry& g = a.g;
   a.groups = call.G;
   a.numel = call.numel();
-  a.mu = source_of(call.mu.data, mu, g, call.dtype);
-  a.scale = source_of(call.scale.data, scale, g, call.dtype);
-  a.grad_mu = source_of(call.grad_mu.data, out_mu, g, call.dtype);
-  a.grad_scale = source_of(call.grad_scale.data, out_scale, g, call.dtype);
+  a.mu = source_of(mu, g, call.dtype);
+  a.scale = source_of(scale, g, call.dtype);
+  a.grad_mu = source_of(out_mu, g, call.dtype);
+  a.grad_scale = source_of(out_scale, g, call.dtype);
   if (prior) {
-    a.prior_mu = source_of(call.prior_mu.data, prior_mu, g, call.dtype);
-    a.prior_scale = source_of(call.prior_scale.data, prior_scale, g, call.dtype);
+    a.prior_mu = source_of(prior_mu, g, call.dtype);
+    a.prior_scale = source_of(prior_scale, g, call.dtype);
   }
   if (out_prior) {
-    a.grad_prior_mu = source_of(call.grad_prior_mu.data, out_prior_mu, g, call.dtype);
-    a.grad_prior_scale = source_of(call.grad_prior_scale.data, out_prior_scale, g, call.dtype);
+    a.grad_prior_mu = source_of(out_prior_mu, g, call.dtype);
+    a.grad_prior_scale = source_of(out_prior_scale, g, call.dtype);
   }
   a.shares = {bounds_of<R>(call), static_cast<R>(call.posterior_share), static_cast<R>(call.prior_share)};
   if (call.grad_z != nullptr) a.keys = keys_of(call);
   a.dtype = call.dtype;
   a.param = call.param;
+  a.slope = log_slope<R>(call.param);
   a.group_sums = call.group_sums;
-  a.grad_z_wide = dense_is_wide(call.grad_z, g, call.K, size_of(call.dtype));
-  a.grad_kl_wide = dense_is_wide(call.grad_kl, g, 1, sizeof(R));
+  a.grad_z_wide = is_wide_dense(call.grad_z, g, call.K, size_of(call.dtype));
+  a.grad_kl_wide = is_wide_dense(call.grad_kl, g, 1, sizeof(R));
   a.row_size = static_cast<R>(call.row_size());
   a.grad_z = static_cast<const char*>(call.grad_z);
   a.grad_kl_per_group = static_cast<const R*>(call.grad_kl_per_group);

@@ -67,7 +67,7 @@ __device__ __forceinline__ void normals(const PhiloxKeys& keys, uint64_t first, 
 // Both parameterizations by the logarithm are log_std of s * slope, so they share their code.
 VK_FN bool by_logarithm(Param param) { return param == Param::logvar || param == Param::log_std; }
 template <class R>
-__device__ __forceinline__ R log_slope(Param param) {
+R log_slope(Param param) {
   return param == Param::logvar ? R(0.5) : R(1);
 }
 
@@ -87,9 +87,9 @@ __device__ __forceinline__ Sampled<R> sampled(R mu, R s, R prior_mu, R prior_s, 
 
 // In: the second tensor's elements in sd; out: the standard deviations, and the KL where it is wanted.
 template <bool Plain, bool HasKL, class R>
-__device__ __forceinline__ void sample_and_kl(Param param, const Bounds<R>& bounds, bool prior, R (&mu)[4],
-                                              R (&sd)[4], R (&prior_mu)[4], R (&prior_s)[4], R (&kl)[4]) {
-  const R slope = log_slope<R>(param);
+__device__ __forceinline__ void sample_and_kl(Param param, R slope, const Bounds<R>& bounds, bool prior,
+                                              R (&mu)[4], R (&sd)[4], R (&prior_mu)[4], R (&prior_s)[4],
+                                              R (&kl)[4]) {
   if constexpr (Plain) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -136,10 +136,9 @@ __device__ __forceinline__ ElementGradients<R> gradients(R mu, R s, R prior_mu, 
 
 // In: the elements; out: their gradients. sum, noise and c as in gaussian.h.
 template <bool Plain, bool HasKL, class R>
-__device__ __forceinline__ void quad_gradients(Param param, const Shares<R>& shares, bool prior, R (&mu)[4],
-                                               R (&s)[4], R (&prior_mu)[4], R (&prior_s)[4], R (&sum)[4],
-                                               R (&noise)[4], R (&c)[4]) {
-  const R slope = log_slope<R>(param);
+__device__ __forceinline__ void quad_gradients(Param param, R slope, const Shares<R>& shares, bool prior,
+                                               R (&mu)[4], R (&s)[4], R (&prior_mu)[4], R (&prior_s)[4],
+                                               R (&sum)[4], R (&noise)[4], R (&c)[4]) {
   if constexpr (Plain) {
 #pragma unroll
     for (int j = 0; j < 4; ++j) {

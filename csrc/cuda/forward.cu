@@ -62,16 +62,17 @@ __device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& 
   constexpr int N = kVector<T>;
   const bool prior = !Plain && HasKL && a.prior_mu.data != nullptr;
   Vector<T> mu_words, scale_words, prior_mu_words{}, prior_scale_words{};
-  mu_words.load(at.mu, a.mu.stride.i, a.mu.wide, at.valid, a.dtype);
-  scale_words.load(at.scale, a.scale.stride.i, a.scale.wide, at.valid, a.dtype);
+  mu_words.load(at.mu, a.mu.i, Plain || a.mu.wide, at.valid, a.dtype);
+  scale_words.load(at.scale, a.scale.i, Plain || a.scale.wide, at.valid, a.dtype);
   if (prior) {
-    prior_mu_words.load(at.prior_mu, a.prior_mu.stride.i, a.prior_mu.wide, at.valid, a.dtype);
-    prior_scale_words.load(at.prior_scale, a.prior_scale.stride.i, a.prior_scale.wide, at.valid, a.dtype);
+    prior_mu_words.load(at.prior_mu, a.prior_mu.i, Plain || a.prior_mu.wide, at.valid, a.dtype);
+    prior_scale_words.load(at.prior_scale, a.prior_scale.i, Plain || a.prior_scale.wide, at.valid, a.dtype);
   }
   const bool cells = !Plain && HasKL && L == Layout::column && a.g.cells == Cells::elements;
   R row_value = 0, total = 0;
   unsigned open = 0;
-  int64_t k = 0, storage = at.storage;
+  int64_t storage = at.storage;
+  int k = 0;
   do {
     Vector<T> z{};
     auto quad = [&](int q) {
@@ -83,7 +84,7 @@ __device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& 
         prior_mu_words.front(prior_mu);
         prior_scale_words.front(prior_s);
       }
-      sample_and_kl<Plain, HasKL>(a.param, a.bounds, prior, mu, sd, prior_mu, prior_s, kl);
+      sample_and_kl<Plain, HasKL>(a.param, a.slope, a.bounds, prior, mu, sd, prior_mu, prior_s, kl);
       if constexpr (HasKL) {
         if (k == 0) {
           const int valid = at.valid - 4 * q;
@@ -139,7 +140,8 @@ __device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& 
 #pragma unroll 1
     for (int q = 0; q < N / 4; ++q) quad(q);
     if constexpr (Sample)
-      z.store(a.z + storage * size_of(a.dtype), size_of(a.dtype), a.z_wide, at.valid, a.dtype);
+      z.store(a.z + storage * element_size<T>(a.dtype), element_size<T>(a.dtype), Plain || a.z_wide, at.valid,
+              a.dtype);
     storage += a.numel;
   } while (Sample && ++k < a.K);
   if constexpr (HasKL && L == Layout::row) sum[0] += at.weight * total;
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(P == Path::general ? kBlock : kSmallBlock, P =
     const bool weighted = HasKL && a.weight != nullptr && !scratch;
     if (weighted && !g.folded && steps > 0) at.weight = a.weight[b];
     for (int step = 0; step < steps; ++step) {
-      at.valid = step < p.full ? N : p.tail;
+      at.valid = P != Path::general || step < p.full ? N : p.tail;
       at.exists = !together || (b < p.b_end && at.batch_row < p.to);
       if (together && (idle || !at.exists)) at.valid = 0;
       if (weighted && g.folded && at.exists) at.weight = a.weight[at.batch_row];
@@ -277,11 +279,12 @@ bool has_sample(const Forward& call) { return call.z != nullptr && call.K > 0 &&
 template <class R>
 ForwardArgs<R> arguments(const Forward& call) {
   ForwardArgs<R> a{};
-  Axes mu = axes_of(call.mu.stride, call), scale = axes_of(call.scale.stride, call);
-  Axes prior_mu = axes_of(call.prior_mu.stride, call), prior_scale = axes_of(call.prior_scale.stride, call);
+  Axes mu = axes_of(call.mu, call), scale = axes_of(call.scale, call);
+  Axes prior_mu = axes_of(call.prior_mu, call), prior_scale = axes_of(call.prior_scale, call);
   const bool prior = call.has_kl && call.prior_mu.data != nullptr;
   const bool plain = !prior && !(call.has_kl && call.reduction == Reduction::elementwise);
-  const Purpose purpose{call.has_kl, has_sample(call), call.has_kl, plain};
+  const Purpose purpose{call.has_kl, has_sample(call), call.has_kl, plain,
+                        has_sample(call) ? call.z : nullptr};
   if (prior)
     a.g = geometry_of(call, purpose, Tensors<4>{{&mu, &scale, &prior_mu, &prior_scale}});
   else
@@ -290,23 +293,24 @@ ForwardArgs<R> arguments(const Forward& call) {
   a.rows = call.B;
   a.groups = call.G;
   a.numel = call.numel();
-  a.K = call.K;
-  a.mu = source_of(call.mu.data, mu, g, call.dtype);
-  a.scale = source_of(call.scale.data, scale, g, call.dtype);
+  a.K = static_cast<int>(call.K);
+  a.mu = source_of(mu, g, call.dtype);
+  a.scale = source_of(scale, g, call.dtype);
   if (prior) {
-    a.prior_mu = source_of(call.prior_mu.data, prior_mu, g, call.dtype);
-    a.prior_scale = source_of(call.prior_scale.data, prior_scale, g, call.dtype);
+    a.prior_mu = source_of(prior_mu, g, call.dtype);
+    a.prior_scale = source_of(prior_scale, g, call.dtype);
   }
   a.bounds = bounds_of<R>(call);
   if (has_sample(call)) a.keys = keys_of(call);
   a.dtype = call.dtype;
   a.param = call.param;
+  a.slope = log_slope<R>(call.param);
   a.clamp = call.clamp;
   a.penalty = call.penalty;
   a.reduction = call.reduction;
   a.group_sums = call.group_sums;
-  a.z_wide = dense_is_wide(call.z, g, call.K, size_of(call.dtype));
-  a.kl_wide = dense_is_wide(call.kl, g, 1, sizeof(R));
+  a.z_wide = is_wide_dense(call.z, g, call.K, size_of(call.dtype));
+  a.kl_wide = is_wide_dense(call.kl, g, 1, sizeof(R));
   a.free_bits = static_cast<R>(call.free_bits);
   a.row_size = static_cast<R>(call.row_size());
   a.seed = call.seed;

@@ -8,7 +8,8 @@ namespace vk::cuda {
 template <class R>
 struct ForwardArgs {
   Geometry g;
-  int64_t rows, groups, numel, K;  // rows: of the batch
+  int64_t rows, groups, numel;  // rows: of the batch
+  int K;
   Source mu, scale, prior_mu, prior_scale;
   Bounds<R> bounds;
   Keys keys;
@@ -18,6 +19,7 @@ struct ForwardArgs {
   Penalty penalty;
   Reduction reduction;
   bool group_sums, z_wide, kl_wide;
+  R slope;                // of the logarithm of sd, for the parameterizations that hold it
   R free_bits, row_size;  // row_size: latent elements of a batch row
   uint64_t seed, offset;  // for rng_out
 

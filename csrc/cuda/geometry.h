@@ -24,6 +24,7 @@ enum class Layout { row, column };
 
 // Where a tensor lies: the strides of [B, O, I] in elements.
 struct Axes {
+  const void* data = nullptr;
   int64_t b = 0, o = 0, i = 0;
 };
 
@@ -39,7 +40,7 @@ struct Geometry {
   bool folded = false;  // column: O counts batch rows, B is 1
   Cells cells = Cells::none;
   bool aligned = true;  // no quad of normals is split between vectors
-  bool plain = false;   // the quads are what element.cuh calls plain
+  bool plain = false;   // the quads are what element.cuh calls plain, all vectors whole and all tensors wide
   int64_t B = 1, O = 1, I = 1;
   int vector = 4;  // elements per thread and step: a quad, or the two that 16 bytes of a 16-bit type hold
 
@@ -106,10 +107,25 @@ struct Tensors {
   }
 };
 
-inline Axes axes_of(const Strides& s, const Problem& p) {
-  const bool column = p.S == 1 || p.groups_inner;
-  if (p.S == 1) return {s.b, 0, s.g};
-  return column ? Axes{s.b, s.s, s.g} : Axes{s.b, s.g, s.s};
+template <class V>
+Axes axes_of(const V& view, const Problem& p) {
+  const Strides& s = view.stride;
+  if (p.S == 1) return {view.data, s.b, 0, s.g};
+  return p.groups_inner ? Axes{view.data, s.b, s.s, s.g} : Axes{view.data, s.b, s.g, s.s};
+}
+
+inline int size_of(DType dtype) { return dtype == DType::f64 ? 8 : (dtype == DType::f32 ? 4 : 2); }
+
+// Whether whole vectors can be moved, 16 bytes at a time.
+inline bool is_wide(const Axes& a, const Geometry& g, int size) {
+  return reinterpret_cast<uintptr_t>(a.data) % 16 == 0 && (g.I <= 1 || a.i == 1) &&
+         (g.O == 1 || a.o * size % 16 == 0) && (g.B == 1 || a.b * size % 16 == 0);
+}
+
+// The same of z, and of what is dense like it: K blocks of numel elements.
+inline bool is_wide_dense(const void* data, const Geometry& g, int64_t K, int size) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 && (g.B * g.O == 1 || g.I * size % 16 == 0) &&
+         (K <= 1 || g.B * g.O * g.I * size % 16 == 0);
 }
 
 // What a kernel does with a problem, as far as it shapes the blocks.
@@ -118,11 +134,12 @@ struct Purpose {
   bool sample = false;   // normals are drawn
   bool reduces = false;  // blocks add up what they found
   bool plain = false;  // nothing that Geometry::plain does not settle itself keeps the quads from being plain
+  const void* dense = nullptr;  // z or its gradient
 };
 
 template <size_t N>
 Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>& tensors) {
-  const auto [kl, sample, reduces, plain] = purpose;
+  const auto [kl, sample, reduces, plain, dense] = purpose;
   Geometry g;
   const bool column = p.S == 1 || p.groups_inner;
   g.B = p.B;
@@ -152,7 +169,9 @@ Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>&
 
   g.aligned = (g.B * g.O == 1 || g.I % 4 == 0) && (p.K <= 1 || p.numel() % 4 == 0);
   g.plain = plain && p.dtype != DType::f64 && (p.param == Param::logvar || p.param == Param::log_std) &&
-            g.cells == Cells::none && (g.aligned || !sample);
+            g.cells == Cells::none && g.I % (16 / size_of(p.dtype)) == 0 &&
+            is_wide_dense(dense, g, p.K, size_of(p.dtype));
+  for (const Axes* a : tensors.axes) g.plain = g.plain && is_wide(*a, g, size_of(p.dtype));
   if (g.plain && p.dtype != DType::f32) g.vector = 8;
 
   // The block. One block takes a small problem whole, if that spares it the counters.

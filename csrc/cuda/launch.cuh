@@ -76,33 +76,32 @@ __device__ __forceinline__ void forget_shared() {
 // whole vectors can be moved at once.
 struct Source {
   void* data = nullptr;
-  Axes stride;
+  int64_t b = 0, o = 0, i = 0;
   int64_t step = 0;
   bool wide = false;
 };
 
 __device__ __forceinline__ char* element_of(const Source& s, int64_t b, int64_t o, int64_t i) {
-  return static_cast<char*>(s.data) + (b * s.stride.b + o * s.stride.o + i * s.stride.i);
+  return static_cast<char*>(s.data) + (b * s.b + o * s.o + i * s.i);
 }
 
-VK_FN int size_of(DType dtype) { return dtype == DType::f64 ? 8 : (dtype == DType::f32 ? 4 : 2); }
+// Bytes of an element that a kernel for T works on.
+template <class T>
+__device__ __forceinline__ int element_size(DType dtype) {
+  if constexpr (std::is_same_v<T, AnyFloat>) return dtype == DType::f32 ? 4 : 2;
+  return sizeof(T);
+}
 
-inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
-inline Source source_of(const void* data, const Axes& stride, const Geometry& g, DType dtype) {
+inline Source source_of(const Axes& a, const Geometry& g, DType dtype) {
   const int size = size_of(dtype);
-  Source s{const_cast<void*>(data), {stride.b * size, stride.o * size, stride.i * size}};
-  s.step =
-      g.layout == Layout::column ? g.ty() * s.stride.o : static_cast<int64_t>(g.tx()) * g.vector * s.stride.i;
-  s.wide = stride.i == 1 && aligned16(data) && (g.O == 1 || s.stride.o % 16 == 0) &&
-           (g.B == 1 || s.stride.b % 16 == 0);
+  Source s;
+  s.data = const_cast<void*>(a.data);
+  s.b = a.b * size;
+  s.o = a.o * size;
+  s.i = a.i * size;
+  s.step = g.layout == Layout::column ? g.ty() * s.o : static_cast<int64_t>(g.tx()) * g.vector * s.i;
+  s.wide = is_wide(a, g, size);
   return s;
-}
-
-// z, and what is dense like it: K blocks of numel elements.
-inline bool dense_is_wide(const void* data, const Geometry& g, int64_t K, int size) {
-  return aligned16(data) && (g.B * g.O == 1 || g.I * size % 16 == 0) &&
-         (K <= 1 || g.B * g.O * g.I * size % 16 == 0);
 }
 
 // The part of the problem that a block owns, and the place of a thread in it.
