@@ -1,5 +1,5 @@
-// Runs the CPU kernels on one problem and writes z and the rates as raw float32. Compiled by test_vector_paths.py once
-// for each instruction set, without the run-time choice between them.
+// Runs the CPU kernels on one problem and writes z and the rates as raw float32. Compiled by
+// test_vector_paths.py once for each instruction set, without the run-time choice between them.
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
