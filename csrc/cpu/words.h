@@ -42,15 +42,18 @@ inline void words_portable(const PhiloxKeys& keys, uint64_t first_quad, int quad
 
 #if VK_X86_DISPATCH
 
+#define VK_XOR3_512(a, b, c) _mm512_ternarylogic_epi64(a, b, c, 0x96)
+#define VK_XOR3_256(a, b, c) _mm256_xor_si256(_mm256_xor_si256(a, b), c)
+
 // Two vectors at a time: one alone would wait for the multiplier's latency.
-#define VK_PHILOX_ROUNDS(V, SET1, MUL, SHIFT, XOR)                          \
+#define VK_PHILOX_ROUNDS(V, SET1, MUL, SHIFT, XOR3)                         \
   const V m0 = SET1(kPhiloxM0), m1 = SET1(kPhiloxM1);                       \
   _Pragma("GCC unroll 10") for (int r = 0; r < kPhiloxRounds; ++r) {        \
     const V k0 = SET1(keys.round[2 * r]), k1 = SET1(keys.round[2 * r + 1]); \
     _Pragma("GCC unroll 2") for (int v = 0; v < 2; ++v) {                   \
       const V a = MUL(c0[v], m0), b = MUL(c2[v], m1);                       \
-      c0[v] = XOR(XOR(SHIFT(b, 32), c1[v]), k0);                            \
-      c2[v] = XOR(XOR(SHIFT(a, 32), c3[v]), k1);                            \
+      c0[v] = XOR3(SHIFT(b, 32), c1[v], k0);                                \
+      c2[v] = XOR3(SHIFT(a, 32), c3[v], k1);                                \
       c1[v] = b;                                                            \
       c3[v] = a;                                                            \
     }                                                                       \
@@ -69,7 +72,7 @@ __attribute__((target("arch=x86-64-v4"))) inline void words_avx512(const PhiloxK
       c0[v] = _mm512_set1_epi64(keys.c0);
       c1[v] = _mm512_set1_epi64(keys.c1);
     }
-    VK_PHILOX_ROUNDS(V, _mm512_set1_epi64, _mm512_mul_epu32, _mm512_srli_epi64, _mm512_xor_si512)
+    VK_PHILOX_ROUNDS(V, _mm512_set1_epi64, _mm512_mul_epu32, _mm512_srli_epi64, VK_XOR3_512)
     for (int v = 0; v < 2; ++v) {
       const int at = q + 8 * v;
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.x0 + at), _mm512_cvtepi64_epi32(c0[v]));
@@ -99,7 +102,7 @@ __attribute__((target("arch=x86-64-v3"))) inline void words_avx2(const PhiloxKey
       c0[v] = _mm256_set1_epi64x(keys.c0);
       c1[v] = _mm256_set1_epi64x(keys.c1);
     }
-    VK_PHILOX_ROUNDS(V, _mm256_set1_epi64x, _mm256_mul_epu32, _mm256_srli_epi64, _mm256_xor_si256)
+    VK_PHILOX_ROUNDS(V, _mm256_set1_epi64x, _mm256_mul_epu32, _mm256_srli_epi64, VK_XOR3_256)
     store_low_halves(c0[0], c0[1], out.x0 + q);
     store_low_halves(c1[0], c1[1], out.x1 + q);
     store_low_halves(c2[0], c2[1], out.x2 + q);
@@ -108,6 +111,8 @@ __attribute__((target("arch=x86-64-v3"))) inline void words_avx2(const PhiloxKey
 }
 
 #undef VK_PHILOX_ROUNDS
+#undef VK_XOR3_512
+#undef VK_XOR3_256
 
 #endif
 

@@ -169,14 +169,15 @@ __device__ __forceinline__ void backward_vector(const BackwardArgs<compute_t<T>>
   };
 #pragma unroll 1
   for (int q = 0; q < N / 4; ++q) quad(q);
-  mu_words.store(at.grad_mu, a.grad_mu.i, Plain || a.grad_mu.wide, at.valid, a.dtype);
-  scale_words.store(at.grad_scale, a.grad_scale.i, Plain || a.grad_scale.wide, at.valid, a.dtype);
-  if (prior && a.grad_prior_mu.data != nullptr) {
-    prior_mu_words.store(at.grad_prior_mu, a.grad_prior_mu.i, Plain || a.grad_prior_mu.wide, at.valid,
-                         a.dtype);
-    prior_scale_words.store(at.grad_prior_scale, a.grad_prior_scale.i, Plain || a.grad_prior_scale.wide,
-                            at.valid, a.dtype);
-  }
+  if (at.grad_mu != nullptr)
+    mu_words.store(at.grad_mu, a.grad_mu.i, Plain || a.grad_mu.wide, at.valid, a.dtype);
+  if (at.grad_scale != nullptr)
+    scale_words.store(at.grad_scale, a.grad_scale.i, Plain || a.grad_scale.wide, at.valid, a.dtype);
+  if (prior && at.grad_prior_mu != nullptr)
+    prior_mu_words.store(at.grad_prior_mu, a.grad_prior_mu.i, a.grad_prior_mu.wide, at.valid, a.dtype);
+  if (prior && at.grad_prior_scale != nullptr)
+    prior_scale_words.store(at.grad_prior_scale, a.grad_prior_scale.i, a.grad_prior_scale.wide, at.valid,
+                            a.dtype);
 }
 
 // Blocks on a multiprocessor that leave enough registers (80, 64) for plain quads.
@@ -195,7 +196,6 @@ __global__ void __launch_bounds__(kBlock, (kBlocksAtOnce<T, P>))
   const Place p = place_of<L, N>(g);
   if (p.steps == 0 || (L == Layout::column && p.tail == 0)) return;
   const bool prior = P == Path::general && HasKL && a.prior_mu.data != nullptr;
-  const bool prior_grads = prior && a.grad_prior_mu.data != nullptr;
   const int64_t storage_step = L == Layout::column ? g.ty() * g.I : static_cast<int64_t>(g.tx()) * N;
 
   R shared[kGroups] = {}, gain = 0;
@@ -213,16 +213,15 @@ __global__ void __launch_bounds__(kBlock, (kBlocksAtOnce<T, P>))
     Position at{};
     if (HasKL) at.mu = element_of(a.mu, b, p.o, p.i);
     at.scale = element_of(a.scale, b, p.o, p.i);
-    at.grad_mu = element_of(a.grad_mu, b, p.o, p.i);
-    at.grad_scale = element_of(a.grad_scale, b, p.o, p.i);
+    if (a.grad_mu.data != nullptr) at.grad_mu = element_of(a.grad_mu, b, p.o, p.i);
+    if (a.grad_scale.data != nullptr) at.grad_scale = element_of(a.grad_scale, b, p.o, p.i);
     if (prior) {
       at.prior_mu = element_of(a.prior_mu, b, p.o, p.i);
       at.prior_scale = element_of(a.prior_scale, b, p.o, p.i);
     }
-    if (prior_grads) {
-      at.grad_prior_mu = element_of(a.grad_prior_mu, b, p.o, p.i);
+    if (prior && a.grad_prior_mu.data != nullptr) at.grad_prior_mu = element_of(a.grad_prior_mu, b, p.o, p.i);
+    if (prior && a.grad_prior_scale.data != nullptr)
       at.grad_prior_scale = element_of(a.grad_prior_scale, b, p.o, p.i);
-    }
     at.storage = (b * g.O + p.o) * g.I + p.i;
     at.batch_row = g.folded ? p.o : b;
     for (int step = 0; step < p.steps; ++step) {
@@ -235,8 +234,6 @@ __global__ void __launch_bounds__(kBlock, (kBlocksAtOnce<T, P>))
       if (prior) {
         at.prior_mu += a.prior_mu.step;
         at.prior_scale += a.prior_scale.step;
-      }
-      if (prior_grads) {
         at.grad_prior_mu += a.grad_prior_mu.step;
         at.grad_prior_scale += a.grad_prior_scale.step;
       }
@@ -287,6 +284,11 @@ void launch_layout(const BackwardArgs<R>& a, bool kl, cudaStream_t stream) {
     launch_path<L, true, false>(a, stream);
 }
 
+// An output that is not wanted stands in no vector's way: it counts as a dense one.
+Axes axes_of_output(const Output& out, const Problem& p) {
+  return axes_of(out.data != nullptr ? out : Output{nullptr, p.dense()}, p);
+}
+
 template <class R>
 void launch_backward(const Backward& call, cudaStream_t stream) {
   const bool kl = call.has_kl && (call.grad_kl != nullptr || call.grad_kl_per_group != nullptr);
@@ -294,10 +296,11 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
   BackwardArgs<R> a{};
   Axes mu = axes_of(call.mu, call), scale = axes_of(call.scale, call);
   Axes prior_mu = axes_of(call.prior_mu, call), prior_scale = axes_of(call.prior_scale, call);
-  Axes out_mu = axes_of(call.grad_mu, call), out_scale = axes_of(call.grad_scale, call);
-  Axes out_prior_mu = axes_of(call.grad_prior_mu, call);
-  Axes out_prior_scale = axes_of(call.grad_prior_scale, call);
-  const bool out_prior = prior && call.grad_prior_mu.data != nullptr;
+  Axes out_mu = axes_of_output(call.grad_mu, call), out_scale = axes_of_output(call.grad_scale, call);
+  Axes out_prior_mu = axes_of_output(call.grad_prior_mu, call);
+  Axes out_prior_scale = axes_of_output(call.grad_prior_scale, call);
+  const bool out_prior =
+      prior && (call.grad_prior_mu.data != nullptr || call.grad_prior_scale.data != nullptr);
   a.K = call.grad_z != nullptr ? call.K : 0;
   a.clamp = call.clamp;
   a.reduction = call.reduction;

@@ -99,7 +99,8 @@ inline Source source_of(const Axes& a, const Geometry& g, DType dtype) {
   s.b = a.b * size;
   s.o = a.o * size;
   s.i = a.i * size;
-  s.step = g.layout == Layout::column ? g.ty() * s.o : static_cast<int64_t>(g.tx()) * g.vector * s.i;
+  if (a.data != nullptr)
+    s.step = g.layout == Layout::column ? g.ty() * s.o : static_cast<int64_t>(g.tx()) * g.vector * s.i;
   s.wide = is_wide(a, g, size);
   return s;
 }
