@@ -54,7 +54,7 @@ void bind_sample(Forward& call, const ForwardArgs& in, at::IntArrayRef dense, Re
     at::DimVector sizes{*in.num_samples}, strides{mu.numel()};
     sizes.insert(sizes.end(), mu.sizes().begin(), mu.sizes().end());
     strides.insert(strides.end(), dense.begin(), dense.end());
-    out.z = at::empty_strided(sizes, strides, mu.options());
+    out.z = empty_beside(mu, sizes, strides, mu.scalar_type());
     call.K = *in.num_samples;
   } else {
     out.z = empty_dense(mu, dense, mu.scalar_type());
@@ -88,7 +88,6 @@ void run_sample(const ForwardArgs& in, VK_PARAM_ARGS, Results& out) {
 inline void bind_kl(Forward& call, const Tensor& mu, const Axes& a, at::IntArrayRef dense, const KLOptions& o,
                     Bound& bound, Results& out) {
   const auto compute = compute_type(mu);
-  const auto options = mu.options().dtype(compute);
   call.has_kl = true;
   call.reduction = reduction_of(o.reduction);
   call.group_sums = o.group_sums;
@@ -104,15 +103,15 @@ inline void bind_kl(Forward& call, const Tensor& mu, const Axes& a, at::IntArray
   if (o.weight)
     call.weight =
         bound.keep(constant(*o.weight, mu.sizes().slice(0, static_cast<size_t>(a.batch_dims)), mu, "weight"));
-  out.kl = call.reduction == Reduction::elementwise ? empty_dense(mu, dense, compute)
-                                                    : at::empty(kl_shape(mu, a, call.reduction), options);
-  out.per_group = at::empty(a.group_shape, options);
-  out.gate = at::empty({call.clamp == Clamp::batch ? a.G : 1}, options);
-  const auto bytes = mu.options().dtype(at::kByte);
+  out.kl = call.reduction == Reduction::elementwise
+               ? empty_dense(mu, dense, compute)
+               : empty_beside(mu, kl_shape(mu, a, call.reduction), compute);
+  out.per_group = empty_beside(mu, a.group_shape, compute);
+  out.gate = empty_beside(mu, {call.clamp == Clamp::batch ? a.G : 1}, compute);
   const bool bits = call.clamp == Clamp::sample;
+  out.open = empty_beside(mu, {bits ? (a.B * a.G + 7) / 8 : 0}, at::kByte);
   // Latents without elements run no kernel that would write the bits.
-  out.open = mu.numel() == 0 ? at::zeros({bits ? (a.B * a.G + 7) / 8 : 0}, bytes)
-                             : at::empty({bits ? (a.B * a.G + 7) / 8 : 0}, bytes);
+  if (mu.numel() == 0) out.open.zero_();
   call.kl = out.kl.data_ptr();
   call.kl_per_group = out.per_group.data_ptr();
   call.gate = out.gate.data_ptr();

@@ -29,7 +29,7 @@ void run_parallel(int64_t count, int64_t elements, cpu::Body body, void* context
 struct CpuBackend {
   // mt19937 has no offset to hand out, so each state is a fresh seed with offset 0.
   static Tensor rng_state(const Tensor& like, const OptGenerator& generator) {
-    Tensor state = at::empty({2}, like.options().dtype(at::kLong));
+    Tensor state = empty_beside(like, {2}, at::kLong);
     auto* source =
         at::get_generator_or_default<at::CPUGeneratorImpl>(generator, at::detail::getDefaultCPUGenerator());
     const std::lock_guard<std::mutex> lock(source->mutex_);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/ATen.h>
+#include <ATen/EmptyTensor.h>
 #include <ATen/ExpandUtils.h>
 #include <torch/library.h>
 
@@ -201,8 +202,20 @@ inline at::DimVector dense_strides(const Tensor& mu) {
   return at::DimVector(strides.begin(), strides.end());
 }
 
+// New tensors beside `like`. On the CPU without the dispatcher: a small call makes six of them, and they were
+// half of its cost.
+inline Tensor empty_beside(const Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
+  return like.is_cpu() ? Tensor(at::detail::empty_cpu(sizes, dtype))
+                       : at::empty(sizes, like.options().dtype(dtype));
+}
+inline Tensor empty_beside(const Tensor& like, at::IntArrayRef sizes, at::IntArrayRef strides,
+                           at::ScalarType dtype) {
+  return like.is_cpu() ? Tensor(at::detail::empty_strided_cpu(sizes, strides, dtype))
+                       : at::empty_strided(sizes, strides, like.options().dtype(dtype));
+}
+
 inline Tensor empty_dense(const Tensor& mu, at::IntArrayRef strides, at::ScalarType dtype) {
-  return at::empty_strided(mu.sizes(), strides, mu.options().dtype(dtype));
+  return empty_beside(mu, mu.sizes(), strides, dtype);
 }
 
 // A [B, G, S] view of mu's axes: each of the three is a list of axes, outermost first, that one stride

@@ -34,6 +34,9 @@ CXX_FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
+# at::parallel_for is a template that runs serially where its caller was compiled without OpenMP. The runtime
+# that gets linked is torch's own: both go by the name libgomp.so.1. Apple's clang has none.
+OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 
@@ -201,14 +204,18 @@ def build(target: Path, scratch: Path, say: Callable[[str], None], torch: Torch 
 
 def _build_cpu(torch: Torch, target: Path, scratch: Path, say: Callable[[str], None]) -> str:
     compiler = find_compiler(scratch)
-    flags = [*CXX_FLAGS, *_torch_flags(torch), *shlex.split(os.environ.get("CXXFLAGS", ""))]
+    flags = [*CXX_FLAGS, *OPENMP_FLAGS, *_torch_flags(torch), *shlex.split(os.environ.get("CXXFLAGS", ""))]
     sources = [p for p in _sources("*.cpp") if "cuda" not in p.parts[-2:-1]]
     objects = _compile([(source, [*compiler, *flags]) for source in sources], scratch, say)
     file = "_C" + EXTENSION_SUFFIXES[0]
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     libraries = [f"-L{torch.root}/lib", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
     extra = shlex.split(os.environ.get("LDFLAGS", ""))
-    _run([*compiler, *shared, *map(str, objects), *libraries, *extra, "-o", str(target / file)], say, file)
+    _run(
+        [*compiler, *shared, *OPENMP_FLAGS, *map(str, objects), *libraries, *extra, "-o", str(target / file)],
+        say,
+        file,
+    )
     return file
 
 

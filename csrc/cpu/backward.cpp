@@ -83,6 +83,9 @@ class BackwardJob {
       const bool open = p_.clamp != Clamp::batch || !std::signbit(gate[g]);
       if (grad_kl_ && scalar && !by_row_ && open) s += gain;
     }
+    // Where whole rows fit a tile, the numbers of a tile repeat: written out once, they are read in place.
+    if (m_.kind != Matrix::Kind::runs && p_.G < kTile && kTile % p_.G == 0)
+      while (shared_.size() < kTile) shared_.push_back(shared_[shared_.size() - static_cast<size_t>(p_.G)]);
   }
 
   bool open(int64_t b, int64_t g) const {
@@ -97,8 +100,13 @@ class BackwardJob {
     return weight_ ? weight_[b] * c : c;
   }
 
-  void coefficients(int64_t begin, int n, R* c) const {
+  // c of a tile: in `c`, or where it lies already.
+  const R* coefficients(int64_t begin, int n, R* c) const {
     const bool plain = !by_row_ && !weight_;
+    if (plain && m_.kind != Matrix::Kind::runs && p_.reduction != Reduction::elementwise) {
+      const int64_t col = begin % m_.cols;
+      if (n == kTile && col + n <= static_cast<int64_t>(shared_.size())) return shared_.data() + col;
+    }
     for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
       const int64_t b = row / m_.inner;
       if (m_.kind == Matrix::Kind::runs) {
@@ -111,6 +119,7 @@ class BackwardJob {
     });
     if (grad_kl_ && p_.reduction == Reduction::elementwise)
       for (int i = 0; i < n; ++i) c[i] += grad_kl_[begin + i];
+    return c;
   }
 
   const R* read_grad_z(int64_t at, int n, R* buffer) const {
@@ -127,12 +136,19 @@ class BackwardJob {
 
   void tile(int64_t begin, int n, State& s) {
     const TileInputs<R> in = in_.read(begin, n, mode_ == Mode::prior, s.tile);
-    if (p_.grad_z)
+    const R* sum = s.sum;
+    if (p_.grad_z && p_.K == 1) {
+      sum = read_grad_z(begin, n, s.grad_z);
+      noise_tile(sum, normals_[0](0, begin, n, s.normals), s.noise, padded(n));
+    } else if (p_.grad_z) {
+      std::fill_n(s.sum, kTile, R(0));
+      std::fill_n(s.noise, kTile, R(0));
       for (int64_t k = 0; k < p_.K; ++k) {
         const R* grad_z = read_grad_z(k * p_.numel() + begin, n, s.grad_z);
-        noise_tile(grad_z, normals_[0](k, begin, n, s.normals), s.sum, s.noise, k == 0, padded(n));
+        add_noise_tile(grad_z, normals_[0](k, begin, n, s.normals), s.sum, s.noise, padded(n));
       }
-    if (kl_used_) coefficients(begin, n, s.c);
+    }
+    const R* c = kl_used_ ? coefficients(begin, n, s.c) : s.c;
     const View<R>* views[] = {&grad_mu_, &grad_scale_, &grad_prior_mu_, &grad_prior_scale_};
     R* buffers[] = {s.grad_mu, s.grad_scale, s.grad_prior_mu, s.grad_prior_scale};
     R* to[4];
@@ -140,8 +156,8 @@ class BackwardJob {
       R* direct = *views[i] ? views[i]->direct(begin, n) : nullptr;
       to[i] = direct ? direct : buffers[i];
     }
-    tile_(in, bounds_, s.sum, s.noise, s.c, static_cast<R>(p_.posterior_share),
-          static_cast<R>(p_.prior_share), TileGradients<R>{to[0], to[1], to[2], to[3]}, padded(n));
+    tile_(in, bounds_, sum, s.noise, c, static_cast<R>(p_.posterior_share), static_cast<R>(p_.prior_share),
+          TileGradients<R>{to[0], to[1], to[2], to[3]}, padded(n));
     for (int i = 0; i < 4; ++i)
       if (*views[i] && to[i] == buffers[i]) views[i]->write(begin, n, to[i]);
   }

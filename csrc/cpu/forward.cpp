@@ -54,8 +54,9 @@ class ForwardJob {
         bounds_(bounds_of<R>(call)),
         weight_(static_cast<const R*>(call.weight)),
         lambda_(static_cast<const R*>(call.free_bits_per_group)),
-        row_values_wanted_(call.has_kl &&
-                           (call.clamp == Clamp::sample || call.reduction == Reduction::none)) {
+        row_values_wanted_(call.has_kl && (call.clamp == Clamp::sample || call.reduction == Reduction::none)),
+        folded_(m_.kind == Matrix::Kind::columns && !row_values_wanted_ && call.weight == nullptr &&
+                m_.cols > 0 && m_.cols < kTile && kTile % m_.cols == 0) {
     if (call.z != nullptr) {
       normals_.emplace_back(call, call.numel());
       for (int64_t k = 0; k < call.K; ++k) {
@@ -87,8 +88,9 @@ class ForwardJob {
   void run(int64_t begin, int64_t end) {
     const std::unique_ptr<State> state(new State());
     if (p_.has_kl && m_.kind != Matrix::Kind::runs) {
-      state->sum.resize(static_cast<size_t>(chunks_.col_step));
-      state->total.resize(static_cast<size_t>(chunks_.col_step));
+      const size_t width = static_cast<size_t>(folded_ ? kTile : chunks_.col_step);
+      state->sum.resize(width);
+      state->total.resize(width);
     }
     for (int64_t i = begin; i < end; ++i) chunk(i, *state);
   }
@@ -121,8 +123,11 @@ class ForwardJob {
     if (p_.has_kl && m_.kind == Matrix::Kind::columns) {
       flush_columns(state);
       double* out = &columns_[static_cast<size_t>(index / chunks_.across * p_.G + c.col0)];
-      for (int64_t j = 0; j < c.col1 - c.col0; ++j) {
-        out[j] = state.total[static_cast<size_t>(j)];
+      const int64_t width = c.col1 - c.col0;
+      std::fill_n(out, width, 0.0);
+      const int64_t summed = folded_ ? kTile : width;
+      for (int64_t j = 0; j < summed; ++j) {
+        out[j % width] += state.total[static_cast<size_t>(j)];
         state.total[static_cast<size_t>(j)] = 0;
       }
     }
@@ -142,7 +147,10 @@ class ForwardJob {
   void reduce(const Chunk& c, int64_t index, int64_t begin, int n, State& state) {
     const R* kl = state.tile.kl;
     if (p_.reduction == Reduction::elementwise) store_dense(kl, static_cast<R*>(p_.kl) + begin, n);
-    if (m_.kind == Matrix::Kind::columns) {
+    if (folded_) {
+      add_columns(kl, R(1), 0, n, state);
+      if (++state.rows == kRowsPerFlush) flush_columns(state);
+    } else if (m_.kind == Matrix::Kind::columns) {
       const R* value = kl;
       if (p_.clamp == Clamp::sample) value = clamp_cells(begin, n, state);
       for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
@@ -314,6 +322,7 @@ class ForwardJob {
   const R* weight_;
   const R* lambda_;
   const bool row_values_wanted_;
+  const bool folded_;  // whole rows fit a tile exactly: tiles are added as they are and folded at the end
   std::vector<Normals<R>> normals_;  // one, where z is wanted
   std::vector<View<R>> z_;           // one for each sample
   std::unique_ptr<double[]> columns_, row_values_;

@@ -145,20 +145,20 @@ VK_CLONES void sample_tile(const R* __restrict mu, const R* __restrict sd, const
   lanes(n, [&](int i) VK_LAMBDA { z[i] = mu[i] + sd[i] * eps[i]; });
 }
 
-// Adds one sample's share: sum = sum over k of grad_z, noise = sum over k of grad_z * eps.
+// The gradient of the loss with respect to sd.
 template <class R>
-VK_CLONES void noise_tile(const R* __restrict grad_z, const R* __restrict eps, R* __restrict sum,
-                          R* __restrict noise, bool first, int n) {
-  if (first)
-    lanes(n, [&](int i) VK_LAMBDA {
-      sum[i] = grad_z[i];
-      noise[i] = grad_z[i] * eps[i];
-    });
-  else
-    lanes(n, [&](int i) VK_LAMBDA {
-      sum[i] += grad_z[i];
-      noise[i] += grad_z[i] * eps[i];
-    });
+VK_CLONES void noise_tile(const R* __restrict grad_z, const R* __restrict eps, R* __restrict noise, int n) {
+  lanes(n, [&](int i) VK_LAMBDA { noise[i] = grad_z[i] * eps[i]; });
+}
+
+// The same for one of several samples: adds its share of the sums of grad_z and of grad_z * eps.
+template <class R>
+VK_CLONES void add_noise_tile(const R* __restrict grad_z, const R* __restrict eps, R* __restrict sum,
+                              R* __restrict noise, int n) {
+  lanes(n, [&](int i) VK_LAMBDA {
+    sum[i] += grad_z[i];
+    noise[i] += grad_z[i] * eps[i];
+  });
 }
 
 template <class R>
@@ -166,7 +166,8 @@ struct TileGradients {
   R *mu, *scale, *prior_mu, *prior_scale;
 };
 
-// In: sum and noise of noise_tile; c, the gradient of the loss with respect to each element's KL.
+// In: the sums over samples of grad_z and of grad_z * eps; c, the gradient of the loss with respect to each
+// element's KL.
 template <Param P, Mode M, class R>
 VK_CLONES void backward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __restrict sum,
                              const R* __restrict noise, const R* __restrict c, R posterior_share,
