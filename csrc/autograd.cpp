@@ -3,7 +3,6 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "handles.h"
-#include "operators.h"
 
 namespace vk {
 namespace {

@@ -20,7 +20,7 @@ py::dict build_info() {
 }
 
 // The keyword arguments of a call. Read here from what was given, since pybind11 would look for each of the
-// twenty that may be given, under a string made anew: that took a third of a small call.
+// twenty that may be given, under a string made anew: that took a fifth of a small call.
 struct Keywords {
   OptTensor free_bits_per_group, weight;
   OptGenerator generator;

@@ -84,7 +84,7 @@ void run_sample(const ForwardArgs& in, VK_PARAM_ARGS, Results& out) {
   Backend::forward(call, in.mu);
 }
 
-// Fills in what the KL is told about, and allocates what it returns. `kept` outlives the launch.
+// Fills in what the KL is told about, and allocates what it returns. `bound` outlives the launch.
 inline void bind_kl(Forward& call, const Tensor& mu, const Axes& a, at::IntArrayRef dense, const KLOptions& o,
                     Bound& bound, Results& out) {
   const auto compute = compute_type(mu);

@@ -202,8 +202,7 @@ inline at::DimVector dense_strides(const Tensor& mu) {
   return at::DimVector(strides.begin(), strides.end());
 }
 
-// New tensors beside `like`. On the CPU without the dispatcher: a small call makes six of them, and they were
-// half of its cost.
+// New tensors beside `like`. On the CPU without the dispatcher, since a small call makes six of them.
 inline Tensor empty_beside(const Tensor& like, at::IntArrayRef sizes, at::ScalarType dtype) {
   return like.is_cpu() ? Tensor(at::detail::empty_cpu(sizes, dtype))
                        : at::empty(sizes, like.options().dtype(dtype));
