@@ -73,7 +73,6 @@ VK_FN Scale<R> scale_of(R s) {
 template <class R>
 struct Bounds {
   R lo, hi;
-  VK_FN bool inside(R x) const { return !(x < lo || x > hi); }
   VK_FN R clamp(R x) const { return clamp_of(x, lo, hi); }
 };
 
@@ -85,10 +84,10 @@ struct Posterior {
 
 // The posterior's scale after the bounds, with the parts of its exponential.
 template <Param P, class R>
-VK_FN Posterior<R> posterior_of(const Scale<R>& scale, const Bounds<R>& bounds) {
+VK_FN Posterior<R> posterior_of(const Scale<R>& scale, const Bounds<R>& bounds, const ExpRange& range = {}) {
   const R x = bounds.clamp(scale.x);
-  const Exp<R> e = exp_parts(x);
-  const bool inside = bounds.inside(scale.x);
+  const Exp<R> e = exp_parts(x, range);
+  const bool inside = !(scale.x < x || scale.x > x);
   if constexpr (kHoldsSd<P>) return {x, inside ? scale.sd : e.exp, e.excess, e.growth, inside};
   return {x, e.exp, e.excess, e.growth, inside};
 }
@@ -108,9 +107,9 @@ struct Prior {
 };
 
 template <Param P, class R>
-VK_FN Prior<R> prior_of(R mu, R x, R prior_mu, const Scale<R>& prior) {
-  const R root = kHoldsSd<P> ? prior.inverse : exp_of(-prior.x);
-  const Exp<R> e = exp_parts(x - prior.x);
+VK_FN Prior<R> prior_of(R mu, R x, R prior_mu, const Scale<R>& prior, const ExpRange& range = {}) {
+  const R root = kHoldsSd<P> ? prior.inverse : exp_parts(-prior.x, range).exp;
+  const Exp<R> e = exp_parts(x - prior.x, range);
   return {(mu - prior_mu) * root, root, e.excess, e.growth};
 }
 
@@ -142,25 +141,28 @@ struct ElementGradients {
 };
 
 template <Param P, class R>
-VK_FN ElementGradients<R> gradients_sample(R s, const Bounds<R>& bounds, R sum, R noise) {
+VK_FN ElementGradients<R> gradients_sample(R s, const Bounds<R>& bounds, R sum, R noise,
+                                           const ExpRange& range = {}) {
   const Scale<R> scale = scale_of<P>(s);
-  return {sum, scale_gradient<P>(scale, posterior_of<P>(scale, bounds), noise, R(0), R(0)), R(0), R(0)};
+  return {sum, scale_gradient<P>(scale, posterior_of<P>(scale, bounds, range), noise, R(0), R(0)), R(0),
+          R(0)};
 }
 
 template <Param P, class R>
-VK_FN ElementGradients<R> gradients_standard(R mu, R s, const Bounds<R>& bounds, R sum, R noise, R c) {
+VK_FN ElementGradients<R> gradients_standard(R mu, R s, const Bounds<R>& bounds, R sum, R noise, R c,
+                                             const ExpRange& range = {}) {
   const Scale<R> scale = scale_of<P>(s);
-  const Posterior<R> q = posterior_of<P>(scale, bounds);
+  const Posterior<R> q = posterior_of<P>(scale, bounds, range);
   return {sum + c * mu, scale_gradient<P>(scale, q, noise, c, kl_slope_standard<P>(scale, q)), R(0), R(0)};
 }
 
 // cq and cp: c for the posterior and for the prior, which differ under KL balancing.
 template <Param P, class R>
 VK_FN ElementGradients<R> gradients_prior(R mu, R s, R prior_mu, R prior_s, const Bounds<R>& bounds, R sum,
-                                          R noise, R cq, R cp) {
+                                          R noise, R cq, R cp, const ExpRange& range = {}) {
   const Scale<R> scale = scale_of<P>(s), prior_scale = scale_of<P>(prior_s);
-  const Posterior<R> q = posterior_of<P>(scale, bounds);
-  const Prior<R> p = prior_of<P>(mu, q.x, prior_mu, prior_scale);
+  const Posterior<R> q = posterior_of<P>(scale, bounds, range);
+  const Prior<R> p = prior_of<P>(mu, q.x, prior_mu, prior_scale, range);
   const R pull = p.distance * p.precision_root;
   return {sum + cq * pull, scale_gradient<P>(scale, q, noise, cq, p.growth * scale.log_slope), -(cp * pull),
           -(cp * ((p.growth + p.distance * p.distance) * prior_scale.log_slope))};

@@ -114,29 +114,55 @@ VK_FN Pair<float> box_muller(uint32_t x, uint32_t y, float) {
 
 #else
 
-VK_FN Pair<float> box_muller(uint32_t x, uint32_t y, float) {
+// Numbers one at a time; csrc/cpu/normals.h has them by the vector.
+struct Scalar {
+  using F = float;
+  using I = int32_t;
+  using U = uint32_t;
+  static VK_FN F to_float(I x) { return static_cast<F>(x); }
+  static VK_FN F sqrt(F x) { return std::sqrt(x); }
+  static VK_FN F if_negative(I x, F a, F b) { return x < 0 ? a : b; }
+  static VK_FN I not_above_zero(I x) { return x < 0 ? x : 0; }
+};
+
+template <class L>
+VK_FN Pair<typename L::F> box_muller_of(typename L::U x, typename L::U y) {
+  using F = typename L::F;
+  using I = typename L::I;
+  using U = typename L::U;
   // s = u for the lower half of the words and u - 1, exact to the last bit, for the upper half.
-  const float s =
-      static_cast<float>(static_cast<int32_t>(x)) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;
-  const float u = s < 0.f ? 1.f + s : s;
-  const float r = sqrt_of(-2.f * log_reduced(u, s));
-  // Quadrant and remainder: the angle is quadrant * pi/2 + f with |f| <= pi/4.
-  const uint32_t quadrant = (y + 0x20000000u) >> 30;
-  const float f = static_cast<float>(static_cast<int32_t>(y - (quadrant << 30))) * 1.46291808e-9f;
-  const float f2 = f * f;
-  float sine = -1.9495566e-4f;
-  sine = sine * f2 + 8.331978e-3f;
-  sine = sine * f2 - 0.16666651f;
-  sine = sine * f2 * f + f;
-  float cosine = -1.3652402e-3f;
-  cosine = cosine * f2 + 4.1661277e-2f;
-  cosine = cosine * f2 - 0.5f;
-  cosine = cosine * f2 + 1.f;
-  const bool swap = (quadrant & 1u) != 0;
-  const uint32_t c = std::bit_cast<uint32_t>(swap ? sine : cosine) ^ (((quadrant + 1u) & 2u) << 30);
-  const uint32_t d = std::bit_cast<uint32_t>(swap ? cosine : sine) ^ ((quadrant & 2u) << 30);
-  return {r * std::bit_cast<float>(c), r * std::bit_cast<float>(d)};
+  const F s = L::to_float(std::bit_cast<I>(x)) * 2.3283064365386963e-10f + 1.1641532182693481e-10f;
+  // u = (1 + f) 2^k with f in [-1/2, 0).
+  const U bits = std::bit_cast<U>(s);
+  const F m = std::bit_cast<F>((bits & 0x007FFFFFu) | 0x3F000000u);
+  const F f = L::if_negative(std::bit_cast<I>(bits), s, m - 1.f);
+  const I k = L::not_above_zero(std::bit_cast<I>(bits >> 23) - 126);
+  // -2 ln(1 + f) / f, largest relative error 1.5e-7.
+  F p = f * 2.369863f + 2.1630808f;
+  p = p * f + 1.5708621f;
+  p = p * f - 0.076036125f;
+  p = p * f + 0.54450108f;
+  p = p * f - 0.66372524f;
+  p = p * f + 1.0000731f;
+  p = p * f - 1.9999997f;
+  const F r = L::sqrt(p * f + L::to_float(k) * -1.3862944f);
+  // The angle less a multiple of pi, |a| <= pi/2: an odd multiple turns both signs.
+  const U doubled = y + y;
+  const F a = L::to_float(std::bit_cast<I>(doubled)) * 7.3145904e-10f;
+  const F turned = std::bit_cast<F>(std::bit_cast<U>(r) ^ ((y ^ doubled) & 0x80000000u));
+  const F a2 = a * a;
+  F sine = a2 * 2.5904885e-6f - 1.9800898e-4f;
+  sine = sine * a2 + 8.33289982e-3f;
+  sine = sine * a2 - 0.16666648f;
+  sine = sine * a2 + 1.f;
+  F cosine = a2 * 2.3153938e-5f - 1.38537047e-3f;
+  cosine = cosine * a2 + 4.16635848e-2f;
+  cosine = cosine * a2 - 0.49999905f;
+  cosine = cosine * a2 + 1.f;
+  return {turned * cosine, turned * a * sine};
 }
+
+VK_FN Pair<float> box_muller(uint32_t x, uint32_t y, float) { return box_muller_of<Scalar>(x, y); }
 
 #endif
 

@@ -10,12 +10,12 @@ template <class R>
 using BackwardTile = void (*)(TileInputs<R>, Bounds<R>, const R*, const R*, const R*, R, R, TileGradients<R>,
                               int);
 
-template <class R>
+template <bool Draw, class R>
 BackwardTile<R> backward_tile_for(Param param, Mode mode) {
   return with_param(param, [mode](auto p) -> BackwardTile<R> {
-    if (mode == Mode::sample) return backward_tile<p.value, Mode::sample, R>;
-    if (mode == Mode::standard) return backward_tile<p.value, Mode::standard, R>;
-    return backward_tile<p.value, Mode::prior, R>;
+    if (mode == Mode::sample) return backward_tile<p.value, Mode::sample, Draw, R>;
+    if (mode == Mode::standard) return backward_tile<p.value, Mode::standard, Draw, R>;
+    return backward_tile<p.value, Mode::prior, Draw, R>;
   });
 }
 
@@ -28,7 +28,9 @@ class BackwardJob {
         in_(call, m_),
         kl_used_(call.has_kl && (call.grad_kl || call.grad_kl_per_group)),
         mode_(!kl_used_ ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
-        tile_(backward_tile_for<R>(call.param, mode_)),
+        draws_(call.grad_z != nullptr && call.K == 1),
+        tile_(draws_ ? backward_tile_for<true, R>(call.param, mode_)
+                     : backward_tile_for<false, R>(call.param, mode_)),
         bounds_(bounds_of<R>(call)),
         weight_(static_cast<const R*>(call.weight)),
         grad_kl_(static_cast<const R*>(call.grad_kl)),
@@ -47,17 +49,21 @@ class BackwardJob {
   }
 
   void run(int64_t begin, int64_t end) {
-    const std::unique_ptr<State> state(new State());
+    State state;
+    if (!p_.grad_z) {
+      std::fill_n(state.sum, kTile, R(0));
+      std::fill_n(state.noise, kTile, R(0));
+    }
     const int64_t stop = std::min(p_.numel(), end * kChunk);
     for (int64_t i = begin * kChunk; i < stop; i += kTile)
-      tile(i, static_cast<int>(std::min<int64_t>(kTile, stop - i)), *state);
+      tile(i, static_cast<int>(std::min<int64_t>(kTile, stop - i)), state);
   }
 
  private:
   struct State {
     TileBuffers<R> tile;
     typename Normals<R>::Buffer normals;
-    R sum[kTile] = {}, noise[kTile] = {}, c[kTile] = {}, grad_z[kTile];
+    R sum[kTile], noise[kTile], c[kTile], grad_z[kTile];  // zero, unless written, are sum and noise
     R grad_mu[kTile], grad_scale[kTile], grad_prior_mu[kTile], grad_prior_scale[kTile];
   };
 
@@ -136,10 +142,10 @@ class BackwardJob {
 
   void tile(int64_t begin, int n, State& s) {
     const TileInputs<R> in = in_.read(begin, n, mode_ == Mode::prior, s.tile);
-    const R* sum = s.sum;
-    if (p_.grad_z && p_.K == 1) {
+    const R *sum = s.sum, *noise = s.noise;
+    if (draws_) {
       sum = read_grad_z(begin, n, s.grad_z);
-      noise_tile(sum, normals_[0](0, begin, n, s.normals), s.noise, padded(n));
+      noise = normals_[0](0, begin, n, s.normals);
     } else if (p_.grad_z) {
       std::fill_n(s.sum, kTile, R(0));
       std::fill_n(s.noise, kTile, R(0));
@@ -156,7 +162,7 @@ class BackwardJob {
       R* direct = *views[i] ? views[i]->direct(begin, n) : nullptr;
       to[i] = direct ? direct : buffers[i];
     }
-    tile_(in, bounds_, sum, s.noise, c, static_cast<R>(p_.posterior_share), static_cast<R>(p_.prior_share),
+    tile_(in, bounds_, sum, noise, c, static_cast<R>(p_.posterior_share), static_cast<R>(p_.prior_share),
           TileGradients<R>{to[0], to[1], to[2], to[3]}, padded(n));
     for (int i = 0; i < 4; ++i)
       if (*views[i] && to[i] == buffers[i]) views[i]->write(begin, n, to[i]);
@@ -167,6 +173,7 @@ class BackwardJob {
   const Inputs<R> in_;
   const bool kl_used_;
   const Mode mode_;
+  const bool draws_;  // in the tile's own loop
   const BackwardTile<R> tile_;
   const Bounds<R> bounds_;
   const R* weight_;

@@ -13,13 +13,13 @@ namespace {
 constexpr int kRowsPerFlush = 64;
 
 template <class R>
-using ForwardTile = void (*)(TileInputs<R>, Bounds<R>, R*, R*, int);
-template <class R>
+using ForwardTile = void (*)(TileInputs<R>, Bounds<R>, const R*, R*, R*, int);
+template <bool Draw, class R>
 ForwardTile<R> forward_tile_for(Param param, Mode mode) {
   return with_param(param, [mode](auto p) -> ForwardTile<R> {
-    if (mode == Mode::sample) return forward_tile<p.value, Mode::sample, R>;
-    if (mode == Mode::standard) return forward_tile<p.value, Mode::standard, R>;
-    return forward_tile<p.value, Mode::prior, R>;
+    if (mode == Mode::sample) return forward_tile<p.value, Mode::sample, Draw, R>;
+    if (mode == Mode::standard) return forward_tile<p.value, Mode::standard, Draw, R>;
+    return forward_tile<p.value, Mode::prior, Draw, R>;
   });
 }
 
@@ -50,7 +50,9 @@ class ForwardJob {
         chunks_(chunks_of(m_, call.clamp == Clamp::sample)),
         in_(call, m_),
         mode_(!call.has_kl ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
-        tile_(forward_tile_for<R>(call.param, mode_)),
+        draws_(call.z != nullptr && call.K == 1),
+        tile_(draws_ ? forward_tile_for<true, R>(call.param, mode_)
+                     : forward_tile_for<false, R>(call.param, mode_)),
         bounds_(bounds_of<R>(call)),
         weight_(static_cast<const R*>(call.weight)),
         lambda_(static_cast<const R*>(call.free_bits_per_group)),
@@ -86,20 +88,20 @@ class ForwardJob {
   }
 
   void run(int64_t begin, int64_t end) {
-    const std::unique_ptr<State> state(new State());
+    State state;
     if (p_.has_kl && m_.kind != Matrix::Kind::runs) {
       const size_t width = static_cast<size_t>(folded_ ? kTile : chunks_.col_step);
-      state->sum.resize(width);
-      state->total.resize(width);
+      state.sum.resize(width);
+      state.total.resize(width);
     }
-    for (int64_t i = begin; i < end; ++i) chunk(i, *state);
+    for (int64_t i = begin; i < end; ++i) chunk(i, state);
   }
 
  private:
   struct State {
     TileBuffers<R> tile;
     typename Normals<R>::Buffer normals;
-    R value[kTile], lambda[kTile];
+    R sampled[kTile], value[kTile], lambda[kTile];
     uint8_t open[kTile];
     std::vector<R> sum;         // per column, at most kRowsPerFlush rows
     std::vector<double> total;  // per column
@@ -116,8 +118,15 @@ class ForwardJob {
     const Chunk c = chunks_[index];
     for_tiles(m_, c, [&](int64_t begin, int n) {
       const TileInputs<R> in = in_.read(begin, n, mode_ == Mode::prior, state.tile);
-      tile_(in, bounds_, state.tile.sd, state.tile.kl, padded(n));
-      if (!z_.empty()) sample(in.mu, begin, n, state);
+      R* z = state.tile.z;
+      const R* eps = nullptr;
+      if (draws_) {
+        eps = normals_[0](0, begin, n, state.normals);
+        if (R* direct = z_[0].direct(begin, n)) z = direct;
+      }
+      tile_(in, bounds_, eps, z, state.tile.kl, padded(n));
+      if (draws_ && z == state.tile.z) z_[0].write(begin, n, z);
+      if (!draws_ && !z_.empty()) sample(in.mu, begin, n, state);
       if (p_.has_kl) reduce(c, index, begin, n, state);
     });
     if (p_.has_kl && m_.kind == Matrix::Kind::columns) {
@@ -125,10 +134,10 @@ class ForwardJob {
       double* out = &columns_[static_cast<size_t>(index / chunks_.across * p_.G + c.col0)];
       const int64_t width = c.col1 - c.col0;
       std::fill_n(out, width, 0.0);
-      const int64_t summed = folded_ ? kTile : width;
-      for (int64_t j = 0; j < summed; ++j) {
-        out[j % width] += state.total[static_cast<size_t>(j)];
-        state.total[static_cast<size_t>(j)] = 0;
+      for (int64_t j = 0; j < (folded_ ? kTile : width); j += width) {
+        double* total = &state.total[static_cast<size_t>(j)];
+        for (int64_t i = 0; i < width; ++i) out[i] += total[i];
+        std::fill_n(total, width, 0.0);
       }
     }
   }
@@ -138,8 +147,8 @@ class ForwardJob {
       const R* eps = normals_[0](k, begin, n, state.normals);
       const View<R>& z = z_[static_cast<size_t>(k)];
       R* direct = z.direct(begin, n);
-      R* to = direct ? direct : state.tile.z;
-      sample_tile(mu, static_cast<const R*>(state.tile.sd), eps, to, padded(n));
+      R* to = direct ? direct : state.sampled;
+      sample_tile(mu, static_cast<const R*>(state.tile.z), eps, to, padded(n));
       if (!direct) z.write(begin, n, to);
     }
   }
@@ -317,6 +326,7 @@ class ForwardJob {
   const Chunks chunks_;
   const Inputs<R> in_;
   const Mode mode_;
+  const bool draws_;  // in the tile's own loop
   const ForwardTile<R> tile_;
   const Bounds<R> bounds_;
   const R* weight_;
@@ -340,12 +350,15 @@ void forward(const Forward& call, Parallel parallel) {
 
 void philox_words(uint64_t seed, uint64_t offset, uint64_t first_quad, int64_t n, int64_t* words) {
   const PhiloxKeys keys = philox_keys(seed, offset);
-  const WordsFunction words_of = best_words();
+  const Generator& generator = best_generator();
   for (int64_t i = 0; i < n; i += 4 * kQuadLanes) {
-    uint32_t x[4][kQuadLanes];
-    words_of(keys, first_quad + static_cast<uint64_t>(i / 4), kQuadLanes, WordArrays{x[0], x[1], x[2], x[3]});
-    for (int64_t j = 0; j < 4 * kQuadLanes && i + j < n; ++j)
-      words[i + j] = static_cast<int64_t>(x[j % 4][j / 4]);
+    Words x[kQuadLanes];
+    generator.words(keys, first_quad + static_cast<uint64_t>(i / 4), kQuadLanes, x);
+    for (int64_t j = 0; j < 4 * kQuadLanes && i + j < n; ++j) {
+      const Words& w = x[j / 4];
+      const uint32_t four[4] = {w.x0, w.x1, w.x2, w.x3};
+      words[i + j] = static_cast<int64_t>(four[j % 4]);
+    }
   }
 }
 

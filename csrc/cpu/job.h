@@ -36,7 +36,7 @@ void run_chunks(Job& job, int64_t count, int64_t elements, Parallel parallel) {
 template <class R>
 struct TileBuffers {
   R mu[kTile], scale[kTile], prior_mu[kTile], prior_scale[kTile];
-  R sd[kTile], kl[kTile], z[kTile];
+  R kl[kTile], z[kTile];  // z: or the standard deviations
 };
 
 template <class R>

@@ -201,8 +201,7 @@ class Normals {
   }
 
   struct Buffer {
-    WordTile words;
-    R eps[kTile + 2 * kLanes];
+    R eps[4 * kMostQuads];
   };
 
   const R* operator()(int64_t k, int64_t begin, int n, Buffer& buffer) const {
@@ -210,14 +209,18 @@ class Normals {
     const int lead = static_cast<int>(first % 4);
     const int quads = (lead + n + 3) / 4;
     const int whole = (quads + kQuadLanes - 1) / kQuadLanes * kQuadLanes;
-    WordTile& w = buffer.words;
-    words_(keys_, first / 4, whole, WordArrays{w.x0, w.x1, w.x2, w.x3});
-    normals_of(buffer.words, whole, buffer.eps);
+    if constexpr (sizeof(R) == 4) {
+      generator_.normals(keys_, first / 4, whole, buffer.eps);
+    } else {
+      Words words[kMostQuads];
+      generator_.words(keys_, first / 4, whole, words);
+      normals_of(words, quads, buffer.eps);
+    }
     return buffer.eps + lead;
   }
 
  private:
-  const WordsFunction words_ = best_words();
+  const Generator& generator_ = best_generator();
   PhiloxKeys keys_{};
   int64_t numel_;
 };

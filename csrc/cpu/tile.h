@@ -12,7 +12,7 @@
 
 #include "../gaussian.h"
 #include "../problem.h"
-#include "words.h"
+#include "normals.h"
 
 // One source, three compilations, chosen at load time. Spelled as architecture levels: with single features
 // GCC leaves scalar calls and loses the fused multiply-add.
@@ -28,9 +28,7 @@
 
 namespace vk::cpu {
 
-inline constexpr int kTile = 512;
 inline constexpr int kLanes = 64;
-static_assert(kQuadLanes * 4 == kLanes);
 
 // How many elements the loops below run over for n wanted ones.
 inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -97,21 +95,16 @@ VK_CLONES void store_dense(const R* __restrict from, T* __restrict to, int n) {
 
 // ---- normals ---------------------------------------------------------------------------------------------
 
-struct WordTile {
-  uint32_t x0[kTile / 4 + kQuadLanes], x1[kTile / 4 + kQuadLanes];
-  uint32_t x2[kTile / 4 + kQuadLanes], x3[kTile / 4 + kQuadLanes];
-};
-
-template <class R>
-VK_CLONES void normals_of(const WordTile& __restrict w, int quads, R* __restrict eps) {
-  lanes<kQuadLanes>(quads, [&](int q) VK_LAMBDA {
-    const Pair<R> a = box_muller(w.x0[q], w.x1[q], R());
-    const Pair<R> b = box_muller(w.x2[q], w.x3[q], R());
+// Those of float32 are in normals.h. Here float64's, of which the platform's libm takes nearly all the time.
+inline void normals_of(const Words* words, int quads, double* eps) {
+  for (int q = 0; q < quads; ++q) {
+    const Pair<double> a = box_muller(words[q].x0, words[q].x1, double());
+    const Pair<double> b = box_muller(words[q].x2, words[q].x3, double());
     eps[4 * q] = a.first;
     eps[4 * q + 1] = a.second;
     eps[4 * q + 2] = b.first;
     eps[4 * q + 3] = b.second;
-  });
+  }
 }
 
 // ---- the latent layer ------------------------------------------------------------------------------------
@@ -121,21 +114,26 @@ enum class Mode { sample, standard, prior };  // no KL; the KL to N(0, I); the K
 template <class R>
 struct TileInputs {
   const R *mu, *scale, *prior_mu, *prior_scale;
+  ExpRange range = {};  // here the compiler does not know its numbers, which math.h wants
 };
 
-template <Param P, Mode M, class R>
-VK_CLONES void forward_tile(TileInputs<R> in, Bounds<R> bounds, R* __restrict sd, R* __restrict kl, int n) {
+// Draw: z = mu + sd eps at once, for the one sample that most calls want. Else the standard deviations go to
+// `z`, for sample_tile.
+template <Param P, Mode M, bool Draw, class R>
+VK_CLONES void forward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __restrict eps, R* __restrict z,
+                            R* __restrict kl, int n) {
   const R* __restrict mu = in.mu;
   const R* __restrict s = in.scale;
   const R* __restrict prior_mu = in.prior_mu;
   const R* __restrict prior_s = in.prior_scale;
   const Bounds<R> b = bounds;
+  const ExpRange range = in.range;
   lanes(n, [&](int i) VK_LAMBDA {
-    const Posterior<R> q = posterior_of<P>(scale_of<P>(s[i]), b);
-    sd[i] = q.sd;
+    const Posterior<R> q = posterior_of<P>(scale_of<P>(s[i]), b, range);
+    z[i] = Draw ? mu[i] + q.sd * eps[i] : q.sd;
     if constexpr (M == Mode::standard) kl[i] = kl_standard(mu[i], q.excess);
     if constexpr (M == Mode::prior)
-      kl[i] = kl_prior(prior_of<P>(mu[i], q.x, prior_mu[i], scale_of<P>(prior_s[i])));
+      kl[i] = kl_prior(prior_of<P>(mu[i], q.x, prior_mu[i], scale_of<P>(prior_s[i]), range));
   });
 }
 
@@ -145,13 +143,7 @@ VK_CLONES void sample_tile(const R* __restrict mu, const R* __restrict sd, const
   lanes(n, [&](int i) VK_LAMBDA { z[i] = mu[i] + sd[i] * eps[i]; });
 }
 
-// The gradient of the loss with respect to sd.
-template <class R>
-VK_CLONES void noise_tile(const R* __restrict grad_z, const R* __restrict eps, R* __restrict noise, int n) {
-  lanes(n, [&](int i) VK_LAMBDA { noise[i] = grad_z[i] * eps[i]; });
-}
-
-// The same for one of several samples: adds its share of the sums of grad_z and of grad_z * eps.
+// One of several samples: adds its share of the sums of grad_z and of grad_z eps.
 template <class R>
 VK_CLONES void add_noise_tile(const R* __restrict grad_z, const R* __restrict eps, R* __restrict sum,
                               R* __restrict noise, int n) {
@@ -166,9 +158,9 @@ struct TileGradients {
   R *mu, *scale, *prior_mu, *prior_scale;
 };
 
-// In: the sums over samples of grad_z and of grad_z * eps; c, the gradient of the loss with respect to each
-// element's KL.
-template <Param P, Mode M, class R>
+// In: the sums over samples of grad_z and of grad_z eps; c, the gradient of the loss with respect to each
+// element's KL. Draw: of one sample, and `noise` holds eps itself.
+template <Param P, Mode M, bool Draw, class R>
 VK_CLONES void backward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __restrict sum,
                              const R* __restrict noise, const R* __restrict c, R posterior_share,
                              R prior_share, TileGradients<R> out, int n) {
@@ -181,18 +173,21 @@ VK_CLONES void backward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __rest
   R* __restrict grad_prior_mu = out.prior_mu;
   R* __restrict grad_prior_s = out.prior_scale;
   const Bounds<R> b = bounds;
+  const ExpRange range = in.range;
   lanes(n, [&](int i) VK_LAMBDA {
+    const R grad_sd = Draw ? sum[i] * noise[i] : noise[i];
     if constexpr (M == Mode::prior) {
-      const ElementGradients<R> g = gradients_prior<P>(mu[i], s[i], prior_mu[i], prior_s[i], b, sum[i],
-                                                       noise[i], c[i] * posterior_share, c[i] * prior_share);
+      const ElementGradients<R> g =
+          gradients_prior<P>(mu[i], s[i], prior_mu[i], prior_s[i], b, sum[i], grad_sd, c[i] * posterior_share,
+                             c[i] * prior_share, range);
       grad_mu[i] = g.mu;
       grad_s[i] = g.scale;
       grad_prior_mu[i] = g.prior_mu;
       grad_prior_s[i] = g.prior_scale;
     } else {
       const ElementGradients<R> g = M == Mode::sample
-                                        ? gradients_sample<P>(s[i], b, sum[i], noise[i])
-                                        : gradients_standard<P>(mu[i], s[i], b, sum[i], noise[i], c[i]);
+                                        ? gradients_sample<P>(s[i], b, sum[i], grad_sd, range)
+                                        : gradients_standard<P>(mu[i], s[i], b, sum[i], grad_sd, c[i], range);
       grad_mu[i] = g.mu;
       grad_s[i] = g.scale;
     }
