@@ -1,17 +1,21 @@
-// The Autograd kernels: one C++ autograd function for every public operator, since they share one backward.
+// The Autograd kernels: one node of the graph for every public operator, since they share one backward.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/saved_variable.h>
+#include <torch/version.h>
 
 #include "handles.h"
 
 namespace vk {
 namespace {
 
-using torch::autograd::AutogradContext;
+using torch::autograd::Node;
+using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
 
 // The options of a call, owned: what the schema passes by reference is gone when backward runs.
-struct Options : torch::CustomClassHolder {
+struct Options {
   bool packed = false, sample = false, kl = false, draw = false, prior_grads = false;
   int64_t dim = 0;
   OptTensor rng;
@@ -86,66 +90,81 @@ variable_list compute(const Tensor& first, const Tensor& second, const OptTensor
           : call::sample_kl(first, second, *o.rng, prior_mu, prior_logvar, o.num_samples, VK_OPTIONS_KL));
 }
 
-class LatentFunction : public torch::autograd::Function<LatentFunction> {
+// Written out like torch's own nodes: torch::autograd::Function wraps every result, hashes names and keeps
+// the shapes of all arguments, which took a fifth of a small forward and backward.
+class LatentBackward final : public Node {
  public:
-  static variable_list forward(AutogradContext* ctx, const Tensor& first, const OptTensor& second,
-                               const OptTensor& prior_mu, const OptTensor& prior_logvar,
-                               const c10::intrusive_ptr<Options>& options) {
-    const Options& o = *options;
-    variable_list results = compute(first, second.value_or(Tensor()), prior_mu, prior_logvar, o);
-    Tensor rng = o.draw ? results.back() : o.rng.value_or(Tensor());
-    Tensor gate, open;
-    variable_list constant;
-    if (o.kl) {
-      const size_t at = o.sample ? 3 : 2;
-      gate = results[at];
-      open = results[at + 1];
-      constant = {gate, open};
-    }
-    if (o.draw) constant.push_back(rng);
-    // Where only the prior is learned, z is a constant to autograd.
-    if (o.sample && !first.requires_grad() && !(second && second->requires_grad()))
-      constant.push_back(results[0]);
-    if (!constant.empty()) ctx->mark_non_differentiable(constant);
-    ctx->set_materialize_grads(false);
-    ctx->save_for_backward({first, second.value_or(Tensor()), rng, prior_mu.value_or(Tensor()),
-                            prior_logvar.value_or(Tensor()), gate, open, o.weight.value_or(Tensor())});
-    // Saved above as a variable; held here as well it would escape the hooks on saved tensors.
-    options->weight.reset();
-    options->rng.reset();
-    options->free_bits_per_group.reset();
-    ctx->saved_data["options"] = c10::IValue::make_capsule(options);
-    return results;
+  // `rng`, `gate` and `open` as they left the operator, undefined where it has none.
+  void save(const Tensor& first, const Tensor& second, const OptTensor& prior_mu,
+            const OptTensor& prior_logvar, const Tensor& rng, const Tensor& gate, const Tensor& open,
+            Options&& options) {
+    first_ = SavedVariable(first, false);
+    second_ = SavedVariable(second, false);
+    prior_mu_ = SavedVariable(prior_mu, false);
+    prior_logvar_ = SavedVariable(prior_logvar, false);
+    rng_ = SavedVariable(rng, false);
+    gate_ = SavedVariable(gate, false);
+    open_ = SavedVariable(open, false);
+    weight_ = SavedVariable(options.weight, false);
+    options_ = std::move(options);
+    // Saved above, or not needed; held here as well they would escape the hooks on saved tensors.
+    options_.weight.reset();
+    options_.rng.reset();
+    options_.free_bits_per_group.reset();
+    options_.generator.reset();
   }
 
-  static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
-    const auto holder = ctx->saved_data["options"].toCapsule();
-    const Options& o = static_cast<const Options&>(*holder);
-    const variable_list saved = ctx->get_saved_variables();
-    const auto optional = [](const Tensor& t) { return t.defined() ? OptTensor(t) : OptTensor(); };
-    const OptTensor grad_z = o.sample ? optional(grads[0]) : OptTensor();
-    const OptTensor grad_kl = o.kl ? optional(grads[o.sample ? 1 : 0]) : OptTensor();
-    const OptTensor grad_rate = o.kl ? optional(grads[o.sample ? 2 : 1]) : OptTensor();
-    variable_list out(5);
+  std::string name() const override { return "vaekernels::LatentBackward"; }
+
+  void release_variables() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (SavedVariable* saved :
+         {&first_, &second_, &prior_mu_, &prior_logvar_, &rng_, &gate_, &open_, &weight_})
+      saved->reset_data();
+  }
+
+  variable_list apply(variable_list&& grads) override {
+    const Options& o = options_;
+    const auto given = [](const Tensor& t) { return t.defined() ? OptTensor(t) : OptTensor(); };
+    const OptTensor grad_z = o.sample ? given(grads[0]) : OptTensor();
+    const OptTensor grad_kl = o.kl ? given(grads[o.sample ? 1 : 0]) : OptTensor();
+    const OptTensor grad_rate = o.kl ? given(grads[o.sample ? 2 : 1]) : OptTensor();
+    variable_list out(4);
     if (!grad_z && !grad_kl && !grad_rate) return out;
-    const OptTensor rng = optional(saved[2]), prior_mu = optional(saved[3]),
-                    prior_logvar = optional(saved[4]);
-    const OptTensor gate = optional(saved[5]), open = optional(saved[6]), weight = optional(saved[7]);
+    std::unique_lock<std::mutex> lock(mutex_);
+    const Tensor first = first_.unpack(), second = second_.unpack();
+    const OptTensor rng = given(rng_.unpack()), prior_mu = given(prior_mu_.unpack()),
+                    prior_logvar = given(prior_logvar_.unpack());
+    const OptTensor gate = given(gate_.unpack()), open = given(open_.unpack()),
+                    weight = given(weight_.unpack());
+    lock.unlock();
 #define VK_OPTIONS_SAVED                                                                             \
   rng, prior_mu, prior_logvar, gate, open, o.prior_grads, o.clamp, o.batch_dims, o.groups(), weight, \
       o.balance, o.reduction, o.group_sums, VK_OPTIONS_PARAM
     if (o.packed) {
       std::tie(out[0], out[2], out[3]) =
-          call::latent_backward_packed(grad_z, grad_kl, grad_rate, saved[0], o.dim, VK_OPTIONS_SAVED);
+          call::latent_backward_packed(grad_z, grad_kl, grad_rate, first, o.dim, VK_OPTIONS_SAVED);
     } else {
       std::tie(out[0], out[1], out[2], out[3]) =
-          call::latent_backward(grad_z, grad_kl, grad_rate, saved[0], saved[1], VK_OPTIONS_SAVED);
+          call::latent_backward(grad_z, grad_kl, grad_rate, first, second, VK_OPTIONS_SAVED);
       if (!out[0].defined()) out[0] = *grad_z;
     }
 #undef VK_OPTIONS_SAVED
     return out;
   }
+
+ private:
+  Options options_;
+  SavedVariable first_, second_, prior_mu_, prior_logvar_, rng_, gate_, open_, weight_;
 };
+
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
+std::shared_ptr<LatentBackward> new_node() {
+  return std::shared_ptr<LatentBackward>(new LatentBackward(), torch::autograd::deleteNode);
+}
+#else
+c10::intrusive_ptr<LatentBackward> new_node() { return c10::make_intrusive<LatentBackward>(); }
+#endif
 
 bool needs_grad(std::initializer_list<const OptTensor*> tensors) {
   if (!at::GradMode::is_enabled()) return false;
@@ -154,12 +173,32 @@ bool needs_grad(std::initializer_list<const OptTensor*> tensors) {
 }
 
 variable_list run(const Tensor& first, const OptTensor& second, const OptTensor& prior_mu,
-                  const OptTensor& prior_logvar, c10::intrusive_ptr<Options> options) {
+                  const OptTensor& prior_logvar, Options&& o) {
   const OptTensor head = first;
-  if (!needs_grad({&head, &second, &prior_mu, &prior_logvar}))
-    return compute(first, second.value_or(Tensor()), prior_mu, prior_logvar, *options);
-  options->prior_grads = needs_grad({&prior_mu, &prior_logvar});
-  return LatentFunction::apply(first, second, prior_mu, prior_logvar, options);
+  const bool posterior_grads = needs_grad({&head, &second});
+  o.prior_grads = needs_grad({&prior_mu, &prior_logvar});
+  const Tensor other = second.value_or(Tensor());
+  if (!posterior_grads && !o.prior_grads) return compute(first, other, prior_mu, prior_logvar, o);
+
+  auto node = new_node();
+  node->set_next_edges(torch::autograd::collect_next_edges(first, second, prior_mu, prior_logvar));
+  variable_list results = compute(first, other, prior_mu, prior_logvar, o);
+  const size_t kl = o.sample ? 1 : 0;  // where the KL's results begin
+  if (o.sample) {
+    // Where only the prior is learned, z is a constant to autograd.
+    if (posterior_grads)
+      torch::autograd::set_history(results[0], node);
+    else
+      node->add_input_metadata(Node::undefined_input());
+  }
+  if (o.kl) {
+    torch::autograd::set_history(results[kl], node);
+    torch::autograd::set_history(results[kl + 1], node);
+  }
+  const Tensor rng = o.draw ? results.back() : o.rng.value_or(Tensor());
+  node->save(first, other, prior_mu, prior_logvar, rng, o.kl ? results[kl + 2] : Tensor(),
+             o.kl ? results[kl + 3] : Tensor(), std::move(o));
+  return results;
 }
 
 template <size_t... I>
@@ -171,11 +210,6 @@ auto as_tuple(const variable_list& v) {
   return as_tuple(v, std::make_index_sequence<N>());
 }
 
-c10::intrusive_ptr<Options> options_for(bool sample) {
-  auto o = c10::make_intrusive<Options>();
-  o->sample = sample;
-  return o;
-}
 void set_packed(Options& o, int64_t dim) {
   o.packed = true;
   o.dim = dim;
@@ -189,31 +223,33 @@ void set_state(Options& o, const OptGenerator& generator) {
 template <class State>
 variable_list sampled(const Tensor& first, const OptTensor& second, std::optional<int64_t> dim,
                       const State& state, const OptSymInt& num_samples, VK_PARAM_ARGS) {
-  auto o = options_for(true);
-  if (dim) set_packed(*o, *dim);
-  set_state(*o, state);
-  o->num_samples = num_samples;
-  o->set_param(VK_PARAM_PASS);
-  return run(first, second, {}, {}, o);
+  Options o;
+  o.sample = true;
+  if (dim) set_packed(o, *dim);
+  set_state(o, state);
+  o.num_samples = num_samples;
+  o.set_param(VK_PARAM_PASS);
+  return run(first, second, {}, {}, std::move(o));
 }
 
 template <class State>
 variable_list sampled_kl(const Tensor& first, const OptTensor& second, std::optional<int64_t> dim,
                          const State& state, const OptSymInt& num_samples, VK_PRIOR_ARGS, VK_KL_ARGS) {
-  auto o = options_for(true);
-  if (dim) set_packed(*o, *dim);
-  set_state(*o, state);
-  o->num_samples = num_samples;
-  o->set_kl(VK_KL_PASS);
-  return run(first, second, VK_PRIOR_PASS, o);
+  Options o;
+  o.sample = true;
+  if (dim) set_packed(o, *dim);
+  set_state(o, state);
+  o.num_samples = num_samples;
+  o.set_kl(VK_KL_PASS);
+  return run(first, second, VK_PRIOR_PASS, std::move(o));
 }
 
 variable_list only_kl(const Tensor& first, const OptTensor& second, std::optional<int64_t> dim, VK_PRIOR_ARGS,
                       VK_KL_ARGS) {
-  auto o = options_for(false);
-  if (dim) set_packed(*o, *dim);
-  o->set_kl(VK_KL_PASS);
-  return run(first, second, VK_PRIOR_PASS, o);
+  Options o;
+  if (dim) set_packed(o, *dim);
+  o.set_kl(VK_KL_PASS);
+  return run(first, second, VK_PRIOR_PASS, std::move(o));
 }
 
 Tensor reparameterize(VK_TARGET_ARGS, const Tensor& rng, OptSymInt num_samples, VK_PARAM_ARGS) {

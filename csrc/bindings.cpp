@@ -1,5 +1,7 @@
 // The Python module: build_info() and the entry that eager calls take. An argument goes from Python to the
 // dispatcher once, without the schema matching of torch.ops.
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "cpu/latent.h"
@@ -129,6 +131,106 @@ struct Keywords {
       },                                                                                               \
       PY_GRAD_NAMES, NAMES, PY_SAVED_NAMES);
 
+// ---- the short way ---------------------------------------------------------------------------------------
+//
+// Calls that leave every option but a number of free bits at its default, as most do: what their arguments
+// have to fulfil is little, and is looked at here instead of in Python, which took a third of a small call.
+// Anything else, mistakes included, gives None, and the caller goes the long way, which knows what to say.
+
+const Tensor* tensor_of(PyObject* x) { return THPVariable_Check(x) ? &THPVariable_Unpack(x) : nullptr; }
+
+// A tensor that the compiled kernels serve.
+bool served(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+    case at::kDouble:
+    case at::kBFloat16:
+    case at::kHalf:
+      break;
+    default:
+      return false;
+  }
+  if (t.is_cpu()) return true;
+  // Whether the CUDA library was loaded does not change after the first CUDA tensor was seen.
+  static const bool cuda = c10::Dispatcher::singleton()
+                               .findSchemaOrThrow("vaekernels::sample_kl", "")
+                               .hasKernelForDispatchKey(c10::DispatchKey::CUDA);
+  return t.is_cuda() && cuda;
+}
+
+bool alike(const Tensor& a, const Tensor& b) {
+  return a.scalar_type() == b.scalar_type() && a.device() == b.device() && a.sizes() == b.sizes();
+}
+
+bool read_number(PyObject* x, std::optional<double>& number) {
+  if (x == Py_None) return true;
+  if (!PyFloat_CheckExact(x)) return false;
+  number = PyFloat_AS_DOUBLE(x);
+  return *number >= 0;
+}
+
+bool read_axis(PyObject* x, const Tensor& t, int64_t& axis) {
+  if (!PyLong_CheckExact(x)) return false;
+  axis = PyLong_AsLongLong(x);
+  if (axis == -1 && PyErr_Occurred()) {
+    PyErr_Clear();
+    return false;
+  }
+  return axis >= -t.dim() && axis < t.dim() && t.size(axis) % 2 == 0;
+}
+
+// The operator's first results, as Python has them.
+template <size_t... I, class Results>
+PyObject* first_results(Results&& results, std::index_sequence<I...>) {
+  if constexpr (sizeof...(I) == 1) return THPVariable_Wrap(std::move(std::get<0>(results)));
+  PyObject* tuple = PyTuple_New(sizeof...(I));
+  if (tuple == nullptr) throw python_error();
+  (PyTuple_SET_ITEM(tuple, I, THPVariable_Wrap(std::move(std::get<I>(results)))), ...);
+  return tuple;
+}
+
+#define PY_DEFAULT_KL \
+  bits, none, "batch", "floor", 1, {}, none, {}, "batchmean", false, "logvar", {}
+
+// For mu and logvar, and for packed ones: a name, how many arguments and results, what has to hold, the call.
+#define PY_SHORT(name, arguments, results, holds, op, ...)                         \
+  PyObject* name(PyObject*, PyObject* const* args, Py_ssize_t n) {                 \
+    HANDLE_TH_ERRORS                                                               \
+    static const OptTensor none;                                                   \
+    static const OptGenerator generator;                                           \
+    const Tensor *a = n == arguments ? tensor_of(args[0]) : nullptr, *b = nullptr; \
+    std::optional<double> bits;                                                    \
+    int64_t axis = 0;                                                              \
+    if (a == nullptr || !served(*a) || a->dim() == 0 || !(holds)) Py_RETURN_NONE;  \
+    auto values = [&] {                                                            \
+      const py::gil_scoped_release unlocked;                                       \
+      return call::op(__VA_ARGS__);                                                \
+    }();                                                                           \
+    return first_results(std::move(values), std::make_index_sequence<results>());  \
+    END_HANDLE_TH_ERRORS                                                           \
+  }
+#define PY_TWO ((b = tensor_of(args[1])) != nullptr && alike(*a, *b))
+#define PY_PACKED read_axis(args[1], *a, axis)
+
+PY_SHORT(short_reparameterize, 2, 1, PY_TWO, reparameterize_draw, *a, *b, generator, {}, "logvar", {})
+PY_SHORT(short_gaussian_kl, 3, 2, PY_TWO&& read_number(args[2], bits), gaussian_kl, *a, *b, none, none,
+         PY_DEFAULT_KL)
+PY_SHORT(short_sample_kl, 3, 3, PY_TWO&& read_number(args[2], bits), sample_kl_draw, *a, *b, none, none,
+         generator, {}, PY_DEFAULT_KL)
+PY_SHORT(short_reparameterize_packed, 2, 1, PY_PACKED, reparameterize_packed_draw, *a, axis, generator, {},
+         "logvar", {})
+PY_SHORT(short_gaussian_kl_packed, 3, 2, PY_PACKED&& read_number(args[2], bits), gaussian_kl_packed, *a, axis,
+         none, none, PY_DEFAULT_KL)
+PY_SHORT(short_sample_kl_packed, 3, 3, PY_PACKED&& read_number(args[2], bits), sample_kl_packed_draw, *a,
+         axis, none, none, generator, {}, PY_DEFAULT_KL)
+
+PyMethodDef kShort[] = {
+#define PY_ENTRY(name)                                                                                       \
+  {"short_" #name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(short_##name)), METH_FASTCALL, \
+   nullptr},
+    PY_ENTRY(reparameterize) PY_ENTRY(gaussian_kl) PY_ENTRY(sample_kl) PY_ENTRY(reparameterize_packed)
+        PY_ENTRY(gaussian_kl_packed) PY_ENTRY(sample_kl_packed){nullptr, nullptr, 0, nullptr}};
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -137,6 +239,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("_philox_words", &call::_philox_words, py::arg("rng"), py::arg("n"), py::arg("first_quad") = 0);
   PY_OPERATORS(, VK_TARGET_ARGS, VK_TARGET_PASS, PY_PAIR_NAMES)
   PY_OPERATORS(_packed, VK_PACKED_ARGS, VK_PACKED_PASS, PY_MOMENTS_NAMES)
+  if (PyModule_AddFunctions(m.ptr(), kShort) != 0) throw py::error_already_set();
 }
 
 }  // namespace vk

@@ -118,6 +118,18 @@ VK_FN R kl_prior(const Prior<R>& p) {
   return R(0.5) * (p.distance * p.distance + p.excess);
 }
 
+// e^(2t) - 1 for gradients. Of tensors that hold sd from the quotient itself, while neither end is so far out
+// that it overflows: t is the difference of two logarithms and brings the roundings of both.
+template <Param P, class R>
+VK_FN R prior_growth(const Posterior<R>& q, const Scale<R>& prior, const Prior<R>& p) {
+  if constexpr (kHoldsSd<P>) {
+    const R d = (q.sd - prior.sd) * prior.inverse;
+    const bool near = q.x < R(40) && q.x > R(-40) && prior.x < R(40) && prior.x > R(-40);
+    return near ? d * (d + R(2)) : p.growth;
+  }
+  return p.growth;
+}
+
 // dKL/ds against N(0, I). Where the tensor holds sd this is (sd - 1/sd) d sd/ds, in an order that neither
 // cancels near sd = 1 nor overflows before the result does.
 template <Param P, class R>
@@ -164,8 +176,9 @@ VK_FN ElementGradients<R> gradients_prior(R mu, R s, R prior_mu, R prior_s, cons
   const Posterior<R> q = posterior_of<P>(scale, bounds, range);
   const Prior<R> p = prior_of<P>(mu, q.x, prior_mu, prior_scale, range);
   const R pull = p.distance * p.precision_root;
-  return {sum + cq * pull, scale_gradient<P>(scale, q, noise, cq, p.growth * scale.log_slope), -(cp * pull),
-          -(cp * ((p.growth + p.distance * p.distance) * prior_scale.log_slope))};
+  const R growth = prior_growth<P>(q, prior_scale, p);
+  return {sum + cq * pull, scale_gradient<P>(scale, q, noise, cq, growth * scale.log_slope), -(cp * pull),
+          -(cp * ((growth + p.distance * p.distance) * prior_scale.log_slope))};
 }
 
 // Free bits, f(x; lambda): what the loss counts of a rate x. The gate is open, x >= lambda, where the

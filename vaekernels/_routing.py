@@ -37,6 +37,13 @@ def entry_for(t: Tensor) -> Any:
     return reference
 
 
+def short_entry() -> Any:
+    """The compiled library, whose `short_*` forms serve calls at default options; None where they may not."""
+    if _transforms_active() or forward_ad._current_level >= 0 or _is_compiling():
+        return None
+    return _native.C
+
+
 def draws(entry: Any) -> bool:
     """True for the compiled entry, whose `*_draw` forms take the state and use it in one call."""
     return entry is not None and entry is _native.C
@@ -88,9 +95,9 @@ def kl_options(
     name: str,
     like: Tensor,
     shape: Sequence[int],
+    free_bits: float | Tensor | None,
     prior_mu: Tensor | None,
     prior_logvar: Tensor | None,
-    free_bits: float | Tensor | None,
     clamp: str,
     penalty: str,
     batch_dims: int,

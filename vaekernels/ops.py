@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
 
 from vaekernels import _checks
-from vaekernels._routing import draw_state, draws, entry_for, kl_options, sample_options
+from vaekernels._routing import draw_state, draws, entry_for, kl_options, sample_options, short_entry
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -21,6 +21,11 @@ class SampleKL(NamedTuple):
     z: Tensor
     kl: Tensor
     kl_per_group: Tensor
+
+
+# The options of a call that `short_entry` serves.
+_SAMPLE_DEFAULTS = (None, None, None, "logvar", None)
+_KL_DEFAULTS = (None, None, "batch", "floor", 1, None, None, None, "batchmean", "logvar", None, None)
 
 
 def rng_state(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -68,6 +73,13 @@ def reparameterize(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that differ, an unknown string, a bad state.
     """
+    short = short_entry()
+    if (
+        short is not None
+        and (num_samples, generator, rng, parameterization, logvar_bounds) == _SAMPLE_DEFAULTS
+        and (drawn := short.short_reparameterize(mu, logvar)) is not None
+    ):
+        return cast(Tensor, drawn)
     _checks.check_pair("mu", mu, "logvar", logvar)
     options = sample_options(mu, num_samples, generator, rng, parameterization, logvar_bounds)
     entry = entry_for(mu)
@@ -94,6 +106,13 @@ def reparameterize_packed(
 
     An odd size along `dim` is a ValueError; everything else is as in `reparameterize`.
     """
+    short = short_entry()
+    if (
+        short is not None
+        and (num_samples, generator, rng, parameterization, logvar_bounds) == _SAMPLE_DEFAULTS
+        and (drawn := short.short_reparameterize_packed(moments, dim)) is not None
+    ):
+        return cast(Tensor, drawn)
     _checks.packed_shape(moments, dim)
     options = sample_options(moments, num_samples, generator, rng, parameterization, logvar_bounds)
     entry = entry_for(moments)
@@ -216,25 +235,20 @@ def gaussian_kl(
             in free_bits or weight. In CUDA tensors such values are not looked for, as that would wait for the
             device; a bad one gives a NaN loss.
     """
-    _checks.check_pair("mu", mu, "logvar", logvar)
-    options, shared = kl_options(
-        "mu",
-        mu,
-        mu.shape,
-        prior_mu,
-        prior_logvar,
-        free_bits,
-        clamp,
-        penalty,
-        batch_dims,
-        group_dims,
-        weight,
-        balance,
-        reduction,
-        parameterization,
-        logvar_bounds,
-        process_group,
+    given = (
+        *(prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance),
+        *(reduction, parameterization, logvar_bounds, process_group),
     )
+    short = short_entry()
+    if (
+        short is not None
+        and given == _KL_DEFAULTS
+        and type(batch_dims) is int  # and not True
+        and (out := short.short_gaussian_kl(mu, logvar, free_bits)) is not None
+    ):
+        return (out[0], out[1]) if return_per_group else out[0]
+    _checks.check_pair("mu", mu, "logvar", logvar)
+    options, shared = kl_options("mu", mu, mu.shape, free_bits, *given)
     out = entry_for(mu).gaussian_kl(mu, logvar, prior_mu, prior_logvar, **options)
     kl, per_group = (out[0], out[1]) if shared is None else shared.reduce(out[0], out[1])
     return (kl, per_group) if return_per_group else kl
@@ -308,25 +322,20 @@ def gaussian_kl_packed(
     `group_dims` counts the axes of mu. An odd size along `dim` is a ValueError; everything else is as in
     `gaussian_kl`.
     """
-    shape = _checks.packed_shape(moments, dim)
-    options, shared = kl_options(
-        "moments",
-        moments,
-        shape,
-        prior_mu,
-        prior_logvar,
-        free_bits,
-        clamp,
-        penalty,
-        batch_dims,
-        group_dims,
-        weight,
-        balance,
-        reduction,
-        parameterization,
-        logvar_bounds,
-        process_group,
+    given = (
+        *(prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance),
+        *(reduction, parameterization, logvar_bounds, process_group),
     )
+    short = short_entry()
+    if (
+        short is not None
+        and given == _KL_DEFAULTS
+        and type(batch_dims) is int  # and not True
+        and (out := short.short_gaussian_kl_packed(moments, dim, free_bits)) is not None
+    ):
+        return (out[0], out[1]) if return_per_group else out[0]
+    shape = _checks.packed_shape(moments, dim)
+    options, shared = kl_options("moments", moments, shape, free_bits, *given)
     out = entry_for(moments).gaussian_kl_packed(moments, dim, prior_mu, prior_logvar, **options)
     kl, per_group = (out[0], out[1]) if shared is None else shared.reduce(out[0], out[1])
     return (kl, per_group) if return_per_group else kl
@@ -367,25 +376,21 @@ def sample_kl(
     Raises:
         TypeError, ValueError: as `reparameterize` and `gaussian_kl`.
     """
-    _checks.check_pair("mu", mu, "logvar", logvar)
-    options, shared = kl_options(
-        "mu",
-        mu,
-        mu.shape,
-        prior_mu,
-        prior_logvar,
-        free_bits,
-        clamp,
-        penalty,
-        batch_dims,
-        group_dims,
-        weight,
-        balance,
-        reduction,
-        parameterization,
-        logvar_bounds,
-        process_group,
+    given = (
+        *(prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance),
+        *(reduction, parameterization, logvar_bounds, process_group),
     )
+    short = short_entry()
+    if (
+        short is not None
+        and (num_samples, generator, rng) == (None, None, None)
+        and given == _KL_DEFAULTS
+        and type(batch_dims) is int  # and not True
+        and (out := short.short_sample_kl(mu, logvar, free_bits)) is not None
+    ):
+        return SampleKL._make(out)
+    _checks.check_pair("mu", mu, "logvar", logvar)
+    options, shared = kl_options("mu", mu, mu.shape, free_bits, *given)
     if num_samples is not None:
         _checks.check_num_samples(num_samples)
         options["num_samples"] = num_samples
@@ -428,25 +433,21 @@ def sample_kl_packed(
     `group_dims` counts the axes of mu. An odd size along `dim` is a ValueError; everything else is as in
     `sample_kl`.
     """
-    shape = _checks.packed_shape(moments, dim)
-    options, shared = kl_options(
-        "moments",
-        moments,
-        shape,
-        prior_mu,
-        prior_logvar,
-        free_bits,
-        clamp,
-        penalty,
-        batch_dims,
-        group_dims,
-        weight,
-        balance,
-        reduction,
-        parameterization,
-        logvar_bounds,
-        process_group,
+    given = (
+        *(prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance),
+        *(reduction, parameterization, logvar_bounds, process_group),
     )
+    short = short_entry()
+    if (
+        short is not None
+        and (num_samples, generator, rng) == (None, None, None)
+        and given == _KL_DEFAULTS
+        and type(batch_dims) is int  # and not True
+        and (out := short.short_sample_kl_packed(moments, dim, free_bits)) is not None
+    ):
+        return SampleKL._make(out)
+    shape = _checks.packed_shape(moments, dim)
+    options, shared = kl_options("moments", moments, shape, free_bits, *given)
     if num_samples is not None:
         _checks.check_num_samples(num_samples)
         options["num_samples"] = num_samples
