@@ -64,7 +64,7 @@ check-slow: $(BUILT)
 	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -m slow -rA --no-header --color=no | tee benchmarks/results/check-slow.txt
 
 bench: $(BUILT)
-	$(PY) -m vaekernels.bench
+	$(PY) -m vaekernels bench --quick
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) .mypy_cache .pytest_cache .ruff_cache

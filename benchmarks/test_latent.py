@@ -1,4 +1,8 @@
-"""The cases of `vaekernels.bench` under pytest-benchmark: `python -m pytest benchmarks`."""
+"""The cases of `vaekernels.bench` under pytest-benchmark: `python -m pytest benchmarks`.
+
+For runs that are kept and compared with pytest-benchmark's own tools. `vaekernels bench` times the contenders
+in turn, which is fairer on a machine whose speed changes.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +12,24 @@ import pytest
 import torch
 
 from vaekernels import bench
+from vaekernels.bench.cases import Problem
 
-LAYERS = bench.contenders(compiled=True)
+LARGEST = 2**22  # above, one round takes seconds; `vaekernels bench` has them
+CASES = [case for case in bench.CASES if case.numel <= LARGEST]
 
 
-@pytest.mark.parametrize("contender", LAYERS)
-@pytest.mark.parametrize("case", bench.CASES, ids=lambda case: case.name)
-def test_forward_backward(benchmark: Any, case: bench.Case, contender: str) -> None:
-    tensors = case.tensors(torch.device("cpu"))
-    layer = LAYERS[contender]
-    bench.step(layer, *tensors)
-    benchmark.group = case.name
-    benchmark(bench.step, layer, *tensors)
+def names(case: bench.Case) -> list[str]:
+    return list(bench.contenders(case, compiled=True))
+
+
+@pytest.mark.parametrize(
+    "case, contender",
+    [(case, name) for case in CASES for name in names(case)],
+    ids=lambda value: f"{value.op} {value.name}" if isinstance(value, bench.Case) else value,
+)
+@pytest.mark.parametrize("direction", ["forward", "both"])
+def test_latent_layer(benchmark: Any, case: bench.Case, contender: str, direction: str) -> None:
+    problem = Problem.of(case, torch.device("cpu"))
+    timer = bench.Timer(problem, bench.contenders(case, compiled=True)[contender])
+    benchmark.group = f"{case.op} {case.name} {direction}"
+    benchmark(timer.timing(direction), 1)

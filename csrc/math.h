@@ -139,13 +139,14 @@ VK_FN float log_reduced(float x, float minus_one) {
   const int32_t e = (bits - 0x3F3504F3) >> 23;
   const float m = std::bit_cast<float>(bits - (e << 23));
   const float f = e == 0 ? minus_one : m - 1.f;
-  float p = 0.087003596f;
-  p = p * f - 0.14267476f;
-  p = p * f + 0.14914787f;
-  p = p * f - 0.16577587f;
-  p = p * f + 0.19963062f;
-  p = p * f - 0.25001338f;
-  p = p * f + 0.3333391f;
+  float p = -0.07634499f;
+  p = p * f + 0.12761578f;
+  p = p * f - 0.13160183f;
+  p = p * f + 0.14201757f;
+  p = p * f - 0.16623357f;
+  p = p * f + 0.20001227f;
+  p = p * f - 0.2500082f;
+  p = p * f + 0.3333333f;
   const float f2 = f * f;
   const float tail = f2 * (f * p - 0.5f);
   const float scale = static_cast<float>(e);
@@ -161,6 +162,14 @@ VK_FN float log_of(float x) {
 }
 
 VK_FN float sqrt_of(float x) { return std::sqrt(x); }
+
+// log(1 + y) for 0 <= y <= 1, relative error < 1.3e-7. The upper half as log(2) + log(1 + (y - 1) / 2), which
+// keeps the digits that 1 + y has no room for.
+VK_FN float log1p_of(float y) {
+  const bool upper = y > 0.41421356f;
+  const float f = upper ? (y - 1.f) * 0.5f : y;
+  return log_reduced(1.f + f, f) + (upper ? 0.69314718f : 0.f);
+}
 
 VK_FN float clamp_of(float x, float lo, float hi) {
   const float above = x < lo ? lo : x;  // a step each, which is an instruction each
@@ -217,7 +226,7 @@ VK_FN double keep_if(bool keep, double x) {
 }
 #endif
 
-// log(1 + y) for 0 <= y <= 1; the quotient repairs the rounding of 1 + y.
+// The same where nothing better is at hand; the quotient repairs the rounding of 1 + y.
 template <class R>
 VK_FN R log1p_of(R y) {
   const R u = R(1) + y;

@@ -16,6 +16,10 @@ import torch
 import vaekernels as vk
 from vaekernels import _native
 
+# Tests of threads set their own number. Two threads, on a machine that other work shares, can take ten times
+# as long as one.
+torch.set_num_threads(1)
+
 DEVICES = [d for d in os.environ.get("VAEKERNELS_TEST_DEVICES", "cpu").split(",") if d]
 BACKENDS = ["kernels", "reference"]
 

@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
+    if given and given[0] == "bench":
+        bench: Any = import_module("vaekernels.bench")
+        return int(bench.main(given[1:], prog="vaekernels bench"))
     if given and not given[0].startswith("-") and given[0] not in ("doctor", "build"):
         return _train(given)
     chosen = parser.parse_args(given)
@@ -65,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         "(XDG_CACHE_HOME, else ~/.cache). Heeds CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, CUDA_HOME, "
         "TORCH_CUDA_ARCH_LIST and VAEKERNELS_CUDA=0.",
     )
+    commands.add_parser("bench", help="time the latent layer on this machine", add_help=False)
     for name, meaning in TRAIN_COMMANDS.items():
         commands.add_parser(name, help=f"{meaning} (needs vaekernels[train])", add_help=False)
     return parser

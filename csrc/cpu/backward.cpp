@@ -74,12 +74,13 @@ class BackwardJob {
     const R* grad_rate = static_cast<const R*>(p_.grad_kl_per_group);
     const R inverse = std::abs(gate[0]);
     const bool scalar = p_.reduction != Reduction::none && p_.reduction != Reduction::elementwise;
-    R gain = 0;
+    double product = 0;  // one rounding for all of it, since every gradient carries it
     if (grad_kl_ && scalar) {
-      gain = grad_kl_[0];
-      if (p_.reduction != Reduction::sum) gain *= inverse;
-      if (p_.reduction == Reduction::mean) gain /= static_cast<R>(p_.row_size());
+      product = static_cast<double>(grad_kl_[0]);
+      if (p_.reduction != Reduction::sum) product *= static_cast<double>(inverse);
+      if (p_.reduction == Reduction::mean) product /= static_cast<double>(p_.row_size());
     }
+    const R gain = static_cast<R>(product);
     by_row_ = grad_kl_ && (p_.reduction == Reduction::none || (scalar && p_.clamp == Clamp::sample));
     row_gain_ = gain;
     shared_.assign(static_cast<size_t>(p_.G), R(0));

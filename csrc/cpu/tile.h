@@ -67,8 +67,9 @@ VK_FN void narrow(float x, float& out) { out = x; }
 VK_FN void narrow(double x, double& out) { out = x; }
 VK_FN void narrow(float x, BFloat16& out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint32_t even = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  out.bits = static_cast<uint16_t>(x != x ? ((bits >> 16) | 0x40u) : even);
+  const uint32_t even = bits + 0x7FFFu + ((bits >> 16) & 1u);
+  // Chosen before the shift: two vectors are packed into one only once then.
+  out.bits = static_cast<uint16_t>((x != x ? bits | 0x400000u : even) >> 16);
 }
 VK_FN void narrow(float x, Half& out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);

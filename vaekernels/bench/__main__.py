@@ -1,0 +1,3 @@
+from vaekernels.bench import main
+
+raise SystemExit(main())

@@ -1,0 +1,225 @@
+"""How it is timed.
+
+Every round times each contender once, one after the other, so that a change in the machine's speed meets all
+of them; what is reported is the median over the rounds with the 20th and 80th percentile.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.autograd.profiler import profile
+
+from vaekernels.bench.cases import Case, Layer, Problem, contenders
+
+__all__ = ["PASSES", "Row", "measure"]
+
+# One timing covers about this much work, many steps where they are small.
+SECONDS_PER_TIMING = 5e-3
+PASSES = ("forward", "backward", "both")
+
+# The engine itself. `torch.autograd.backward` spends as long on checking, in Python, the gradients that it is
+# handed as a small layer takes, and a training step, which ends in a scalar, hands it none.
+run_backward = torch.autograd.Variable._execution_engine.run_backward
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement. Times in microseconds; bytes for a forward and backward together."""
+
+    op: str
+    case: str
+    model: str
+    numel: int
+    dtype: str
+    direction: str  # forward, backward or both
+    contender: str
+    threads: int
+    p20: float
+    median: float
+    p80: float
+    peak_bytes: int | None = None  # above the inputs
+    saved_bytes: int | None = None  # kept for backward besides the inputs
+
+    @property
+    def key(self) -> tuple[str, str, str, str, int]:
+        return self.op, self.case, self.direction, self.contender, self.threads
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def output_grads(problem: Problem, outputs: list[Tensor]) -> list[Tensor]:
+    """A gradient for each output: the problem's own for z, one for the loss term."""
+    return [*problem.grads, *(torch.ones_like(t) for t in outputs[len(problem.grads) :])]
+
+
+class Timer:
+    """Seconds of one contender on one problem, a pass at a time."""
+
+    def __init__(self, problem: Problem, layer: Layer) -> None:
+        self.problem, self.layer = problem, layer
+        self.device = problem.inputs[0].device
+        self.grads = output_grads(problem, layer(problem.inputs))
+
+    def forget(self) -> None:
+        for t in self.problem.inputs:
+            t.grad = None
+
+    def backward(self, outputs: list[Tensor]) -> None:
+        run_backward(tuple(outputs), tuple(self.grads), False, False, (), True, True)
+
+    def both(self, repeat: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeat):
+            self.forget()
+            self.backward(self.layer(self.problem.inputs))
+        synchronize(self.device)
+        return (time.perf_counter() - start) / repeat
+
+    def forward(self, repeat: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeat):
+            self.layer(self.problem.inputs)
+        synchronize(self.device)
+        return (time.perf_counter() - start) / repeat
+
+    def backward_alone(self, repeat: int) -> float:
+        total = 0.0
+        # Graphs in small batches: all at once they would be out of the caches when their turn comes.
+        for done in range(0, repeat, 8):
+            graphs = [self.layer(self.problem.inputs) for _ in range(min(8, repeat - done))]
+            synchronize(self.device)
+            start = time.perf_counter()
+            while graphs:
+                self.forget()
+                self.backward(graphs.pop())
+            synchronize(self.device)
+            total += time.perf_counter() - start
+        return total / repeat
+
+    def timing(self, direction: str) -> Callable[[int], float]:
+        return {"forward": self.forward, "backward": self.backward_alone, "both": self.both}[direction]
+
+
+def measure(
+    case: Case, *, rounds: int, device: torch.device, compiled: bool, passes: tuple[str, ...] = PASSES
+) -> list[Row]:
+    """Times every contender and the copy of the same bytes, interleaved."""
+    problem = Problem.of(case, device)
+    timers = {name: Timer(problem, layer) for name, layer in contenders(case, compiled=compiled).items()}
+    rows = []
+    for direction in passes:
+        timings = {name: timer.timing(direction) for name, timer in timers.items()}
+        timings["copy"] = _copy(case, direction, device)
+        memory = {name: _memory(t) for name, t in timers.items()} if direction == "both" else {}
+        for name, times in _interleaved(timings, rounds).items():
+            cuts = statistics.quantiles(times, n=10) if len(times) > 1 else [times[0]] * 9
+            peak, saved = memory.get(name, (None, None))
+            rows.append(
+                Row(
+                    op=case.op,
+                    case=case.name,
+                    model=case.model,
+                    numel=case.numel,
+                    dtype=str(case.dtype).removeprefix("torch."),
+                    direction=direction,
+                    contender=name,
+                    threads=torch.get_num_threads(),
+                    p20=1e6 * cuts[1],
+                    median=1e6 * statistics.median(times),
+                    p80=1e6 * cuts[7],
+                    peak_bytes=peak,
+                    saved_bytes=saved,
+                )
+            )
+    return rows
+
+
+def _interleaved(timings: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    repeats = {}
+    for name, timing in timings.items():
+        timing(1)
+        repeats[name] = max(1, round(SECONDS_PER_TIMING / max(1e-9, min(timing(3) for _ in range(3)))))
+    samples: dict[str, list[float]] = {name: [] for name in timings}
+    for _ in range(rounds):
+        for name, timing in timings.items():
+            timing(1)  # finds the caches and the allocator as the contender before has left them
+            samples[name].append(timing(repeats[name]))
+    return samples
+
+
+def _copy(case: Case, direction: str, device: torch.device) -> Callable[[int], float]:
+    moved = sum(case.elements_moved(backward) for backward in _halves(direction))
+    source = torch.zeros(max(1, moved // 2), dtype=case.dtype, device=device)
+    target = torch.empty_like(source)
+
+    def timing(repeat: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeat):
+            target.copy_(source)
+        synchronize(device)
+        return (time.perf_counter() - start) / repeat
+
+    return timing
+
+
+def _halves(direction: str) -> list[bool]:
+    return [False, True] if direction == "both" else [direction == "backward"]
+
+
+# ---- memory ----------------------------------------------------------------------------------------------
+
+
+def _memory(timer: Timer) -> tuple[int, int]:
+    """Bytes at the peak of a forward and backward above the inputs, and kept between the two."""
+    timer.forget()
+    inputs = {t.untyped_storage().data_ptr() for t in timer.problem.inputs}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in inputs:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        timer.layer(timer.problem.inputs)
+    saved = sum(kept.values())
+    if timer.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(timer.device)
+        before = torch.cuda.memory_allocated(timer.device)
+        timer.both(1)
+        return torch.cuda.max_memory_allocated(timer.device) - before, saved
+    # Only the profiler sees what is allocated in C++, and only its raw events show each allocation.
+    with _no_stderr(), profile(profile_memory=True) as profiler:
+        timer.backward(timer.layer(timer.problem.inputs))
+    events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+    timer.forget()
+    return max(accumulate(sizes), default=0), saved
+
+
+@contextmanager
+def _no_stderr() -> Iterator[None]:
+    """Some builds of the profiler write a line there at every start and stop."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
