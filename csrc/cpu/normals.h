@@ -101,9 +101,11 @@ struct Twin {
   VK_FN Twin<V> operator op(const Twin<V>& x, S y) {                             \
     return {x.a op y, x.b op y};                                                 \
   }
-VK_TWIN(+)
-VK_TWIN(-) VK_TWIN(*) VK_TWIN(&) VK_TWIN(|) VK_TWIN(^) VK_TWIN(>>)
+// clang-format off
+VK_TWIN(+) VK_TWIN(-) VK_TWIN(*) VK_TWIN(&) VK_TWIN(|) VK_TWIN(^) VK_TWIN(>>)
+// clang-format on
 #undef VK_TWIN
+
     template <int W>
     struct Twins {
   using L = Lanes<W>;
