@@ -38,12 +38,15 @@ class Estimate:
         return self.show(2) + (" saturated" if self.saturated else "")
 
     def show(self, digits: int) -> str:
-        """With so many decimals."""
-        # Adding 0.0 to what was rounded makes -0.00 a plain 0.00.
-        value, low, high = (
-            f"{round(each, digits) + 0.0:.{digits}f}" for each in (self.value, self.low, self.high)
-        )
+        """With so many decimals, from 100,000 on in powers of ten."""
+        value, low, high = (_shown(each, digits) for each in (self.value, self.low, self.high))
         return f"{value} [{low}, {high}]"
+
+
+def _shown(number: float, digits: int) -> str:
+    if abs(number) >= 1e5:
+        return f"{number:.2e}"
+    return f"{round(number, digits) + 0.0:.{digits}f}"  # adding 0.0 makes -0.00 a plain 0.00
 
 
 class Bootstrap:

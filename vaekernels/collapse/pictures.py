@@ -261,6 +261,7 @@ def aggregate_posterior(samples: Samples, dims: Sequence[Dim]) -> str:
                 samples.z[:, place].clamp(-3.999, 3.999).tolist(),
                 bins=edges.tolist(),
                 density=True,
+                histtype="stepfilled",  # one shape instead of one for each bar: half the time of the page
                 color=COLOURS[dims[index].state],
                 alpha=0.75,
             )
