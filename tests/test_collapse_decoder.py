@@ -15,7 +15,8 @@ from vaekernels import gaussian_kl
 from vaekernels.collapse import decoder, derangement, probe
 from vaekernels.collapse.decoder import Codes, importance_columns, importance_mean
 from vaekernels.collapse.model import Model
-from vaekernels.collapse.redundancy import clusters
+from vaekernels.collapse.redundancy import clusters, cost, find_redundant
+from vaekernels.collapse.split import Split
 
 NATS = [0.8, 0.4, 0.0]
 
@@ -189,3 +190,32 @@ def test_clusters() -> None:
     assert clusters(mu, [2, 4, 5]) == [[2, 4]]  # a constant column is linked to nothing
     assert clusters(mu, [3]) == []
     assert math.isnan(torch.corrcoef(mu.T)[5, 0].item())
+
+
+def redundant(log_likelihood: Callable[[Tensor, Tensor], Tensor], groups: list[list[int]]) -> Any:
+    """Of codes that are three noiseless copies of x0, and x1."""
+    x = torch.randn(300, 2, generator=generator(0))
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        mu = torch.stack([x[:, 0], x[:, 0], x[:, 0], x[:, 1]], dim=1)
+        return mu, torch.full_like(mu, -30.0)
+
+    split = Split("heldout", Model(encode, log_likelihood), x, 0, 0)
+    split.encode()
+    split.shuffle()
+    return find_redundant(split, groups)
+
+
+def test_redundancy() -> None:
+    def error(x: Tensor, z: Tensor) -> Tensor:
+        return -((x[:, :1] - z) ** 2) / 0.02
+
+    # Either of two copies is enough, and the third is not looked at.
+    pair = redundant(lambda x, z: error(x, z[:, :2]).max(dim=1).values, [[0, 1, 2]])
+    assert pair == {0: (1,), 1: (0,)}
+    # Of three copies two must agree: none helps alone, so the part of all is what all do together.
+    three = redundant(lambda x, z: error(x, z[:, :3].median(dim=1).values[:, None])[:, 0], [[0, 1, 2]])
+    assert three == {0: (1, 2), 1: (0, 2), 2: (0, 1)}
+    # No one looks.
+    assert redundant(lambda x, z: -(x**2).sum(dim=1), [[0, 1, 2], [0, 3]]) == {}
+    assert cost([[0, 1, 2], [0, 3]], 10) == 10 * (4 + 3)

@@ -425,3 +425,16 @@ def test_use_of_a_blind_decoder_is_exactly_nothing() -> None:
     assert all(d.use is not None and (d.use.low, d.use.high) == (0, 0) for d in report.dims)
     assert report.metrics["i_dec"] == Estimate(0.0, 0.0, 0.0)
     assert report.checks["likelihood_gradient"] is False
+
+
+def test_shedding_an_empty_rate_is_no_gain() -> None:
+    """Refinement sheds 0.65 nats that tell nothing, but the prior, which has none, is as good."""
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full((len(x), 3), 0.6), torch.full((len(x), 3), -0.2)
+
+    report = diagnose(encode, lambda x, z: normal(x, torch.zeros(()), 1.0), X)
+    assert report.verdict == "rate-only"
+    rate, gain = report.metrics["rate"], report.metrics["svi_gain"]
+    assert rate is not None and rate.value > 0.5
+    assert gain is not None and -0.05 < gain.high < 0.01

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from vaekernels import collapse
@@ -55,6 +57,22 @@ def test_shuffling_changes_nothing_when_the_encoder_copies_the_prior() -> None:
     assert torch.equal(own, shuffled)
     assert own.std() > 0.5
     estimate = collapse.delta_shuffle(copies_prior, gaussian, x, generator=rng(1))
+    assert (estimate.value, estimate.low, estimate.high) == (0.0, 0.0, 0.0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(2, 60), dims=st.integers(1, 5), scale=st.floats(1e-3, 1e6), seed=st.integers(0, 1000))
+def test_copies_of_the_prior_cost_exactly_nothing_under_any_decoder(
+    n: int, dims: int, scale: float, seed: int
+) -> None:
+    x = torch.randn(n, dims, generator=rng(seed))
+    weight = scale * torch.randn(dims, dims, generator=rng(seed + 1))
+    estimate = collapse.delta_shuffle(
+        lambda x: (torch.zeros_like(x), torch.zeros_like(x)),
+        lambda x, z: -((x - torch.sin(z) @ weight) ** 2).sum(dim=1),
+        x,
+        generator=rng(seed),
+    )
     assert (estimate.value, estimate.low, estimate.high) == (0.0, 0.0, 0.0)
 
 
