@@ -33,7 +33,7 @@ DATA = {
     "spiked": (lambda: spectrum([5.0, 4.0, 3.0] + [0.4] * 12, 3), 6, 0.5, 2.0),
     "digits": (lambda: standardised(datasets.load_digits().data) / 3, 10, 0.36, 1.0),
     "breast cancer": (lambda: standardised(datasets.load_breast_cancer().data), 8, 0.5, 2.0),
-    "wine": (lambda: standardised(datasets.load_wine().data), 8, 0.5, 2.0),
+    "wine": (lambda: standardised(datasets.load_wine().data), 8, 0.9, 2.0),
 }
 
 

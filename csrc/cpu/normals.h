@@ -100,14 +100,19 @@ struct Twin {
   template <class V, class S, class = std::enable_if_t<std::is_arithmetic_v<S>>> \
   VK_FN Twin<V> operator op(const Twin<V>& x, S y) {                             \
     return {x.a op y, x.b op y};                                                 \
-  }
-// clang-format off
-VK_TWIN(+) VK_TWIN(-) VK_TWIN(*) VK_TWIN(&) VK_TWIN(|) VK_TWIN(^) VK_TWIN(>>)
-// clang-format on
+  }                                                                              \
+  static_assert(true)
+VK_TWIN(+);
+VK_TWIN(-);
+VK_TWIN(*);
+VK_TWIN(&);
+VK_TWIN(|);
+VK_TWIN(^);
+VK_TWIN(>>);
 #undef VK_TWIN
 
-    template <int W>
-    struct Twins {
+template <int W>
+struct Twins {
   using L = Lanes<W>;
   using F = Twin<typename L::F>;
   using I = Twin<typename L::I>;
