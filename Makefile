@@ -3,13 +3,14 @@
 #   make test          build, lint, type check, CUDA objects where nvcc is, tests
 #   make check-slow    the tests that are too slow for `make test`; results in benchmarks/results/
 #   make bench         the speed table
+#   make instructions  counts the CPU kernels' instructions per element (needs valgrind)
 #   make lint | build | cuda-objects | clean
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow bench lint types cuda-objects build clean
+.PHONY: help demo test check-slow bench instructions lint types cuda-objects build clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -62,6 +63,9 @@ cuda-objects: $(ENVIRONMENT)
 check-slow: $(BUILT)
 	mkdir -p benchmarks/results
 	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -m slow -rA --no-header --color=no | tee benchmarks/results/check-slow.txt
+
+instructions: $(BUILT)
+	$(PY) tests/instruction_counts.py
 
 bench: $(BUILT)
 	$(PY) -m vaekernels bench --quick
