@@ -83,6 +83,13 @@ struct Posterior {
   bool inside;
 };
 
+// The same where the tensor holds the log-variance y and no bounds are set.
+template <class R>
+VK_FN Posterior<R> posterior_of_log_variance(R y) {
+  const Exp<R> e = exp_parts_of_half(y);
+  return {R(0.5) * y, e.exp, e.excess, e.growth, true};
+}
+
 // The posterior's scale after the bounds, with the parts of its exponential.
 template <Param P, class R>
 VK_FN Posterior<R> posterior_of(const Scale<R>& scale, const Bounds<R>& bounds) {
@@ -93,9 +100,15 @@ VK_FN Posterior<R> posterior_of(const Scale<R>& scale, const Bounds<R>& bounds) 
   return {x, e.exp, e.excess, e.growth, inside};
 }
 
+// Twice the KL: the kernels that add up many of them halve the sum.
+template <class R>
+VK_FN R twice_kl_standard(R mu, R excess) {
+  return mu * mu + excess;
+}
+
 template <class R>
 VK_FN R kl_standard(R mu, R excess) {
-  return R(0.5) * (mu * mu + excess);
+  return R(0.5) * twice_kl_standard(mu, excess);
 }
 
 // The terms of the KL to a Gaussian prior. `distance` is squared only after it was scaled, so that a distant
@@ -119,20 +132,27 @@ VK_FN R kl_prior(const Prior<R>& p) {
   return R(0.5) * (p.distance * p.distance + p.excess);
 }
 
-// dKL/ds against N(0, I). Where the tensor holds sd this is (sd - 1/sd) d sd/ds, in an order that neither
-// cancels near sd = 1 nor overflows before the result does.
+// dKL/ds against N(0, I), or dKL/dx where the tensor holds a logarithm. Where it holds sd this is (sd - 1/sd)
+// d sd/ds, in an order that neither cancels near sd = 1 nor overflows before the result does.
 template <Param P, class R>
 VK_FN R kl_slope_standard(const Scale<R>& scale, const Posterior<R>& q) {
   if constexpr (kHoldsSd<P>) return (scale.sd - R(1)) * ((scale.sd + R(1)) * scale.log_slope);
-  return q.growth * scale.log_slope;
+  return q.growth;
+}
+
+// The same against a Gaussian prior, given the growth of t.
+template <Param P, class R>
+VK_FN R kl_slope_prior(const Scale<R>& scale, R growth) {
+  return kHoldsSd<P> ? growth * scale.log_slope : growth;
 }
 
 // The gradient with respect to s: `noise` = grad_z * eps is the gradient with respect to sd, `c` the gradient
-// of the loss with respect to the element's KL, `kl_slope` = dKL/ds.
+// of the loss with respect to the element's KL, `kl_slope` as above.
 template <Param P, class R>
 VK_FN R scale_gradient(const Scale<R>& scale, const Posterior<R>& q, R noise, R c, R kl_slope) {
-  const R slope = kHoldsSd<P> ? scale.slope : q.sd * scale.log_slope;
-  return keep_if(q.inside, noise * slope + c * kl_slope);
+  const R gradient =
+      kHoldsSd<P> ? noise * scale.slope + c * kl_slope : (noise * q.sd + c * kl_slope) * scale.log_slope;
+  return keep_if(q.inside, gradient);
 }
 
 // The gradients of one element, given sum = sum over samples of grad_z and noise = sum of grad_z * eps.
@@ -142,16 +162,27 @@ struct ElementGradients {
 };
 
 template <Param P, class R>
+VK_FN ElementGradients<R> gradients_sample(const Scale<R>& scale, const Posterior<R>& q, R sum, R noise) {
+  const R gradient = kHoldsSd<P> ? noise * scale.slope : noise * q.sd * scale.log_slope;
+  return {sum, keep_if(q.inside, gradient), R(0), R(0)};
+}
+
+template <Param P, class R>
 VK_FN ElementGradients<R> gradients_sample(R s, const Bounds<R>& bounds, R sum, R noise) {
   const Scale<R> scale = scale_of<P>(s);
-  return {sum, scale_gradient<P>(scale, posterior_of<P>(scale, bounds), noise, R(0), R(0)), R(0), R(0)};
+  return gradients_sample<P>(scale, posterior_of<P>(scale, bounds), sum, noise);
+}
+
+template <Param P, class R>
+VK_FN ElementGradients<R> gradients_standard(const Scale<R>& scale, const Posterior<R>& q, R mu, R sum,
+                                             R noise, R c) {
+  return {sum + c * mu, scale_gradient<P>(scale, q, noise, c, kl_slope_standard<P>(scale, q)), R(0), R(0)};
 }
 
 template <Param P, class R>
 VK_FN ElementGradients<R> gradients_standard(R mu, R s, const Bounds<R>& bounds, R sum, R noise, R c) {
   const Scale<R> scale = scale_of<P>(s);
-  const Posterior<R> q = posterior_of<P>(scale, bounds);
-  return {sum + c * mu, scale_gradient<P>(scale, q, noise, c, kl_slope_standard<P>(scale, q)), R(0), R(0)};
+  return gradients_standard<P>(scale, posterior_of<P>(scale, bounds), mu, sum, noise, c);
 }
 
 // cq and cp: c for the posterior and for the prior, which differ under KL balancing.
@@ -162,8 +193,8 @@ VK_FN ElementGradients<R> gradients_prior(R mu, R s, R prior_mu, R prior_s, cons
   const Posterior<R> q = posterior_of<P>(scale, bounds);
   const Prior<R> p = prior_of<P>(mu, q.x, prior_mu, prior_scale);
   const R pull = p.distance * p.precision_root;
-  return {sum + cq * pull, scale_gradient<P>(scale, q, noise, cq, p.growth * scale.log_slope), -(cp * pull),
-          -(cp * ((p.growth + p.distance * p.distance) * prior_scale.log_slope))};
+  return {sum + cq * pull, scale_gradient<P>(scale, q, noise, cq, kl_slope_prior<P>(scale, p.growth)),
+          -(cp * pull), -(cp * ((p.growth + p.distance * p.distance) * prior_scale.log_slope))};
 }
 
 // Free bits, f(x; lambda): what the loss counts of a rate x. The gate is open, x >= lambda, where the

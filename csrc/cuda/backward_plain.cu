@@ -1,0 +1,154 @@
+// The backward kernels for plain vectors.
+#include "backward.cuh"
+#include "plain.cuh"
+
+namespace vk::cuda {
+namespace {
+
+// The rows of a block, in columns or (row) along them. `gains`: the gradient of the loss with respect to an
+// element's KL, by column or for all of them. Special: with weights of batch rows, and log-variances that
+// have to be adjusted.
+template <class T, Layout L, Kl K, bool Sample, bool Special>
+__device__ __forceinline__ void run(const BackwardArgs<float>& a, const QuadKeys& keys, const Place& p,
+                                    const float* gains) {
+  constexpr int N = kVector<T>;
+  constexpr bool kHasKl = K != Kl::none, kColumn = L == Layout::column;
+  const Geometry& g = a.g;
+  const int64_t first = p.b_begin + p.tz;
+  const uint32_t steps = kColumn && p.tail == 0 ? 0 : p.steps;
+  int rows = first < p.b_end ? static_cast<int>((p.b_end - 1 - first) >> g.log_tz) + 1 : 0;
+  Walk in(a.in, first, p.o, p.i / N), out(a.out, first, p.o, p.i / N), quad(a.quads, first, p.o, p.i / N);
+  const bool weighted = Special && kHasKl && a.weight != nullptr;
+  float weight = 1;
+  uint32_t batch_row = static_cast<uint32_t>(kColumn && g.folded ? p.o : first);
+#pragma unroll 1
+  for (; rows > 0; --rows) {
+    if (weighted && !(kColumn && g.folded)) {
+      weight = __ldg(a.weight + batch_row);
+      batch_row += g.tz();
+    }
+    const uint32_t end = quad.end(a.quads, steps);
+#pragma unroll 1
+    for (; quad.at != end; in.at += a.in.step, out.at += a.out.step, quad.at += a.quads.step) {
+      if (weighted && kColumn && g.folded) {
+        weight = __ldg(a.weight + batch_row);
+        batch_row += g.ty();
+      }
+      Vector<T> mu_vector{}, scale_vector, grad_vector{};
+      scale_vector.load(bytes_at<16>(a.scale.data, in.at));
+      if constexpr (kHasKl) mu_vector.load(bytes_at<16>(a.mu.data, in.at));
+      if constexpr (Sample) grad_vector.load(bytes_at<4 * sizeof(T)>(a.grad_z.data, quad.at));
+#pragma unroll
+      for (int q = 0; q < N / 4; ++q) {
+        float mu[4], y[4], sum[4], eps[4] = {};
+        bool inside[4];
+        float c[4] = {};
+        if constexpr (kHasKl) {
+          if constexpr (kColumn) {
+            const float4 four = reinterpret_cast<const float4*>(gains)[q];
+            c[0] = four.x;
+            c[1] = four.y;
+            c[2] = four.z;
+            c[3] = four.w;
+          } else {
+            c[0] = c[1] = c[2] = c[3] = gains[0];
+          }
+        }
+        mu_vector.get(q, mu);
+        scale_vector.get(q, y);
+        grad_vector.get(q, sum);
+        if constexpr (Special) adjust(a.log_variance, y, inside);
+        if constexpr (Sample) normals(keys, quad.at + static_cast<uint32_t>(q), eps);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const Scale<float> scale = scale_of<Param::logvar>(y[j]);
+          const Posterior<float> posterior = posterior_of_log_variance(y[j]);
+          const float noise = sum[j] * eps[j];
+          ElementGradients<float> e;
+          if constexpr (kHasKl) {
+            e = gradients_standard<Param::logvar>(scale, posterior, mu[j], sum[j], noise,
+                                                  Special ? weight * c[j] : c[j]);
+          } else {
+            e = gradients_sample<Param::logvar>(scale, posterior, sum[j], noise);
+          }
+          mu[j] = e.mu;
+          y[j] = Special ? keep_if(inside[j], e.scale * a.log_variance.slope) : e.scale;
+        }
+        // The gradients take the place of the elements.
+        mu_vector.set(q, mu);
+        scale_vector.set(q, y);
+      }
+      if (kHasKl || a.grad_mu.data != nullptr) mu_vector.store(bytes_at<16>(a.grad_mu.data, out.at));
+      scale_vector.store(bytes_at<16>(a.grad_scale.data, out.at));
+    }
+    in.next_row(a.in, steps);
+    out.next_row(a.out, steps);
+    quad.next_row(a.quads, steps);
+  }
+}
+
+template <class T, Layout L, Kl K, bool Sample, KeySource S>
+VK_PLAIN_KERNEL backward_plain_kernel(const __grid_constant__ BackwardArgs<float> a) {
+  constexpr bool kColumns = K != Kl::none && L == Layout::column;
+  const QuadKeys keys = quad_keys_for<Sample ? S : KeySource::host>(a.keys);
+  const Place p = place_of<L, kVector<T>>(a.g);
+  float* gains = nullptr;
+  float row_gain[1];
+  if constexpr (kColumns) {
+    // Numbers that all rows share, in shared memory, where they cost no registers.
+    VK_SHARED(memory);
+    gains = reinterpret_cast<float*>(memory) + p.tx * kVector<T>;
+    if (p.ty == 0 && p.tz == 0) shared_gradients<kVector<T>>(a, p.i, gains);
+    __syncthreads();
+  } else if constexpr (K != Kl::none) {
+    gains = row_gain;
+    shared_gradients<1>(a, p.o, gains);
+  }
+  if (a.special)
+    run<T, L, K, Sample, true>(a, keys, p, gains);
+  else
+    run<T, L, K, Sample, false>(a, keys, p, gains);
+}
+
+template <class T, Layout L, Kl K, bool Sample, KeySource S>
+void launch(const BackwardArgs<float>& a, cudaStream_t stream) {
+  const auto kernel = backward_plain_kernel<T, L, K, Sample, S>;
+  const size_t shared = K != Kl::none && L == Layout::column ? a.g.width() * sizeof(float) : 0;
+  VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
+}
+
+template <class T, Layout L>
+void launch_layout(const BackwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
+  const bool device = a.keys.state != nullptr;
+  if (!sample)
+    launch<T, L, Kl::standard, false, KeySource::host>(a, stream);
+  else if (has_kl && device)
+    launch<T, L, Kl::standard, true, KeySource::device>(a, stream);
+  else if (has_kl)
+    launch<T, L, Kl::standard, true, KeySource::host>(a, stream);
+  else if (device)
+    launch<T, L, Kl::none, true, KeySource::device>(a, stream);
+  else
+    launch<T, L, Kl::none, true, KeySource::host>(a, stream);
+}
+
+template <class T>
+void launch_type(const BackwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
+  if (a.g.layout == Layout::column)
+    launch_layout<T, Layout::column>(a, has_kl, sample, stream);
+  else
+    launch_layout<T, Layout::row>(a, has_kl, sample, stream);
+}
+
+}  // namespace
+
+void backward_plain(const BackwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
+  if (a.dtype == DType::f32)
+    launch_type<float>(a, has_kl, sample, stream);
+  else if (a.dtype == DType::bf16)
+    launch_type<bf16>(a, has_kl, sample, stream);
+  else
+    launch_type<f16>(a, has_kl, sample, stream);
+}
+
+}  // namespace vk::cuda

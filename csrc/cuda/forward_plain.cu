@@ -1,0 +1,135 @@
+// The forward kernels for plain vectors.
+#include "finish.cuh"
+#include "plain.cuh"
+
+namespace vk::cuda {
+namespace {
+
+// The rows of a block, in columns or (row) along them; twice their KL into `sum`. Special: with weights of
+// batch rows, and log-variances that have to be adjusted.
+template <class T, Layout L, Kl K, bool Sample, bool Special, int kSums>
+__device__ __forceinline__ void run(const ForwardArgs<float>& a, const QuadKeys& keys, const Place& p,
+                                    float (&sum)[kSums]) {
+  constexpr int N = kVector<T>;
+  constexpr bool kHasKl = K != Kl::none, kColumn = L == Layout::column;
+  const Geometry& g = a.g;
+  const int64_t first = p.b_begin + p.tz;
+  const uint32_t steps = kColumn && p.tail == 0 ? 0 : p.steps;
+  int rows = first < p.b_end ? static_cast<int>((p.b_end - 1 - first) >> g.log_tz) + 1 : 0;
+  Walk in(a.in, first, p.o, p.i / N), quad(a.quads, first, p.o, p.i / N);
+  char* const mu_data = kept(a.mu.data);
+  char* const scale_data = kept(a.scale.data);
+  char* const z_data = kept(a.z.data);
+  const bool weighted = Special && kHasKl && a.weight != nullptr;
+  float weight = 1;
+  uint32_t batch_row = static_cast<uint32_t>(kColumn && g.folded ? p.o : first);
+#pragma unroll 1
+  for (; rows > 0; --rows) {
+    if (weighted && !(kColumn && g.folded)) {
+      weight = __ldg(a.weight + batch_row);
+      batch_row += g.tz();
+    }
+    float total = 0;
+    const uint32_t end = quad.end(a.quads, steps);  // not of `in`, whose step is 0 where mu is expanded
+#pragma unroll 1
+    for (; quad.at != end; in.at += a.in.step, quad.at += a.quads.step) {
+      if (weighted && kColumn && g.folded) {
+        weight = __ldg(a.weight + batch_row);
+        batch_row += g.ty();
+      }
+      Vector<T> mu_vector, scale_vector, z_vector;
+      mu_vector.load(bytes_at<16>(mu_data, in.at));
+      scale_vector.load(bytes_at<16>(scale_data, in.at));
+#pragma unroll
+      for (int q = 0; q < N / 4; ++q) {
+        float mu[4], y[4], z[4];
+        bool inside[4];
+        mu_vector.get(q, mu);
+        scale_vector.get(q, y);
+        if constexpr (Special) adjust(a.log_variance, y, inside);
+        if constexpr (Sample) normals(keys, quad.at + static_cast<uint32_t>(q), z);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const Posterior<float> posterior = posterior_of_log_variance(y[j]);
+          if constexpr (kHasKl) {
+            const float kl = twice_kl_standard(mu[j], posterior.excess);
+            if constexpr (!kColumn)
+              total += kl;
+            else if constexpr (Special)
+              sum[4 * q + j] += weight * kl;
+            else
+              sum[4 * q + j] += kl;
+          }
+          if constexpr (Sample) z[j] = mu[j] + posterior.sd * z[j];
+        }
+        if constexpr (Sample) z_vector.set(q, z);
+      }
+      if constexpr (Sample) z_vector.store(bytes_at<4 * sizeof(T)>(z_data, quad.at));
+    }
+    if constexpr (kHasKl && !kColumn) sum[0] += weight * total;
+    in.next_row(a.in, steps);
+    quad.next_row(a.quads, steps);
+  }
+}
+
+template <class T, Layout L, Kl K, bool Sample, KeySource S>
+VK_PLAIN_KERNEL forward_plain_kernel(const __grid_constant__ ForwardArgs<float> a) {
+  constexpr int kSums = K != Kl::none && L == Layout::column ? kVector<T> : 1;
+  VK_SHARED(shared);
+  const QuadKeys keys = quad_keys_for<Sample ? S : KeySource::host>(a.keys);
+  leave_state(a);
+  const Place p = place_of<L, kVector<T>>(a.g);
+  float sum[kSums] = {};
+  if (a.special)
+    run<T, L, K, Sample, true>(a, keys, p, sum);
+  else
+    run<T, L, K, Sample, false>(a, keys, p, sum);
+  if constexpr (K != Kl::none) {
+#pragma unroll
+    for (int j = 0; j < kSums; ++j) sum[j] *= 0.5f;
+    hand_in<L, false>(a, p, sum, 0.f, shared);
+  }
+}
+
+template <class T, Layout L, Kl K, bool Sample, KeySource S>
+void launch(const ForwardArgs<float>& a, cudaStream_t stream) {
+  const size_t shared = K == Kl::none ? 0 : reduction_bytes<float>(a.g, L == Layout::column ? kVector<T> : 1);
+  const auto kernel = forward_plain_kernel<T, L, K, Sample, S>;
+  VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
+}
+
+template <class T, Layout L>
+void launch_layout(const ForwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
+  const bool device = a.keys.state != nullptr;
+  if (!sample)
+    launch<T, L, Kl::standard, false, KeySource::host>(a, stream);
+  else if (has_kl && device)
+    launch<T, L, Kl::standard, true, KeySource::device>(a, stream);
+  else if (has_kl)
+    launch<T, L, Kl::standard, true, KeySource::host>(a, stream);
+  else if (device)
+    launch<T, L, Kl::none, true, KeySource::device>(a, stream);
+  else
+    launch<T, L, Kl::none, true, KeySource::host>(a, stream);
+}
+
+template <class T>
+void launch_type(const ForwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
+  if (a.g.layout == Layout::column)
+    launch_layout<T, Layout::column>(a, has_kl, sample, stream);
+  else
+    launch_layout<T, Layout::row>(a, has_kl, sample, stream);
+}
+
+}  // namespace
+
+void forward_plain(const ForwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
+  if (a.dtype == DType::f32)
+    launch_type<float>(a, has_kl, sample, stream);
+  else if (a.dtype == DType::bf16)
+    launch_type<bf16>(a, has_kl, sample, stream);
+  else
+    launch_type<f16>(a, has_kl, sample, stream);
+}
+
+}  // namespace vk::cuda
