@@ -127,9 +127,22 @@ VK_FN Prior<R> prior_of(R mu, R x, R prior_mu, const Scale<R>& prior) {
   return {(mu - prior_mu) * root, root, e.excess, e.growth};
 }
 
+// The same where the tensors hold log-variances.
+template <class R>
+VK_FN Prior<R> prior_of_log_variance(R mu, R y, R prior_mu, R prior_y) {
+  const R root = exp_parts_of_half(-prior_y).exp;
+  const Exp<R> e = exp_parts_of_half(y - prior_y);
+  return {(mu - prior_mu) * root, root, e.excess, e.growth};
+}
+
+template <class R>
+VK_FN R twice_kl_prior(const Prior<R>& p) {
+  return p.distance * p.distance + p.excess;
+}
+
 template <class R>
 VK_FN R kl_prior(const Prior<R>& p) {
-  return R(0.5) * (p.distance * p.distance + p.excess);
+  return R(0.5) * twice_kl_prior(p);
 }
 
 // dKL/ds against N(0, I), or dKL/dx where the tensor holds a logarithm. Where it holds sd this is (sd - 1/sd)
@@ -187,14 +200,21 @@ VK_FN ElementGradients<R> gradients_standard(R mu, R s, const Bounds<R>& bounds,
 
 // cq and cp: c for the posterior and for the prior, which differ under KL balancing.
 template <Param P, class R>
+VK_FN ElementGradients<R> gradients_prior(const Scale<R>& scale, const Scale<R>& prior_scale,
+                                          const Posterior<R>& q, const Prior<R>& p, R sum, R noise, R cq,
+                                          R cp) {
+  const R pull = p.distance * p.precision_root;
+  return {sum + cq * pull, scale_gradient<P>(scale, q, noise, cq, kl_slope_prior<P>(scale, p.growth)),
+          -(cp * pull), -(cp * ((p.growth + p.distance * p.distance) * prior_scale.log_slope))};
+}
+
+template <Param P, class R>
 VK_FN ElementGradients<R> gradients_prior(R mu, R s, R prior_mu, R prior_s, const Bounds<R>& bounds, R sum,
                                           R noise, R cq, R cp) {
   const Scale<R> scale = scale_of<P>(s), prior_scale = scale_of<P>(prior_s);
   const Posterior<R> q = posterior_of<P>(scale, bounds);
-  const Prior<R> p = prior_of<P>(mu, q.x, prior_mu, prior_scale);
-  const R pull = p.distance * p.precision_root;
-  return {sum + cq * pull, scale_gradient<P>(scale, q, noise, cq, kl_slope_prior<P>(scale, p.growth)),
-          -(cp * pull), -(cp * ((p.growth + p.distance * p.distance) * prior_scale.log_slope))};
+  return gradients_prior<P>(scale, prior_scale, q, prior_of<P>(mu, q.x, prior_mu, prior_scale), sum, noise,
+                            cq, cp);
 }
 
 // Free bits, f(x; lambda): what the loss counts of a rate x. The gate is open, x >= lambda, where the

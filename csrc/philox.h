@@ -129,8 +129,16 @@ VK_LONG_FN Pair<double> box_muller(uint32_t x, uint32_t y, double) {
   // The complement u - 1 is exact, so log1p keeps the small radii right.
   const double minus = (static_cast<double>(s) + 0.5) * scale;
   const double r = sqrt(-2.0 * (s < 0 ? log1p(minus) : log(minus)));
-  const double angle = 6.283185307179586477 * scale * static_cast<double>(static_cast<int32_t>(y));
+  const double turn = scale * static_cast<double>(static_cast<int32_t>(y));
+#if defined(__CUDA_ARCH__)
+  // sin and cos would bring along a reduction of huge angles, which keeps a table in local memory.
+  double sine, cosine;
+  sincospi(2.0 * turn, &sine, &cosine);
+  return {r * cosine, r * sine};
+#else
+  const double angle = 6.283185307179586477 * turn;
   return {r * cos(angle), r * sin(angle)};
+#endif
 }
 
 #if defined(__CUDA_ARCH__)

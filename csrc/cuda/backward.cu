@@ -200,9 +200,9 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
   const bool sample = !kl || call.grad_z != nullptr;
   const bool by_cell =
       kl && (a.by_row() || (a.grad_kl != nullptr && call.reduction == Reduction::elementwise));
-  const bool wanted = call.grad_scale.data != nullptr && (!kl || call.grad_mu.data != nullptr);
-  const Purpose purpose{kl, sample, false, wanted && !prior && !by_cell && !(sample && a.K != 1),
-                        call.grad_z};
+  const bool wanted = call.grad_scale.data != nullptr && (!kl || call.grad_mu.data != nullptr) &&
+                      (call.grad_prior_mu.data == nullptr) == (call.grad_prior_scale.data == nullptr);
+  const Purpose purpose{kl, sample, false, wanted && !by_cell && !(sample && a.K != 1), call.grad_z};
   if (out_prior)
     a.g = geometry_of(call, purpose,
                       Tensors<8>{{&mu, &scale, &prior_mu, &prior_scale, &out_mu, &out_scale, &out_prior_mu,
@@ -230,10 +230,13 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
   a.grad_z.wide = is_wide_dense(call.grad_z, g, call.K, size_of(call.dtype));
   a.in = stride32_of(a.scale, g, 16);
   a.out = stride32_of(a.grad_scale, g, 16);
+  a.prior_in = stride32_of(a.prior_scale, g, 16);
+  a.prior_out = stride32_of(a.grad_prior_scale, g, 16);
   a.quads = stride32_of(a.grad_z, g, 4 * size_of(call.dtype));
   a.bounds = bounds_of<R>(call);
   a.log_variance = log_variance_of(call);
-  a.special = a.log_variance.adjusts || (kl && call.weight != nullptr);
+  a.special = a.log_variance.adjusts || (kl && call.weight != nullptr) ||
+              (prior && (call.posterior_share != 1 || call.prior_share != 1));
   a.posterior_share = static_cast<R>(call.posterior_share);
   a.prior_share = static_cast<R>(call.prior_share);
   if (call.grad_z != nullptr) a.keys = keys_of(call);

@@ -11,8 +11,8 @@ struct BackwardArgs {
   int64_t groups, numel, K;
   Source mu, scale, prior_mu, prior_scale, grad_z;
   Source grad_mu, grad_scale, grad_prior_mu, grad_prior_scale;
-  Stride32 in, out,
-      quads;  // for plain kernels, of mu and the scale, of their gradients, and of grad_z in quads
+  // For plain kernels: of mu and the scale, of their gradients, the same of the prior; of grad_z in quads.
+  Stride32 in, out, prior_in, prior_out, quads;
   Bounds<R> bounds;
   LogVariance log_variance;
   R posterior_share, prior_share;  // of c
@@ -22,7 +22,7 @@ struct BackwardArgs {
   Clamp clamp;
   Reduction reduction;
   bool group_sums, grad_kl_wide;
-  bool special;  // for plain kernels: the log-variance is adjusted, or batch rows are weighted
+  bool special;  // for plain kernels: log-variances are adjusted, batch rows weighted, or shares not 1
   R row_size, slope;
 
   const R *grad_kl, *grad_kl_per_group, *gate, *weight;

@@ -233,7 +233,7 @@ ForwardArgs<R> arguments(const Forward& call) {
   Axes mu = axes_of(call.mu, call), scale = axes_of(call.scale, call);
   Axes prior_mu = axes_of(call.prior_mu, call), prior_scale = axes_of(call.prior_scale, call);
   const bool prior = call.has_kl && call.prior_mu.data != nullptr;
-  const bool plain = !prior && !(call.has_kl && call.reduction == Reduction::elementwise);
+  const bool plain = !(call.has_kl && call.reduction == Reduction::elementwise);
   const Purpose purpose{call.has_kl, has_sample(call), call.has_kl, plain,
                         has_sample(call) ? call.z : nullptr};
   if (prior)
@@ -265,6 +265,7 @@ ForwardArgs<R> arguments(const Forward& call) {
   a.z = dense_source(call.z, g, call.dtype);
   a.z.wide = is_wide_dense(call.z, g, call.K, size_of(call.dtype));
   a.in = stride32_of(a.mu, g, 16);
+  a.prior_in = stride32_of(a.prior_mu, g, 16);
   a.quads = stride32_of(a.z, g, 4 * size_of(call.dtype));
   a.kl_wide = is_wide_dense(call.kl, g, 1, sizeof(R));
   a.free_bits = static_cast<R>(call.free_bits);

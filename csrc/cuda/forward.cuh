@@ -11,7 +11,7 @@ struct ForwardArgs {
   int64_t rows, groups, numel;  // rows: of the batch
   int K;
   Source mu, scale, prior_mu, prior_scale, z;
-  Stride32 in, quads;  // for plain kernels, of mu and the scale, and of z in quads
+  Stride32 in, prior_in, quads;  // for plain kernels, of mu and the scale, of the prior, and of z in quads
   Bounds<R> bounds;
   LogVariance log_variance;
   Keys keys;

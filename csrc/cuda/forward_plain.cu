@@ -11,35 +11,37 @@ template <class T, Layout L, Kl K, bool Sample, bool Special, int kSums>
 __device__ __forceinline__ void run(const ForwardArgs<float>& a, const QuadKeys& keys, const Place& p,
                                     float (&sum)[kSums]) {
   constexpr int N = kVector<T>;
-  constexpr bool kHasKl = K != Kl::none, kColumn = L == Layout::column;
+  constexpr bool kHasKl = K != Kl::none, kPrior = K == Kl::prior, kColumn = L == Layout::column;
   const Geometry& g = a.g;
   const int64_t first = p.b_begin + p.tz;
   const uint32_t steps = kColumn && p.tail == 0 ? 0 : p.steps;
-  int rows = first < p.b_end ? static_cast<int>((p.b_end - 1 - first) >> g.log_tz) + 1 : 0;
   Walk in(a.in, first, p.o, p.i / N), quad(a.quads, first, p.o, p.i / N);
+  Walk prior(a.prior_in, first, p.o, p.i / N);
   char* const mu_data = kept(a.mu.data);
   char* const scale_data = kept(a.scale.data);
   char* const z_data = kept(a.z.data);
   const bool weighted = Special && kHasKl && a.weight != nullptr;
-  float weight = 1;
-  uint32_t batch_row = static_cast<uint32_t>(kColumn && g.folded ? p.o : first);
+  const bool folded = kColumn && g.folded;  // then B is 1
+  if (first >= p.b_end) return;
+  uint32_t batch_row = static_cast<uint32_t>(folded ? p.o : first);
 #pragma unroll 1
-  for (; rows > 0; --rows) {
-    if (weighted && !(kColumn && g.folded)) {
-      weight = __ldg(a.weight + batch_row);
-      batch_row += g.tz();
-    }
+  do {
     float total = 0;
     const uint32_t end = quad.end(a.quads, steps);  // not of `in`, whose step is 0 where mu is expanded
 #pragma unroll 1
-    for (; quad.at != end; in.at += a.in.step, quad.at += a.quads.step) {
-      if (weighted && kColumn && g.folded) {
-        weight = __ldg(a.weight + batch_row);
-        batch_row += g.ty();
-      }
+    for (; quad.at != end; quad.at += a.quads.step) {
+      const float weight = weighted && kColumn ? __ldg(a.weight + batch_row) : 1.f;
+      if (weighted && folded) batch_row += g.ty();
       Vector<T> mu_vector, scale_vector, z_vector;
       mu_vector.load(bytes_at<16>(mu_data, in.at));
       scale_vector.load(bytes_at<16>(scale_data, in.at));
+      in.at += a.in.step;
+      Vector<T> prior_mu_vector{}, prior_scale_vector{};
+      if constexpr (kPrior) {
+        prior_mu_vector.load(bytes_at<16>(a.prior_mu.data, prior.at));
+        prior_scale_vector.load(bytes_at<16>(a.prior_scale.data, prior.at));
+        prior.at += a.prior_in.step;
+      }
 #pragma unroll
       for (int q = 0; q < N / 4; ++q) {
         float mu[4], y[4], z[4];
@@ -47,12 +49,20 @@ __device__ __forceinline__ void run(const ForwardArgs<float>& a, const QuadKeys&
         mu_vector.get(q, mu);
         scale_vector.get(q, y);
         if constexpr (Special) adjust(a.log_variance, y, inside);
+        float prior_mu[4], prior_y[4];
+        prior_mu_vector.get(q, prior_mu);
+        prior_scale_vector.get(q, prior_y);
+        if constexpr (Special && kPrior) adjust_prior(a.log_variance, prior_y);
         if constexpr (Sample) normals(keys, quad.at + static_cast<uint32_t>(q), z);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
           const Posterior<float> posterior = posterior_of_log_variance(y[j]);
           if constexpr (kHasKl) {
-            const float kl = twice_kl_standard(mu[j], posterior.excess);
+            float kl;
+            if constexpr (kPrior)
+              kl = twice_kl_prior(prior_of_log_variance(mu[j], y[j], prior_mu[j], prior_y[j]));
+            else
+              kl = twice_kl_standard(mu[j], posterior.excess);
             if constexpr (!kColumn)
               total += kl;
             else if constexpr (Special)
@@ -66,14 +76,17 @@ __device__ __forceinline__ void run(const ForwardArgs<float>& a, const QuadKeys&
       }
       if constexpr (Sample) z_vector.store(bytes_at<4 * sizeof(T)>(z_data, quad.at));
     }
-    if constexpr (kHasKl && !kColumn) sum[0] += weight * total;
+    if constexpr (kHasKl && !kColumn) sum[0] += weighted ? __ldg(a.weight + batch_row) * total : total;
+    batch_row += g.tz();
     in.next_row(a.in, steps);
+    if constexpr (kPrior) prior.next_row(a.prior_in, steps);
     quad.next_row(a.quads, steps);
-  }
+  } while (!folded && batch_row < static_cast<uint32_t>(p.b_end));
 }
 
 template <class T, Layout L, Kl K, bool Sample, KeySource S>
-VK_PLAIN_KERNEL forward_plain_kernel(const __grid_constant__ ForwardArgs<float> a) {
+VK_PLAIN_KERNEL(K == Kl::prior ? 64 : 48)
+forward_plain_kernel(const __grid_constant__ ForwardArgs<float> a) {
   constexpr int kSums = K != Kl::none && L == Layout::column ? kVector<T> : 1;
   VK_SHARED(shared);
   const QuadKeys keys = quad_keys_for<Sample ? S : KeySource::host>(a.keys);
@@ -101,7 +114,11 @@ void launch(const ForwardArgs<float>& a, cudaStream_t stream) {
 template <class T, Layout L>
 void launch_layout(const ForwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
   const bool device = a.keys.state != nullptr;
-  if (!sample)
+  if (a.prior_mu.data != nullptr && sample)
+    launch<T, L, Kl::prior, true, KeySource::either>(a, stream);
+  else if (a.prior_mu.data != nullptr)
+    launch<T, L, Kl::prior, false, KeySource::host>(a, stream);
+  else if (!sample)
     launch<T, L, Kl::standard, false, KeySource::host>(a, stream);
   else if (has_kl && device)
     launch<T, L, Kl::standard, true, KeySource::device>(a, stream);

@@ -12,24 +12,26 @@
 
 namespace vk::cuda {
 
-// Enough registers for five blocks of 256 threads on a multiprocessor of 65536: a launch bound could not say
-// it, since small problems are launched with blocks of kSmallBlock.
-#if defined(__CUDACC__) && CUDART_VERSION >= 12040
-#define VK_PLAIN_KERNEL __global__ void __maxnreg__(48)
-#else
-#define VK_PLAIN_KERNEL __global__ void __launch_bounds__(vk::cuda::kSmallBlock)
-#endif
-
 // What of the KL a kernel computes: nothing, against N(0, I), against a prior that is learned.
 enum class Kl { none, standard, prior };
 
-// Where the round keys are from: the host, as kernel parameters, or a state in device memory.
-enum class KeySource { host, device };
+// A kernel with so many registers at most. 48 leave room for five blocks of 256 threads on a multiprocessor
+// of 65536, 64 for four, 80 for three. A launch bound could not say so, since small problems are launched
+// with blocks of kSmallBlock.
+#if defined(__CUDACC__) && CUDART_VERSION >= 12040
+#define VK_PLAIN_KERNEL(registers) __global__ void __maxnreg__(registers)
+#else
+#define VK_PLAIN_KERNEL(registers) __global__ void __launch_bounds__(vk::cuda::kSmallBlock)
+#endif
+
+// Where the round keys are from: the host, as kernel parameters, or a state in device memory; or either,
+// which spares what is less often used a second kernel.
+enum class KeySource { host, device, either };
 
 // The compiler keeps what it makes here in uniform registers, one copy for a warp.
 template <KeySource S>
 __device__ __forceinline__ QuadKeys quad_keys_for(const Keys& keys) {
-  if constexpr (S == KeySource::host) return keys.quads;
+  if (S == KeySource::host || (S == KeySource::either && keys.state == nullptr)) return keys.quads;
   return quad_keys(
       philox_keys(static_cast<uint64_t>(__ldg(keys.state)), static_cast<uint64_t>(__ldg(keys.state + 1))));
 }
@@ -83,9 +85,16 @@ __device__ __forceinline__ void adjust(const LogVariance& rule, float (&y)[4], b
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     y[j] *= rule.slope;
-    inside[j] = rule.bounds.inside(y[j]);
-    y[j] = rule.bounds.clamp(y[j]);
+    const float clamped = rule.bounds.clamp(y[j]);
+    inside[j] = !(clamped < y[j] || clamped > y[j]);  // one comparison; NaN is inside
+    y[j] = clamped;
   }
+}
+
+// The same of the prior, which has no bounds.
+__device__ __forceinline__ void adjust_prior(const LogVariance& rule, float (&y)[4]) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j) y[j] *= rule.slope;
 }
 
 }  // namespace vk::cuda
