@@ -1,7 +1,7 @@
 """The CUDA kernels' machine code for sm_90, counted: what the gate in test_sass.py holds to its budget.
 
-`python tests/sass.py` prints the table and rewrites benchmarks/results/sass.csv (`make sass`). Takes nvcc, and
-NVIDIA's disassembler from PyPI (nvidia-cuda-nvdisasm, nvidia-cuda-cuobjdump) or from a toolkit; no GPU.
+`python tests/sass.py` prints the table and rewrites benchmarks/results/sass.csv (`make sass`). Takes nvcc and
+NVIDIA's disassembler, from PyPI (nvidia-cuda-nvdisasm, nvidia-cuda-cuobjdump) or from a toolkit; no GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 from vaekernels import _build
@@ -187,8 +187,9 @@ def vector_loops(flow: list[Block]) -> list[Loop]:
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel. `loop`: instructions of the main loop, for `elements` elements; `special`: of the loop for
-    calls with weights, bounds or log_std. Empty where a kernel has no such loop."""
+    """A kernel. `loop`: the instructions of the main loop, which handles `elements` elements at a time;
+    `special`: the same of the loop for calls with weights, bounds, log_std or balance. General kernels have
+    neither."""
 
     kernel: str
     dtype: str
@@ -222,7 +223,13 @@ class Row:
         return ["" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in values]
 
 
-DTYPES = {"f": "float32", "d": "float64", "__nv_bfloat16": "bfloat16", "__half": "float16", "AnyFloat": "any float"}
+DTYPES = {
+    "f": "float32",
+    "d": "float64",
+    "__nv_bfloat16": "bfloat16",
+    "__half": "float16",
+    "AnyFloat": "any float",
+}
 
 
 def enumerators() -> dict[str, list[str]]:
@@ -259,7 +266,9 @@ def template_arguments(mangled: str, names: dict[str, list[str]]) -> tuple[str, 
     return head[1], arguments
 
 
-def row(mangled: str, body: list[Instruction | str], usage: dict[str, int], names: dict[str, list[str]]) -> Row:
+def row(
+    mangled: str, body: list[Instruction | str], usage: dict[str, int], names: dict[str, list[str]]
+) -> Row:
     kernel, arguments = template_arguments(mangled, names)
     values = dict(a.split("::") for a in arguments if "::" in a)
     dtype = next((DTYPES[a] for a in arguments if a in DTYPES), "")
@@ -286,11 +295,15 @@ def row(mangled: str, body: list[Instruction | str], usage: dict[str, int], name
     )
     if not made.plain:
         return made
+    found = vector_loops(blocks(body))
+    if len(found) != 2:
+        raise ValueError(
+            f"{made.label}: {len(found)} loops load 16 bytes at a time, expected the main one and another"
+        )
+    main, special = found
     elements = 16 // (4 if dtype == "float32" else 2)
-    main, *rest = vector_loops(blocks(body))
-    (special,) = rest
-    return Row(
-        **{f.name: getattr(made, f.name) for f in fields(made) if f.default is not None},
+    return replace(
+        made,
         elements=elements,
         loop=main.instructions,
         per_element=main.instructions / elements,
@@ -326,9 +339,10 @@ def compiler() -> str:
 
 
 def objects() -> list[Path]:
-    """An object of each .cu: those that `make cuda-objects` left, if nothing has changed since, or new ones."""
+    """An object of each .cu: those that `make cuda-objects` left, if nothing changed since, or new ones."""
     sources = _build._sources("cuda/*.cu")
-    found = [sorted(OBJECTS.glob(f"{source.stem}-*.o")) for source in sources]
+    # Twelve hexadecimal digits follow the name: forward-0123456789ab.o is not of forward_plain.cu.
+    found = [sorted(OBJECTS.glob(f"{source.stem}-{'[0-9a-f]' * 12}.o")) for source in sources]
     if all(len(made) == 1 and _build._up_to_date(made[0], made[0].with_suffix(".d")) for made in found):
         return [made[0] for made in found]
     nvcc = _build.find_nvcc()
@@ -402,7 +416,9 @@ def show(rows: list[Row]) -> str:
         access = "" if r.loads is None else f"{r.loads}, {r.stores}"
         cells.append((r.label, number, special, access, str(r.registers), str(r.local), str(r.float64)))
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells
+    )
 
 
 def main() -> int:
