@@ -6,18 +6,18 @@ import pytest
 import sass
 
 # Instructions per element of the main loop, with round keys as kernel parameters. With 34 a bf16 forward (6
-# bytes per element) takes 83 % of an H200's instructions (132 multiprocessors, 4 each per clock of 1.75 GHz) at
-# the 4.3 TB/s that its memory copies at, so memory is the limit. With 38 a backward (10 bytes) takes 55 %.
+# bytes per element) takes 83 % of an H200's instructions (132 multiprocessors, 4 each per clock of 1.75 GHz)
+# at the 4.3 TB/s that its memory copies at, so memory is the limit. With 38 a backward (10 bytes) takes 55 %.
 BUDGET = {"forward_plain": 34, "backward_plain": 38}
 DEVICE_KEYS = 1.35  # times as many with round keys from device memory
 REGISTERS = 48
 # A learned prior adds 2 tensors to 3 forward, and 4 to 5 backward.
 REGISTERS_PRIOR = 80
 
-# Two kernels to count by hand. The first has a loop from .L_d to the jump back, 8 instructions with those that
-# the jump to .L_e leaves out, 1 load and 1 store of 16 bytes; an endless loop at .L_f; and a function that it
-# calls, which uses local memory. The second has a loop from .L_a on with another one, .L_b, inside; and float64
-# arithmetic.
+# Two kernels to count by hand. The first has a loop from .L_d to the jump back, 8 instructions with those
+# that the jump to .L_e leaves out, 1 load and 1 store of 16 bytes; an endless loop at .L_f; and a function
+# that it calls, which uses local memory. The second has a loop from .L_a on with another one, .L_b, inside,
+# and float64 arithmetic.
 LISTING = """
 	.target	sm_90
 .text.first_kernel:
