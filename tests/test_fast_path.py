@@ -35,8 +35,8 @@ log_std: plain column
 std: general column
 clamp by sample: general column
 two samples: general column
-2^34 elements: plain column
-2^35 elements: general column
+[2^24-1,1024] bf16: plain column
+[2^24,1024] bf16: general column
 """
 
 

@@ -147,32 +147,16 @@ __global__ void __launch_bounds__(kBlock, 1)
   }
 }
 
-template <Layout L, bool HasKL, bool Sample, class R>
-void launch(const BackwardArgs<R>& a, cudaStream_t stream) {
-  using T = std::conditional_t<sizeof(R) == 8, double, AnyFloat>;
-  const auto kernel = backward_kernel<T, L, HasKL, Sample>;
-  VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), kKeyBytes<Sample>, stream, a);
-}
-
-template <Layout L, class R>
-void launch_layout(const BackwardArgs<R>& a, bool has_kl, bool sample, cudaStream_t stream) {
-  if (!has_kl)
-    launch<L, false, true>(a, stream);
-  else if (sample)
-    launch<L, true, true>(a, stream);
-  else
-    launch<L, true, false>(a, stream);
-}
-
 template <class R>
 void launch_kernel(const BackwardArgs<R>& a, bool has_kl, bool sample, cudaStream_t stream) {
   if constexpr (sizeof(R) == 4) {
     if (a.g.plain) return backward_plain(a, has_kl, sample, stream);
   }
-  if (a.g.layout == Layout::column)
-    launch_layout<Layout::column>(a, has_kl, sample, stream);
-  else
-    launch_layout<Layout::row>(a, has_kl, sample, stream);
+  choose_general(a.g.layout, has_kl, sample,
+                 [&]<Layout L, bool HasKL, bool Sample>(GeneralKernel<L, HasKL, Sample>) {
+                   const auto kernel = backward_kernel<general_t<R>, L, HasKL, Sample>;
+                   VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), kKeyBytes<Sample>, stream, a);
+                 });
 }
 
 // An output that is not wanted stands in no vector's way: it counts as one that is laid out like `other`.

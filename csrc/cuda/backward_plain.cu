@@ -143,49 +143,16 @@ backward_plain_kernel(const __grid_constant__ BackwardArgs<float> a) {
     run<T, L, K, Sample, false>(a, keys, p, gains);
 }
 
-template <class T, Layout L, Kl K, bool Sample, KeySource S>
-void launch(const BackwardArgs<float>& a, cudaStream_t stream) {
-  const auto kernel = backward_plain_kernel<T, L, K, Sample, S>;
-  const size_t shared = K != Kl::none && L == Layout::column ? a.g.width() * sizeof(float) : 0;
-  VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
-}
-
-template <class T, Layout L>
-void launch_layout(const BackwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
-  const bool device = a.keys.state != nullptr;
-  if (has_kl && a.prior_mu.data != nullptr && sample)
-    launch<T, L, Kl::prior, true, KeySource::either>(a, stream);
-  else if (has_kl && a.prior_mu.data != nullptr)
-    launch<T, L, Kl::prior, false, KeySource::host>(a, stream);
-  else if (!sample)
-    launch<T, L, Kl::standard, false, KeySource::host>(a, stream);
-  else if (has_kl && device)
-    launch<T, L, Kl::standard, true, KeySource::device>(a, stream);
-  else if (has_kl)
-    launch<T, L, Kl::standard, true, KeySource::host>(a, stream);
-  else if (device)
-    launch<T, L, Kl::none, true, KeySource::device>(a, stream);
-  else
-    launch<T, L, Kl::none, true, KeySource::host>(a, stream);
-}
-
-template <class T>
-void launch_type(const BackwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
-  if (a.g.layout == Layout::column)
-    launch_layout<T, Layout::column>(a, has_kl, sample, stream);
-  else
-    launch_layout<T, Layout::row>(a, has_kl, sample, stream);
-}
-
 }  // namespace
 
 void backward_plain(const BackwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
-  if (a.dtype == DType::f32)
-    launch_type<float>(a, has_kl, sample, stream);
-  else if (a.dtype == DType::bf16)
-    launch_type<bf16>(a, has_kl, sample, stream);
-  else
-    launch_type<f16>(a, has_kl, sample, stream);
+  choose_plain(a, has_kl, sample,
+               [&]<class T, Layout L, Kl K, bool Sample, KeySource S>(PlainKernel<T, L, K, Sample, S>) {
+                 const auto kernel = backward_plain_kernel<T, L, K, Sample, S>;
+                 const bool gains = K != Kl::none && L == Layout::column;
+                 const size_t shared = gains ? a.g.width() * sizeof(float) : 0;
+                 VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
+               });
 }
 
 }  // namespace vk::cuda

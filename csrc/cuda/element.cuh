@@ -175,4 +175,31 @@ __device__ __forceinline__ void quad_gradients(Param param, R slope, const Share
   }
 }
 
+// What a general kernel is compiled for, besides the type.
+template <Layout L, bool HasKL, bool Sample>
+struct GeneralKernel {};
+
+// Calls launch(GeneralKernel<...>()) of the kernel for a call.
+template <Layout L, class Launch>
+void choose_general(bool has_kl, bool sample, const Launch& launch) {
+  if (!has_kl)
+    launch(GeneralKernel<L, false, true>());
+  else if (sample)
+    launch(GeneralKernel<L, true, true>());
+  else
+    launch(GeneralKernel<L, true, false>());
+}
+
+template <class Launch>
+void choose_general(Layout layout, bool has_kl, bool sample, const Launch& launch) {
+  if (layout == Layout::column)
+    choose_general<Layout::column>(has_kl, sample, launch);
+  else
+    choose_general<Layout::row>(has_kl, sample, launch);
+}
+
+// The type that a general kernel's elements have in memory.
+template <class R>
+using general_t = std::conditional_t<sizeof(R) == 8, double, AnyFloat>;
+
 }  // namespace vk::cuda

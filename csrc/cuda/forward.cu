@@ -299,34 +299,18 @@ size_t take_scratch(ForwardArgs<R>& a, void* base) {
   return room.used();
 }
 
-template <Layout L, bool HasKL, bool Sample, class R>
-void launch(const ForwardArgs<R>& a, cudaStream_t stream) {
-  using T = std::conditional_t<sizeof(R) == 8, double, AnyFloat>;
-  size_t shared = kKeyBytes<Sample>;
-  if (HasKL) shared += reduction_bytes<R>(a.g, L == Layout::column ? 4 : 1);
-  const auto kernel = forward_kernel<T, L, HasKL, Sample>;
-  VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
-}
-
-template <Layout L, class R>
-void launch_layout(const ForwardArgs<R>& a, bool has_kl, bool sample, cudaStream_t stream) {
-  if (!has_kl)
-    launch<L, false, true>(a, stream);
-  else if (sample)
-    launch<L, true, true>(a, stream);
-  else
-    launch<L, true, false>(a, stream);
-}
-
 template <class R>
 void launch_kernel(const ForwardArgs<R>& a, bool has_kl, bool sample, cudaStream_t stream) {
   if constexpr (sizeof(R) == 4) {
     if (a.g.plain) return forward_plain(a, has_kl, sample, stream);
   }
-  if (a.g.layout == Layout::column)
-    launch_layout<Layout::column>(a, has_kl, sample, stream);
-  else
-    launch_layout<Layout::row>(a, has_kl, sample, stream);
+  choose_general(a.g.layout, has_kl, sample,
+                 [&]<Layout L, bool HasKL, bool Sample>(GeneralKernel<L, HasKL, Sample>) {
+                   const auto kernel = forward_kernel<general_t<R>, L, HasKL, Sample>;
+                   size_t shared = kKeyBytes<Sample>;
+                   if (HasKL) shared += reduction_bytes<R>(a.g, L == Layout::column ? 4 : 1);
+                   VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
+                 });
 }
 
 template <class R>

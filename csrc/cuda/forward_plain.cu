@@ -104,49 +104,16 @@ forward_plain_kernel(const __grid_constant__ ForwardArgs<float> a) {
   }
 }
 
-template <class T, Layout L, Kl K, bool Sample, KeySource S>
-void launch(const ForwardArgs<float>& a, cudaStream_t stream) {
-  const size_t shared = K == Kl::none ? 0 : reduction_bytes<float>(a.g, L == Layout::column ? kVector<T> : 1);
-  const auto kernel = forward_plain_kernel<T, L, K, Sample, S>;
-  VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
-}
-
-template <class T, Layout L>
-void launch_layout(const ForwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
-  const bool device = a.keys.state != nullptr;
-  if (a.prior_mu.data != nullptr && sample)
-    launch<T, L, Kl::prior, true, KeySource::either>(a, stream);
-  else if (a.prior_mu.data != nullptr)
-    launch<T, L, Kl::prior, false, KeySource::host>(a, stream);
-  else if (!sample)
-    launch<T, L, Kl::standard, false, KeySource::host>(a, stream);
-  else if (has_kl && device)
-    launch<T, L, Kl::standard, true, KeySource::device>(a, stream);
-  else if (has_kl)
-    launch<T, L, Kl::standard, true, KeySource::host>(a, stream);
-  else if (device)
-    launch<T, L, Kl::none, true, KeySource::device>(a, stream);
-  else
-    launch<T, L, Kl::none, true, KeySource::host>(a, stream);
-}
-
-template <class T>
-void launch_type(const ForwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
-  if (a.g.layout == Layout::column)
-    launch_layout<T, Layout::column>(a, has_kl, sample, stream);
-  else
-    launch_layout<T, Layout::row>(a, has_kl, sample, stream);
-}
-
 }  // namespace
 
 void forward_plain(const ForwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
-  if (a.dtype == DType::f32)
-    launch_type<float>(a, has_kl, sample, stream);
-  else if (a.dtype == DType::bf16)
-    launch_type<bf16>(a, has_kl, sample, stream);
-  else
-    launch_type<f16>(a, has_kl, sample, stream);
+  choose_plain(a, has_kl, sample,
+               [&]<class T, Layout L, Kl K, bool Sample, KeySource S>(PlainKernel<T, L, K, Sample, S>) {
+                 const auto kernel = forward_plain_kernel<T, L, K, Sample, S>;
+                 const int sums = L == Layout::column ? kVector<T> : 1;
+                 const size_t shared = K == Kl::none ? 0 : reduction_bytes<float>(a.g, sums);
+                 VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
+               });
 }
 
 }  // namespace vk::cuda

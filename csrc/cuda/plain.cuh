@@ -97,4 +97,46 @@ __device__ __forceinline__ void adjust_prior(const LogVariance& rule, float (&y)
   for (int j = 0; j < 4; ++j) y[j] *= rule.slope;
 }
 
+// What a plain kernel is compiled for.
+template <class T, Layout L, Kl K, bool Sample, KeySource S>
+struct PlainKernel {};
+
+// Calls launch(PlainKernel<...>()) of the kernel for a call.
+template <class T, Layout L, class Args, class Launch>
+void choose_plain(const Args& a, bool has_kl, bool sample, const Launch& launch) {
+  const bool device = a.keys.state != nullptr, prior = has_kl && a.prior_mu.data != nullptr;
+  if (prior && sample)
+    launch(PlainKernel<T, L, Kl::prior, true, KeySource::either>());
+  else if (prior)
+    launch(PlainKernel<T, L, Kl::prior, false, KeySource::host>());
+  else if (!sample)
+    launch(PlainKernel<T, L, Kl::standard, false, KeySource::host>());
+  else if (has_kl && device)
+    launch(PlainKernel<T, L, Kl::standard, true, KeySource::device>());
+  else if (has_kl)
+    launch(PlainKernel<T, L, Kl::standard, true, KeySource::host>());
+  else if (device)
+    launch(PlainKernel<T, L, Kl::none, true, KeySource::device>());
+  else
+    launch(PlainKernel<T, L, Kl::none, true, KeySource::host>());
+}
+
+template <class T, class Args, class Launch>
+void choose_plain(const Args& a, bool has_kl, bool sample, const Launch& launch) {
+  if (a.g.layout == Layout::column)
+    choose_plain<T, Layout::column>(a, has_kl, sample, launch);
+  else
+    choose_plain<T, Layout::row>(a, has_kl, sample, launch);
+}
+
+template <class Args, class Launch>
+void choose_plain(const Args& a, bool has_kl, bool sample, const Launch& launch) {
+  if (a.dtype == DType::f32)
+    choose_plain<float>(a, has_kl, sample, launch);
+  else if (a.dtype == DType::bf16)
+    choose_plain<bf16>(a, has_kl, sample, launch);
+  else
+    choose_plain<f16>(a, has_kl, sample, launch);
+}
+
 }  // namespace vk::cuda
