@@ -4,13 +4,14 @@
 #   make check-slow    the tests that are too slow for `make test`; results in benchmarks/results/
 #   make bench         the speed table
 #   make instructions  counts the CPU kernels' instructions per element (needs valgrind)
+#   make sass          the CUDA kernels' instructions, counted (needs nvcc): benchmarks/results/sass.csv
 #   make lint | build | cuda-objects | clean
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow bench instructions lint types cuda-objects build clean
+.PHONY: help demo test check-slow bench instructions lint types cuda-objects sass build clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -59,6 +60,9 @@ types: $(ENVIRONMENT)
 
 cuda-objects: $(ENVIRONMENT)
 	$(PY) vaekernels/_build.py cuda-objects build/cuda-objects
+
+sass: $(ENVIRONMENT)
+	$(PY) tests/sass.py
 
 check-slow: $(BUILT)
 	mkdir -p benchmarks/results
