@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 
 import pytest
+import shim_build
 import torch
 
 import vaekernels as vk
@@ -18,13 +19,16 @@ from vaekernels import _native
 
 DEVICES = [d for d in os.environ.get("VAEKERNELS_TEST_DEVICES", "cpu").split(",") if d]
 BACKENDS = ["kernels", "reference"]
+# Where "shim" comes third: the CUDA kernels, run on the CPU by the host shim.
+SHIM_MODULES = ["test_values", "test_gradients", "test_conventions", "test_known_bugs", "test_properties", "test_random"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", DEVICES)
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", BACKENDS, indirect=True)
+        shim = ["shim"] if metafunc.module.__name__ in SHIM_MODULES else []
+        metafunc.parametrize("backend", BACKENDS + shim, indirect=True)
 
 
 def require_kernels(device: str) -> None:
@@ -44,6 +48,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "kernels":
         require_kernels(device)
         yield "kernels"
+        return
+    if request.param == "shim":
+        require_kernels("cpu")  # whose schemas and autograd the shim's kernels serve
+        shim_build.require()
+        if torch.device(device).type != "cpu":
+            pytest.skip("the shim serves tensors on the CPU")
+        with shim_build.library().used():
+            yield "shim"
         return
     monkeypatch.setattr(_native, "has_kernels", lambda device_type: False)
     monkeypatch.setattr(_native, "C", None)
