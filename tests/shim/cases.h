@@ -153,6 +153,8 @@ inline Case random_case(uint64_t seed, int64_t most) {
       if (c.numel() > 0) c.B = 300;
   }
   c.groups_inner = c.groups_inner && c.S > 1;
+  // Where there is time for it, sums that many blocks share.
+  if (chance(r, 0.1) && c.numel() > 0 && c.numel() * 4 < most) c.B *= between(r, 2, most / c.numel());
   while (c.numel() > most) (c.B > 1 ? c.B : (c.S > 1 ? c.S : c.G)) /= 2;
 
   const vk::DType dtypes[] = {vk::DType::f32, vk::DType::f32, vk::DType::bf16, vk::DType::f16,

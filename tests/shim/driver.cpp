@@ -430,7 +430,7 @@ void judge_samples(const Case& c, const Inputs& in, const Elements& x, const Out
           "z", i);
   }
   if (const Array& state = find(out, "state"))
-    if (load<uint64_t>(state.data()) != in.seed && load<uint64_t>(state.data() + 8) != in.offset)
+    if (load<uint64_t>(state.data()) != in.seed || load<uint64_t>(state.data() + 8) != in.offset)
       wrong("the state that was left is another one");
 }
 
@@ -657,6 +657,7 @@ int main(int argc, char** argv) {
     else
       return 2;
   }
+  shim::report_crashes();
   int failed = 0;
   try {
     shim::check_words();

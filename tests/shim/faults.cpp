@@ -1,7 +1,11 @@
-// Small kernels, each right and with one fault planted. `faults NAME right|wrong` runs one under several
-// schedules; it prints what was found wrong and exits with 1, or prints "ok" and exits with 0. The sanitizers
-// end the program themselves.
-#include <csignal>
+// Small kernels, each right and with one fault planted.
+//
+//   faults          prints the names of the faults
+//   faults --right  runs every kernel without its fault
+//   faults NAME     runs one with it
+//
+// Each runs under several schedules. What is found wrong is printed, and the program exits with 1; it prints
+// "ok" and exits with 0 where nothing is. The sanitizers end it themselves.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -24,7 +28,7 @@ constexpr int kThreads = 96, kBlocks = 11;
 struct Data {
   Guarded in{kBlocks * kThreads * sizeof(int)};
   Guarded out{kBlocks * kThreads * sizeof(int), 0xCD};
-  Guarded counters{2 * sizeof(unsigned)};
+  Guarded counters{sizeof(unsigned)};
 
   int* input() const { return reinterpret_cast<int*>(in.data()); }
   int* output() const { return reinterpret_cast<int*>(out.data()); }
@@ -111,6 +115,25 @@ __global__ void fill_shared(const int* in, int* out) {
   out[i] = Read ? in[i] + (seen & 0) : seen;
 }
 
+// Writes a whole page behind shared memory.
+template <bool Wrong>
+__global__ void write_far(const int* in, int* out) {
+  VK_SHARED(memory);
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  reinterpret_cast<int*>(memory)[threadIdx.x + (Wrong ? 1024 : 0)] = in[i];
+  out[i] = in[i];
+}
+
+// Reads shared memory that nobody wrote.
+template <bool Wrong>
+__global__ void add_shared(const int* in, int* out) {
+  VK_SHARED(memory);
+  int* shared = reinterpret_cast<int*>(memory);
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (!Wrong) shared[threadIdx.x] = 0;
+  out[i] = in[i] + shared[threadIdx.x];
+}
+
 // Copies n numbers, or n + 1.
 template <bool Wrong>
 __global__ void copy_numbers(const int* in, int* out, int n) {
@@ -154,7 +177,7 @@ __global__ void returns_early(const int* in, int* out) {
 
 // Every block writes a number of its own, or all the same.
 template <bool Wrong>
-__global__ void block_numbers(int* out) {
+__global__ void block_numbers(const int*, int* out) {
   if (threadIdx.x == 0) out[Wrong ? 0 : blockIdx.x] = Wrong ? 1 : static_cast<int>(blockIdx.x);
 }
 
@@ -171,106 +194,87 @@ __global__ void copy_vectors(const int* in, int* out) {
 // ---- running and judging ---------------------------------------------------------------------------------
 
 using Run = void (*)(Data&);
+using Kernel = void (*)(const int*, int*);
 
-void launch_reverse(Data& d, void (*kernel)(const int*, int*), size_t shared) {
-  VK_LAUNCH(kernel, dim3(kBlocks), kThreads, shared, nullptr, d.input(), d.output());
+template <Kernel kernel, size_t Shared = 0, int Blocks = kBlocks, int Threads = kThreads, int First = 0>
+void run(Data& d) {
+  VK_LAUNCH(kernel, dim3(Blocks), Threads, Shared, nullptr, d.input() + First, d.output());
 }
 
-template <bool Wrong>
+template <bool Wrong, unsigned Counter = 0>
 void run_sum(Data& d) {
+  *d.counter(0) = Counter;
   VK_LAUNCH(sum_of_blocks<Wrong>, dim3(kBlocks), 32, 33 * sizeof(int), nullptr, d.input(), d.output() + 1,
             d.output(), d.counter(0));
 }
 
-template <bool Wrong>
-void run_copy(Data& d) {
+template <void (*kernel)(const int*, int*, int)>
+void run_n(Data& d) {
   const int n = kBlocks * kThreads;
-  VK_LAUNCH(copy_numbers<Wrong>, dim3(kBlocks), kThreads, 0, nullptr, d.input(), d.output(), n);
+  VK_LAUNCH(kernel, dim3(kBlocks), kThreads, 0, nullptr, d.input(), d.output(), n);
 }
 
-template <bool Wrong>
-void run_peek(Data& d) {
-  const int n = kBlocks * kThreads;
-  VK_LAUNCH(peek_at_numbers<Wrong>, dim3(kBlocks), kThreads, 0, nullptr, d.input(), d.output(), n);
-}
-
-int reversed(int i) { return i / kThreads * kThreads + kThreads - 1 - i % kThreads; }
-
-struct Fault {
-  const char* name;
-  Run right, wrong;
-  // The number that thread i has to leave, from the input in[i] = i * i; for i below `count`.
-  int (*expected)(int i);
-  int count;
-};
-
+// What a kernel leaves of the input in[i] = i * i.
 int square(int i) { return i * i; }
-int sum_of_squares(int) {
+int reversed(int i) { return square(i / kThreads * kThreads + kThreads - 1 - i % kThreads); }
+int sum_of_all(int) {
   int sum = 0;
-  for (int i = 0; i < kBlocks * 32; ++i) sum += i * i;
+  for (int i = 0; i < kBlocks * 32; ++i) sum += square(i);
   return sum;
 }
 int warp_sum(int i) {
   int sum = 0;
-  for (int j = i / 32 * 32; j < i / 32 * 32 + 32; ++j) sum += j * j;
+  for (int j = i / 32 * 32; j < i / 32 * 32 + 32; ++j) sum += square(j);
   return sum;
 }
+int pair_sum(int i) { return square(i) + square(i ^ 1); }
+
+struct Fault {
+  const char* name;
+  Run right, wrong;
+  int (*expected)(int i);
+  int count;  // of numbers to expect
+};
+
+constexpr int kAll = kBlocks * kThreads;
+constexpr size_t kInts = kThreads * sizeof(int), kMostShared = 48 * 1024;
 
 const Fault kFaults[] = {
-    {"barrier", [](Data& d) { launch_reverse(d, reverse<false>, kThreads * sizeof(int)); },
-     [](Data& d) { launch_reverse(d, reverse<true>, kThreads * sizeof(int)); },
-     [](int i) { return square(reversed(i)); }, kBlocks * kThreads},
-    {"fence", run_sum<false>, run_sum<true>, sum_of_squares, 1},
-    {"skipped_shuffle", [](Data& d) { launch_reverse(d, warp_sums<false>, 0); },
-     [](Data& d) { launch_reverse(d, warp_sums<true>, 0); }, warp_sum, kBlocks * kThreads},
-    {"returned_lane", [](Data& d) { launch_reverse(d, warp_sums_after_return<false>, 0); },
-     [](Data& d) { launch_reverse(d, warp_sums_after_return<true>, 0); }, warp_sum, kBlocks * kThreads},
-    {"other_mask", [](Data& d) { launch_reverse(d, warp_sums_by_mask<false>, 0); },
-     [](Data& d) { launch_reverse(d, warp_sums_by_mask<true>, 0); },
-     [](int i) { return square(i) + square(i ^ 1); }, kBlocks * kThreads},
-    {"short_shared", [](Data& d) { launch_reverse(d, fill_shared<false>, kThreads * sizeof(int)); },
-     [](Data& d) { launch_reverse(d, fill_shared<false>, kThreads * sizeof(int) - 4); }, square,
-     kBlocks * kThreads},
-    {"short_shared_read", [](Data& d) { launch_reverse(d, fill_shared<true>, kThreads * sizeof(int)); },
-     [](Data& d) { launch_reverse(d, fill_shared<true>, kThreads * sizeof(int) - 4); }, square,
-     kBlocks * kThreads},
-    {"past_the_end", run_copy<false>, run_copy<true>, square, kBlocks * kThreads},
-    {"past_the_end_read", run_peek<false>, run_peek<true>, square, kBlocks * kThreads},
-    {"stale_counter", run_sum<false>,
-     [](Data& d) {
-       *d.counter(0) = 1;
-       run_sum<false>(d);
-     },
-     sum_of_squares, 1},
-    {"diverged", [](Data& d) { launch_reverse(d, diverged<false>, 0); },
-     [](Data& d) { launch_reverse(d, diverged<true>, 0); }, square, kBlocks * kThreads},
-    {"early_return", [](Data& d) { launch_reverse(d, returns_early<false>, 0); },
-     [](Data& d) { launch_reverse(d, returns_early<true>, 0); }, square, kBlocks * kThreads},
-    {"blocks_race",
-     [](Data& d) { VK_LAUNCH(block_numbers<false>, dim3(kBlocks), kThreads, 0, nullptr, d.output()); },
-     [](Data& d) { VK_LAUNCH(block_numbers<true>, dim3(kBlocks), kThreads, 0, nullptr, d.output()); },
+    {"barrier", run<reverse<false>, kInts>, run<reverse<true>, kInts>, reversed, kAll},
+    {"fence", run_sum<false>, run_sum<true>, sum_of_all, 1},
+    {"stale_counter", run_sum<false>, run_sum<false, 1>, sum_of_all, 1},
+    {"skipped_shuffle", run<warp_sums<false>>, run<warp_sums<true>>, warp_sum, kAll},
+    {"returned_lane", run<warp_sums_after_return<false>>, run<warp_sums_after_return<true>>, warp_sum, kAll},
+    {"other_mask", run<warp_sums_by_mask<false>>, run<warp_sums_by_mask<true>>, pair_sum, kAll},
+    {"diverged", run<diverged<false>>, run<diverged<true>>, square, kAll},
+    {"early_return", run<returns_early<false>>, run<returns_early<true>>, square, kAll},
+    {"short_shared", run<fill_shared<false>, kInts>, run<fill_shared<false>, kInts - 4>, square, kAll},
+    {"short_shared_read", run<fill_shared<true>, kInts>, run<fill_shared<true>, kInts - 4>, square, kAll},
+    {"far_past_shared", run<write_far<false>, kInts>, run<write_far<true>, kInts>, square, kAll},
+    {"unwritten_shared", run<add_shared<false>, kInts>, run<add_shared<true>, kInts>, square, kAll},
+    {"past_the_end", run_n<copy_numbers<false>>, run_n<copy_numbers<true>>, square, kAll},
+    {"past_the_end_read", run_n<peek_at_numbers<false>>, run_n<peek_at_numbers<true>>, square, kAll},
+    {"blocks_race", run<block_numbers<false>>, run<block_numbers<true>>, nullptr, 0},
+    {"misaligned_vector", run<copy_vectors, 0, 1, 32>, run<copy_vectors, 0, 1, 32, 1>, nullptr, 0},
+    {"too_many_threads", run<block_numbers<false>, 0, 1, 1024>, run<block_numbers<false>, 0, 1, 1025>,
      nullptr, 0},
-    {"misaligned_vector",
-     [](Data& d) { VK_LAUNCH(copy_vectors, dim3(1), 32, 0, nullptr, d.input(), d.output()); },
-     [](Data& d) { VK_LAUNCH(copy_vectors, dim3(1), 32, 0, nullptr, d.input() + 1, d.output()); }, nullptr,
-     0},
-    {"too_many_threads",
-     [](Data& d) { VK_LAUNCH(block_numbers<false>, dim3(1), 1024, 0, nullptr, d.output()); },
-     [](Data& d) { VK_LAUNCH(block_numbers<false>, dim3(1), 1025, 0, nullptr, d.output()); }, nullptr, 0},
-    {"too_much_shared", [](Data& d) { launch_reverse(d, fill_shared<false>, 48 * 1024); },
-     [](Data& d) { launch_reverse(d, fill_shared<false>, 48 * 1024 + 1); }, square, kBlocks * kThreads},
+    {"too_much_shared", run<fill_shared<false>, kMostShared>, run<fill_shared<false>, kMostShared + 1>,
+     square, kAll},
 };
 
 // What is wrong after a run; empty if nothing is.
 std::string judge(const Fault& fault, Run run) {
   Data d;
-  for (int i = 0; i < kBlocks * kThreads; ++i) d.input()[i] = i * i;
-  run(d);
+  for (int i = 0; i < kAll; ++i) d.input()[i] = square(i);
+  try {
+    run(d);
+  } catch (const shim::Fault& found) {
+    return found.what();
+  }
   if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess)
     return std::string("the launch failed: ") + cudaGetErrorString(error);
   if (!d.in.whole() || !d.out.whole() || !d.counters.whole()) return "bytes beside a tensor were written";
-  for (int i = 0; i < 2; ++i)
-    if (*d.counter(i) != 0) return "a counter is left at " + std::to_string(*d.counter(i));
+  if (*d.counter(0) != 0) return "a counter is left at " + std::to_string(*d.counter(0));
   for (int i = 0; i < fault.count; ++i)
     if (d.output()[i] != fault.expected(i))
       return "number " + std::to_string(i) + " is " + std::to_string(d.output()[i]) + ", expected " +
@@ -281,23 +285,20 @@ std::string judge(const Fault& fault, Run run) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  shim::report_crashes();
+  const std::string wanted = argc == 2 ? argv[1] : "";
+  int runs = 0;
   for (const Fault& fault : kFaults) {
     if (argc == 1) std::printf("%s\n", fault.name);
-    if (argc != 3 || std::strcmp(argv[1], fault.name) != 0) continue;
-    for (uint64_t seed = 0; seed < 8; ++seed) {
+    if (wanted != fault.name && wanted != "--right") continue;
+    for (uint64_t seed = 0; seed < 8; ++seed, ++runs) {
       shim::settings().seed = seed;
-      std::string found;
-      try {
-        found = judge(fault, std::strcmp(argv[2], "wrong") == 0 ? fault.wrong : fault.right);
-      } catch (const shim::Fault& f) {
-        found = f.what();
-      }
+      const std::string found = judge(fault, wanted == "--right" ? fault.right : fault.wrong);
       if (found.empty()) continue;
-      std::printf("%s\n", found.c_str());
+      std::printf("%s: %s\n", fault.name, found.c_str());
       return 1;
     }
-    std::printf("ok\n");
-    return 0;
   }
-  return argc == 1 ? 0 : 2;
+  if (runs > 0) std::printf("ok\n");
+  return argc == 1 || runs > 0 ? 0 : 2;
 }

@@ -55,6 +55,10 @@ Settings& settings();
 // Launches so far that passed the check of their configuration.
 int64_t launches();
 
+// Ends the program with a report where a thread touches memory that nobody may touch. The sanitizers have
+// reports of their own.
+void report_crashes();
+
 // ---- launching -------------------------------------------------------------------------------------------
 
 struct Launch {
