@@ -88,6 +88,10 @@ class Shared {
 
   unsigned char* begin() const { return begin_; }
 
+  // Addresses that TSan orders the block's threads by. Nobody reads them or writes to them; they come and go
+  // with the block, so that no order among other blocks' threads sticks to them.
+  void* mark(size_t i) const { return pages_.data() + 8 * i; }
+
   bool whole() const {
     const auto watched = [](unsigned char x) { return x == kWatched; };
     return std::all_of(first(), begin_, watched) && std::all_of(begin_ + bytes_, last(), watched);
@@ -199,7 +203,9 @@ class Block {
         policy_(static_cast<Policy>(random_.below(4))),
         shared_(grid.launch.shared, random_),
         threads_(std::max(1u, grid.launch.block.x * grid.launch.block.y * grid.launch.block.z)) {
-    // To TSan, what a fiber does in one block comes before what it does in the next: so not always the same.
+    // To TSan, what a fiber does in one block comes before what it does in the next, and a barrier orders the
+    // others with it. So two blocks of one OS thread race only up to their first barriers, and where the same
+    // fibers are not the same threads in both; blocks of two OS threads race whatever they do.
     const size_t shift = random_.below(threads_.size());
     for (size_t i = 0; i < threads_.size(); ++i) {
       threads_[i].fiber = &stacks[(i + shift) % threads_.size()];
@@ -236,7 +242,7 @@ class Block {
   }
   [[noreturn]] void fail(const std::string& what) {
     fault_ = what;
-    release(&start_);
+    release(start_);
     for (;;) leave();
   }
   void go_on(unsigned thread) {
@@ -260,7 +266,9 @@ class Block {
   size_t returned_ = 0;
   std::string fault_;
   Fiber home_;
-  char start_ = 0, passed_[2] = {0, 0};  // what TSan orders threads by
+  // What TSan orders threads by: the begin of the block, and its barriers, odd and even ones.
+  void* const start_ = shared_.mark(0);
+  void* const passed_[2] = {shared_.mark(1), shared_.mark(2)};
 };
 
 // Out of line, since fibers move between OS threads and an address of a thread_local must not be kept.
@@ -279,7 +287,7 @@ void fiber_main() {
 }
 
 void Block::run_thread() {
-  acquire(&start_);
+  acquire(start_);
   grid_.body(grid_.context);
   release(&grid_.done);
   threads_[running_].state = State::returned;
@@ -312,7 +320,7 @@ void Block::run() {
   blockIdx = {index_ % grid.x, index_ / grid.x % grid.y, index_ / grid.x / grid.y};
   blockDim = block;
   gridDim = grid;
-  release(&start_);
+  release(start_);
   while (fault_.empty() && returned_ < threads_.size()) {
     if (ready_.empty()) pass_barrier();
     if (!fault_.empty()) break;
@@ -322,7 +330,7 @@ void Block::run() {
     if (random_.below(256) == 0) std::this_thread::yield();  // so that blocks do not run in step
   }
   current() = nullptr;
-  if (!fault_.empty()) acquire(&start_);
+  if (!fault_.empty()) acquire(start_);
   if (fault_.empty() && !shared_.whole()) fault_ = "bytes beside the block's shared memory were written";
   if (fault_.empty()) return;
   throw Fault("shim: " + fault_ + "\n  in block " + text_of({blockIdx.x, blockIdx.y, blockIdx.z}) + " of " +
@@ -335,7 +343,7 @@ void Block::run() {
 
 void Block::barrier(const std::source_location& at) {
   // Alternating, so that who goes ahead to the next barrier does not order who has yet to leave this one.
-  char* order = &passed_[threads_[running_].barriers++ % 2];
+  void* order = passed_[threads_[running_].barriers++ % 2];
   release(order);
   wait(State::barrier, {"__syncthreads", 0, at});
   acquire(order);
@@ -430,14 +438,10 @@ std::string Block::everybody() const {
 
 // ---- a launch --------------------------------------------------------------------------------------------
 
-// Runs blocks until there are none left, or one has a fault.
-void work(Grid& grid, std::unique_ptr<Stacks>& stacks) {
+// Runs block number `i` of the order, then others until there are none left, or one has a fault.
+void work(Grid& grid, size_t i, std::unique_ptr<Stacks>& stacks) {
   try {
-    for (;;) {
-      const size_t i = grid.next++;
-      if (i >= grid.order.size() || grid.stop) break;
-      Block(grid, grid.order[i], *stacks).run();
-    }
+    for (; i < grid.order.size() && !grid.stop; i = grid.next++) Block(grid, grid.order[i], *stacks).run();
   } catch (const Fault& fault) {
     stacks.reset();  // threads that were left in the middle lie on them
     const std::lock_guard<std::mutex> lock(grid.mutex);
@@ -466,8 +470,10 @@ Settings& settings() {
 int64_t launches() { return launch_count; }
 
 void run(const Launch& launch, void (*body)(const void*), const void* context) {
-  last_error = check(launch);
-  if (last_error != cudaSuccess) return;
+  if (const cudaError_t error = check(launch); error != cudaSuccess) {
+    last_error = error;
+    return;
+  }
   ++launch_count;
   Grid grid{launch, body, context, settings().seed};
   grid.order.resize(size_t{launch.grid.x} * launch.grid.y * launch.grid.z);
@@ -476,10 +482,11 @@ void run(const Launch& launch, void (*body)(const void*), const void* context) {
   for (size_t i = grid.order.size(); i > 1; --i) std::swap(grid.order[i - 1], grid.order[random.below(i)]);
   const size_t workers = std::min(grid.order.size(), static_cast<size_t>(std::max(1, settings().workers)));
   std::vector<std::unique_ptr<Stacks>> stacks(workers);
+  grid.next = workers;  // each begins with one of its own
   for (auto& s : stacks) s = Stacks::borrow();
   std::vector<std::thread> others;
-  for (size_t i = 1; i < workers; ++i) others.emplace_back([&grid, &s = stacks[i]] { work(grid, s); });
-  work(grid, stacks[0]);
+  for (size_t i = 1; i < workers; ++i) others.emplace_back([&grid, i, &s = stacks[i]] { work(grid, i, s); });
+  work(grid, 0, stacks[0]);
   for (std::thread& t : others) t.join();
   for (auto& s : stacks)
     if (s) Stacks::give_back(std::move(s));

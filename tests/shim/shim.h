@@ -17,7 +17,8 @@
 // aligned, is reported. Compiled with TSan: each CUDA thread is a thread of its own to it, in whatever order
 // fibers run. __syncthreads orders the threads of a block; atomics (`arrive_last` in csrc/cuda/reduce.cuh)
 // order blocks as far as their memory order goes; a shuffle orders nothing, as CUDA promises nothing. A
-// missing barrier or a counter that does not acquire and release is then a data race, in any schedule.
+// missing barrier is then a data race in any schedule, and a counter that does not acquire and release one
+// between any two blocks of different OS threads.
 //
 // What is not: PTX. The code under __CUDA_ARCH__ is not compiled, so the approximate logarithm, exponential,
 // sine and square root of the GPU, and all other inline assembly, have a host twin here: philox.h and math.h
