@@ -26,13 +26,12 @@ from vaekernels import _build
 
 SHIM = Path(__file__).parent / "shim"
 FOLDER = Path(__file__).parent.parent / "build" / "shim"
-KERNELS = ("forward.cu", "backward.cu", "random.cu")
 
 
 class Build(NamedTuple):
     """Flags of the kernels, and what tells the shim which sanitizer it has to speak to."""
 
-    kernels: tuple[str, ...]
+    device: tuple[str, ...]
     shim: tuple[str, ...] = ()
 
 
@@ -76,26 +75,32 @@ def compiler() -> tuple[str, ...]:
         raise Missing(f"{problem.problem}. {problem.remedy}") from problem
 
 
+def _csrc() -> Path:
+    folder = _build.source_dir()
+    assert folder is not None
+    return folder
+
+
+def kernels() -> list[str]:
+    return sorted(file.name for file in (_csrc() / "cuda").glob("*.cu"))
+
+
 def _common() -> list[str]:
-    csrc = _build.source_dir()
-    assert csrc is not None
     warnings = ["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"]
     # include/ comes first: torch and the toolkit have headers of the same names.
-    paths = [f"-I{SHIM / 'include'}", f"-I{SHIM}", f"-I{csrc}"]
+    paths = [f"-I{SHIM / 'include'}", f"-I{SHIM}", f"-I{_csrc()}"]
     return [*compiler(), "-std=c++20", "-g", "-pthread", "-fPIC", "-fvisibility=hidden", *warnings, *paths]
 
 
 def _jobs(build: str, sources: list[str]) -> list[tuple[Path, list[str]]]:
     """Sources and commands. Kernels and planted faults are instrumented; shim, driver and oracle are not."""
-    csrc = _build.source_dir()
-    assert csrc is not None
-    kernels, shim = BUILDS[build]
+    device, shim = BUILDS[build]
     jobs = []
     for name in sources:
         if name.endswith(".cu"):
-            jobs.append((csrc / "cuda" / name, [*_common(), *kernels, "-x", "c++"]))
+            jobs.append((_csrc() / "cuda" / name, [*_common(), *device, "-x", "c++"]))
         elif name == "faults.cpp":
-            jobs.append((SHIM / name, [*_common(), *kernels]))
+            jobs.append((SHIM / name, [*_common(), *device]))
         elif name == "torch_backend.cpp":
             flags = ["-O0", "-Wno-unused-parameter", *_build._torch_flags(_build.torch_in_use())]
             jobs.append((SHIM / name, [*_common(), *flags]))
@@ -113,7 +118,7 @@ def _objects(build: str, sources: list[str]) -> list[Path]:
 def headers() -> dict[str, list[Path]]:
     """The headers that each source reads, those of the system included."""
     found = {}
-    for source, command in _jobs("plain", [*KERNELS, "shim.cpp", "driver.cpp", "torch_backend.cpp"]):
+    for source, command in _jobs("plain", [*kernels(), "shim.cpp", "driver.cpp", "torch_backend.cpp"]):
         rule = subprocess.run(
             [*command, "-M", str(source)], capture_output=True, text=True, check=True
         ).stdout
@@ -130,7 +135,7 @@ def _link(name: str, objects: list[Path], flags: list[str]) -> Path:
 
 
 def _sanitizers(build: str) -> list[str]:
-    return [flag for flag in BUILDS[build].kernels if flag.startswith("-fsanitize")]
+    return [flag for flag in BUILDS[build].device if flag.startswith("-fsanitize")]
 
 
 @functools.cache
@@ -159,7 +164,7 @@ def runner(build: str) -> tuple[str, ...]:
 def program(build: str, name: str) -> Path:
     """`driver`, which has the kernels, or `faults`."""
     runner(build)
-    sources = {"driver": ["driver.cpp", *KERNELS], "faults": ["faults.cpp"]}[name]
+    sources = {"driver": ["driver.cpp", *kernels()], "faults": ["faults.cpp"]}[name]
     # The shim comes first: of functions that several objects hold the linker takes the first copy, and
     # the shim's must not be instrumented.
     return _link(f"{name}-{build}", _objects(build, ["shim.cpp", *sources]), _sanitizers(build))
@@ -216,7 +221,7 @@ class Library:
 
 @functools.cache
 def library() -> Library:
-    objects = _objects("plain", ["torch_backend.cpp", *KERNELS, "shim.cpp"])
+    objects = _objects("plain", ["torch_backend.cpp", *kernels(), "shim.cpp"])
     folder = Path(torch.__file__).parent / "lib"
     return Library(
         _link("torch_backend", objects, ["-shared", f"-L{folder}", "-lc10", "-ltorch_cpu", "-ltorch"])
