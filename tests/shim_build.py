@@ -66,8 +66,6 @@ class Missing(Exception):
 
 @functools.cache
 def compiler() -> tuple[str, ...]:
-    if not sys.platform.startswith("linux"):
-        raise Missing(f"the shim is made for Linux, this is {sys.platform}")
     FOLDER.mkdir(parents=True, exist_ok=True)
     try:
         return tuple(_build.find_compiler(FOLDER))
@@ -111,8 +109,22 @@ def _jobs(build: str, sources: list[str]) -> list[tuple[Path, list[str]]]:
     return jobs
 
 
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _with_log() -> Iterator[None]:
+    """Shows what a compiler said, which BuildProblem keeps to itself."""
+    try:
+        yield
+    except _build.BuildProblem as problem:
+        raise RuntimeError(f"{problem.problem}\n{problem.log}") from problem
+
+
 def _objects(build: str, sources: list[str]) -> list[Path]:
-    return _build._compile(_jobs(build, sources), FOLDER, lambda line: print(line, flush=True))
+    with _with_log():
+        return _build._compile(_jobs(build, sources), FOLDER, _say)
 
 
 def headers() -> dict[str, list[Path]]:
@@ -130,7 +142,8 @@ def _link(name: str, objects: list[Path], flags: list[str]) -> Path:
     command = [*compiler(), "-pthread", *map(str, objects), *flags]
     made = FOLDER / f"{name}-{hashlib.sha256(shlex.join(command).encode()).hexdigest()[:12]}"
     if not made.exists() or any(made.stat().st_mtime_ns < o.stat().st_mtime_ns for o in objects):
-        _build._run([*command, "-o", str(made)], lambda line: print(line, flush=True), name)
+        with _with_log():
+            _build._run([*command, "-o", str(made)], _say, name)
     return made
 
 
@@ -230,6 +243,8 @@ def library() -> Library:
 
 def require(build: str = "plain") -> None:
     """Skips with the reason where this machine cannot build the shim or run the sanitizer."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip(f"the shim is made for Linux, this is {sys.platform}")
     try:
         runner(build)
     except Missing as missing:

@@ -62,7 +62,7 @@ FAULTS: dict[str, dict[str, str]] = {
 }
 REPORTS = [(name, build) for name, builds in FAULTS.items() for build in builds]
 # Problems of the driver in `make test`, and how many elements they have at most: about a second of each.
-FEW = {"plain": (150, 4000), "asan": (60, 3000), "tsan": (15, 1500)}
+FEW = {"plain": (300, 4000), "asan": (60, 3000), "tsan": (15, 1500)}
 MANY = {"plain": (6000, 4000), "asan": (1200, 4000), "tsan": (500, 2500)}
 
 

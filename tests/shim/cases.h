@@ -97,54 +97,56 @@ struct Case {
   }
 };
 
-// `most`: elements of mu.
-inline Case random_case(uint64_t seed, int64_t most) {
-  Random r(seed * 0x9E3779B97F4A7C15u + 1);
-  Case c;
-  c.seed = r();
-  switch (between(r, 0, 9)) {
-    case 0:  // [B, D], any sizes
+// `usual`: sizes that vectors fit.
+inline void draw_sizes(Random& r, Case& c, int64_t most, bool usual) {
+  switch (usual ? between(r, 0, 2) : between(r, 3, 10)) {
+    case 0:  // [B, D]
+      c.B = between(r, 1, 12) * between(r, 1, 12);
+      c.G = 8 * between(r, 1, 40);
+      break;
+    case 1:  // images by channel, channels first or last
+      c.B = between(r, 1, 6);
+      c.G = 8 * between(r, 1, 4);
+      c.S = 8 * between(r, 1, 40);
+      c.groups_inner = chance(r, 0.5);
+      break;
+    case 2:  // few, long sums
+      c.B = between(r, 1, 4);
+      c.G = between(r, 1, 3);
+      c.S = 8 * between(r, 60, 400);
+      break;
+    case 3:  // [B, D]
       c.B = between(r, 1, 40);
       c.G = between(r, 1, 70);
       break;
-    case 1:  // wide
+    case 4:  // wide
       c.B = between(r, 1, 6);
       c.G = between(r, 100, 3000);
       break;
-    case 2:  // tall
+    case 5:  // tall
       c.B = between(r, 100, 3000);
       c.G = between(r, 1, 9);
       break;
-    case 3:  // images by channel
+    case 6:  // images by channel
       c.B = between(r, 1, 6);
       c.G = between(r, 1, 9);
       c.S = between(r, 1, 200);
       break;
-    case 4:  // long sums
+    case 7:  // few, long sums
       c.B = between(r, 1, 3);
       c.G = between(r, 1, 3);
       c.S = between(r, 500, 9000);
       break;
-    case 5:  // channels last
+    case 8:  // channels last
       c.B = between(r, 1, 6);
       c.G = between(r, 1, 70);
       c.S = between(r, 2, 70);
       c.groups_inner = true;
       break;
-    case 6:  // one group
+    case 9:  // one group
       c.B = between(r, 1, 40);
       c.S = between(r, 1, 700);
       c.groups_inner = chance(r, 0.3);
-      break;
-    case 7:  // sizes that vectors fit
-      c.B = between(r, 1, 12) * between(r, 1, 12);
-      c.G = 8 * between(r, 1, 40);
-      break;
-    case 8:
-      c.B = between(r, 1, 6);
-      c.G = 4 * between(r, 1, 8);
-      c.S = 8 * between(r, 1, 40);
-      c.groups_inner = chance(r, 0.5);
       break;
     default:  // nothing in it
       c.B = between(r, 0, 3);
@@ -156,53 +158,56 @@ inline Case random_case(uint64_t seed, int64_t most) {
   // Where there is time for it, sums that many blocks share.
   if (chance(r, 0.1) && c.numel() > 0 && c.numel() * 4 < most) c.B *= between(r, 2, most / c.numel());
   while (c.numel() > most) (c.B > 1 ? c.B : (c.S > 1 ? c.S : c.G)) /= 2;
+}
 
-  const vk::DType dtypes[] = {vk::DType::f32, vk::DType::f32, vk::DType::bf16, vk::DType::f16,
-                              vk::DType::f64};
-  c.dtype = one_of(r, dtypes);
+// `usual`: what the fast kernels are for, at times with a learned prior.
+inline void draw_options(Random& r, Case& c, bool usual) {
+  const vk::DType dtypes[] = {vk::DType::f32, vk::DType::bf16, vk::DType::f16, vk::DType::f64};
+  c.dtype = dtypes[between(r, 0, usual ? 2 : 3)];
   const vk::Param params[] = {vk::Param::logvar, vk::Param::logvar, vk::Param::log_std, vk::Param::std,
                               vk::Param::softplus};
-  c.param = one_of(r, params);
+  c.param = params[between(r, 0, usual ? 2 : 4)];
   c.bounded = chance(r, 0.3);
   c.sample = chance(r, 0.75);
   c.kl = !c.sample || chance(r, 0.8);
   const int64_t samples[] = {1, 1, 1, 1, 0, 2, 3, 5};
-  c.K = c.sample ? one_of(r, samples) : 1;
+  c.K = c.sample && !usual ? one_of(r, samples) : 1;
   c.state = static_cast<Case::State>(between(r, 0, 2));
   c.near_prior = chance(r, 0.15);
   c.nan = chance(r, 0.05) && c.numel() > 0;
+  if (!c.kl) return;
+  c.prior = chance(r, 0.35);
+  c.balance = c.prior && chance(r, 0.4);
+  c.clamp = static_cast<vk::Clamp>(between(r, 0, usual ? 1 : 2));
+  c.penalty = static_cast<vk::Penalty>(between(r, 0, 2));
+  c.bits_per_group = c.clamp != vk::Clamp::none && chance(r, 0.4);
+  const vk::Reduction scalar[] = {vk::Reduction::batchmean, vk::Reduction::sum, vk::Reduction::mean};
+  c.reduction = one_of(r, scalar);
+  if (!usual && c.clamp != vk::Clamp::batch && chance(r, 0.2)) c.reduction = vk::Reduction::none;
+  if (!usual && c.clamp == vk::Clamp::none && chance(r, 0.2)) c.reduction = vk::Reduction::elementwise;
+  const bool rows = c.reduction == vk::Reduction::none || c.reduction == vk::Reduction::elementwise;
+  if (!rows && chance(r, 0.4)) c.weight = chance(r, 0.1) ? Case::Weight::zero : Case::Weight::random;
+  c.group_sums = chance(r, 0.2);
+}
 
-  if (c.kl) {
-    c.prior = chance(r, 0.35);
-    c.balance = c.prior && chance(r, 0.4);
-    c.clamp = static_cast<vk::Clamp>(between(r, 0, 2));
-    c.penalty = static_cast<vk::Penalty>(between(r, 0, 2));
-    c.bits_per_group = c.clamp != vk::Clamp::none && chance(r, 0.4);
-    const vk::Reduction scalar[] = {vk::Reduction::batchmean, vk::Reduction::sum, vk::Reduction::mean};
-    c.reduction = one_of(r, scalar);
-    if (c.clamp != vk::Clamp::batch && chance(r, 0.2)) c.reduction = vk::Reduction::none;
-    if (c.clamp == vk::Clamp::none && chance(r, 0.2)) c.reduction = vk::Reduction::elementwise;
-    const bool rows = c.reduction == vk::Reduction::none || c.reduction == vk::Reduction::elementwise;
-    if (!rows && chance(r, 0.4)) c.weight = chance(r, 0.1) ? Case::Weight::zero : Case::Weight::random;
-    c.group_sums = chance(r, 0.2);
+inline void draw_memory(Random& r, Case& c, bool usual) {
+  if (usual || chance(r, 0.3)) {
+    if (chance(r, 0.3)) c.mu = c.scale = c.gradients = Lie::halves;
+    return;
   }
+  const Lie lies[] = {Lie::dense,       Lie::halves,      Lie::padded,  Lie::gapped,
+                      Lie::other_order, Lie::batch_inner, Lie::expanded};
+  c.mu = one_of(r, lies);
+  c.scale = c.mu == Lie::halves ? c.mu : one_of(r, lies);
+  if (c.scale == Lie::halves) c.scale = c.mu;
+  c.prior_lie = c.prior ? one_of(r, lies) : Lie::dense;
+  if (c.prior_lie == Lie::halves) c.prior_lie = Lie::expanded;
+  if (chance(r, 0.4)) c.misaligned = static_cast<int>(between(r, 1, 7));
+  const Lie gradients[] = {Lie::dense, Lie::dense, Lie::halves, Lie::padded, Lie::gapped};
+  c.gradients = c.mu == Lie::halves ? Lie::halves : one_of(r, gradients);
+}
 
-  // Half of the problems take no slower path for the sake of their memory.
-  if (chance(r, 0.5)) {
-    const Lie lies[] = {Lie::dense,       Lie::halves,      Lie::padded,  Lie::gapped,
-                        Lie::other_order, Lie::batch_inner, Lie::expanded};
-    c.mu = one_of(r, lies);
-    c.scale = c.mu == Lie::halves ? c.mu : one_of(r, lies);
-    if (c.scale == Lie::halves) c.scale = c.mu;
-    c.prior_lie = c.prior ? one_of(r, lies) : Lie::dense;
-    if (c.prior_lie == Lie::halves) c.prior_lie = Lie::expanded;
-    if (chance(r, 0.4)) c.misaligned = static_cast<int>(between(r, 1, 7));
-    const Lie gradients[] = {Lie::dense, Lie::dense, Lie::halves, Lie::padded, Lie::gapped};
-    c.gradients = c.mu == Lie::halves ? Lie::halves : one_of(r, gradients);
-  } else if (chance(r, 0.3)) {
-    c.mu = c.scale = c.gradients = Lie::halves;
-  }
-
+inline void draw_gradients(Random& r, Case& c) {
   c.use_z = c.sample && chance(r, 0.8);
   c.use_kl = c.kl && chance(r, 0.8);
   c.use_rate = c.kl && chance(r, 0.4);
@@ -212,6 +217,18 @@ inline Case random_case(uint64_t seed, int64_t most) {
   c.no_grad_mu = c.gradients != Lie::halves && chance(r, kl_used ? 0.1 : 0.5);
   c.no_grad_scale = !c.no_grad_mu && chance(r, 0.05);
   c.no_prior_gradients = c.prior && chance(r, 0.3);
+}
+
+// `most`: elements of mu.
+inline Case random_case(uint64_t seed, int64_t most) {
+  Random r(seed * 0x9E3779B97F4A7C15u + 1);
+  Case c;
+  c.seed = r();
+  const bool usual = chance(r, 0.4);
+  draw_sizes(r, c, most, usual);
+  draw_options(r, c, usual);
+  draw_memory(r, c, usual);
+  draw_gradients(r, c);
   return c;
 }
 
