@@ -4,15 +4,10 @@
 // too, which is compiled without instrumentation: what it shares between fibers is its own business.
 #pragma once
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cstddef>
 #include <cstdint>
-#include <new>
 
 #if defined(SHIM_ASAN)
-#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 #if defined(SHIM_TSAN)
@@ -51,38 +46,6 @@ shim_switch_stack:
 #endif
 
 namespace shim {
-
-// Memory from the system, whole pages.
-class Pages {
- public:
-  explicit Pages(size_t bytes) : size_(round_up(bytes)) {
-    data_ = mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (data_ == MAP_FAILED) throw std::bad_alloc();
-  }
-  ~Pages() {
-#if defined(SHIM_ASAN)
-    __asan_unpoison_memory_region(data_, size_);
-#endif
-    munmap(data_, size_);
-  }
-  Pages(const Pages&) = delete;
-  Pages& operator=(const Pages&) = delete;
-
-  unsigned char* data() const { return static_cast<unsigned char*>(data_); }
-  size_t size() const { return size_; }
-
-  static size_t page() {
-    static const size_t size = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    return size;
-  }
-  static size_t round_up(size_t bytes) { return (bytes + page() - 1) / page() * page(); }
-  // Makes one page a trap.
-  void guard(size_t offset) { mprotect(data() + offset, page(), PROT_NONE); }
-
- private:
-  void* data_;
-  size_t size_;
-};
 
 // A stack that runs `entry`, which never returns but leaves again and again. The OS thread's own stack is the
 // `home` from which fibers are entered and to which they leave.

@@ -15,6 +15,7 @@
 
 #include "fiber.h"
 #include "include/cuda_runtime.h"
+#include "memory.h"
 
 constinit thread_local uint3 threadIdx{}, blockIdx{};
 constinit thread_local dim3 blockDim{}, gridDim{};
@@ -34,22 +35,6 @@ constexpr size_t kStack = 64 * 1024;
 std::atomic<int64_t> launch_count{0};
 thread_local cudaError_t last_error = cudaSuccess;
 
-// splitmix64 (Steele et al. 2014).
-class Random {
- public:
-  explicit Random(uint64_t seed) : state_(seed) {}
-  uint64_t next() {
-    uint64_t x = state_ += 0x9E3779B97F4A7C15u;
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-    return x ^ (x >> 31);
-  }
-  size_t below(size_t n) { return static_cast<size_t>(next() % n); }
-
- private:
-  uint64_t state_;
-};
-
 // ---- what TSan is told -----------------------------------------------------------------------------------
 
 void release([[maybe_unused]] void* at) {
@@ -63,49 +48,7 @@ void acquire([[maybe_unused]] void* at) {
 #endif
 }
 
-// ---- memory ----------------------------------------------------------------------------------------------
-
-// A block's shared memory. Its end lies at a page that may not be touched, or up to 15 bytes before it, since
-// its beginning is aligned; those bytes, and those between the page's start and the beginning, are watched.
-class Shared {
- public:
-  Shared(size_t bytes, Random& random)
-      : pages_(2 * Pages::page() + Pages::round_up(bytes)),
-        begin_(pages_.data() + pages_.size() - Pages::page() - (bytes + 15) / 16 * 16),
-        bytes_(bytes) {
-    pages_.guard(0);
-    pages_.guard(pages_.size() - Pages::page());
-    for (unsigned char* p = first(); p != last(); ++p) *p = kWatched;
-    // Nothing, or noise: numbers that were never written become NaN or differ from schedule to schedule.
-    const bool nan = random.below(2) == 0;
-    for (unsigned char* p = begin_; p != begin_ + bytes_; ++p)
-      *p = nan ? 0xFF : static_cast<unsigned char>(random.next());
-#if defined(SHIM_ASAN)
-    __asan_poison_memory_region(first(), static_cast<size_t>(begin_ - first()));
-    __asan_poison_memory_region(begin_ + bytes_, static_cast<size_t>(last() - begin_) - bytes_);
-#endif
-  }
-
-  unsigned char* begin() const { return begin_; }
-
-  // Addresses that TSan orders the block's threads by. Nobody reads them or writes to them; they come and go
-  // with the block, so that no order among other blocks' threads sticks to them.
-  void* mark(size_t i) const { return pages_.data() + 8 * i; }
-
-  bool whole() const {
-    const auto watched = [](unsigned char x) { return x == kWatched; };
-    return std::all_of(first(), begin_, watched) && std::all_of(begin_ + bytes_, last(), watched);
-  }
-
- private:
-  static constexpr unsigned char kWatched = 0xA5;
-  unsigned char* first() const { return pages_.data() + Pages::page(); }
-  unsigned char* last() const { return pages_.data() + pages_.size() - Pages::page(); }
-
-  Pages pages_;
-  unsigned char* begin_;
-  size_t bytes_;
-};
+// ---- stacks ----------------------------------------------------------------------------------------------
 
 void fiber_main();
 
@@ -257,7 +200,7 @@ class Block {
 
   Grid& grid_;
   const unsigned index_;
-  Random random_;
+  SplitMix random_;
   const Policy policy_;
   Shared shared_;
   std::vector<Thread> threads_;
@@ -478,7 +421,7 @@ void run(const Launch& launch, void (*body)(const void*), const void* context) {
   Grid grid{launch, body, context, settings().seed};
   grid.order.resize(size_t{launch.grid.x} * launch.grid.y * launch.grid.z);
   std::iota(grid.order.begin(), grid.order.end(), 0u);
-  Random random(grid.seed);
+  SplitMix random(grid.seed);
   for (size_t i = grid.order.size(); i > 1; --i) std::swap(grid.order[i - 1], grid.order[random.below(i)]);
   const size_t workers = std::min(grid.order.size(), static_cast<size_t>(std::max(1, settings().workers)));
   std::vector<std::unique_ptr<Stacks>> stacks(workers);
