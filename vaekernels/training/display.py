@@ -1,4 +1,4 @@
-"""What the user sees: one progress bar, a line per epoch, a table at the end."""
+"""What the user sees: the objective in words, one progress bar, a line per epoch, a table at the end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vaekernels.training.config import ObjectiveConfig
 from vaekernels.training.evaluate import Evaluation
 
-__all__ = ["Bar", "describe_objective", "epoch_line", "evaluation_tables", "progress_bar"]
+__all__ = ["Bar", "epoch_line", "evaluation_tables", "progress_bar"]
 
 _DIMS_PER_ROW = 8
 
@@ -58,27 +57,6 @@ def epoch_line(epoch: int, epochs: int, weight: float, evaluation: Evaluation) -
         f"epoch {epoch}/{epochs}  weight {weight:.2f}  held out: rate {evaluation.rate:.2f}  "
         f"NLL {evaluation.nll:.2f}  Δ_shuffle {evaluation.delta_shuffle.value:.2f}"
     )
-
-
-def describe_objective(objective: ObjectiveConfig, latent_dim: int, anneal_steps: int) -> str:
-    """The loss in words. Both terms are sums, over data and over latent dimensions, so beta is what it says:
-    a mean over the data dimensions would multiply it by their number."""
-    text = f"loss = NLL (sum over the data) + weight * KL (sum over {latent_dim} latent dims), nats\n"
-    if anneal_steps:
-        text += f"weight: 0 to {objective.beta:g} linearly over {anneal_steps} steps"
-    else:
-        text += f"weight: {objective.beta:g} throughout"
-    text += f", so effective beta = {objective.beta:g}"
-    if objective.free_bits is not None:
-        per_dim = objective.group == "dim"
-        groups = (
-            f"per dimension ({objective.free_bits * latent_dim:g} in all)"
-            if per_dim
-            else "for all dimensions"
-        )
-        moment = "after" if objective.clamp == "batch" else "before"
-        text += f"\nfree bits: {objective.free_bits:g} nats {groups}, clamped {moment} the batch mean"
-    return text
 
 
 def evaluation_tables(evaluation: Evaluation) -> list[Table]:

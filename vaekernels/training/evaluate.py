@@ -12,6 +12,7 @@ from torch import Tensor
 from vaekernels import collapse
 from vaekernels.collapse import Estimate
 from vaekernels.training.errors import NonFiniteError
+from vaekernels.training.latents import KLOptions, Latents
 from vaekernels.training.models import VAE
 
 __all__ = ["Evaluation", "evaluate"]
@@ -21,8 +22,9 @@ _SEED = 0  # of the noise, the derangement and the bootstrap: every evaluation o
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Nats per example. ``nelbo`` = ``nll`` + ``rate``, unclamped and unweighted; ``nll`` from one sample of
-    z."""
+    """Nats per example. ``nelbo`` = ``nll`` + ``rate``, unclamped and unweighted, under the model's own
+    posterior with one sample of z; the rest under :meth:`VAE.encode`, which is the same unless the model has
+    several latent layers."""
 
     examples: int
     rate: float
@@ -45,23 +47,34 @@ def evaluate(model: VAE, heldout: Tensor, *, batch_size: int = 256) -> Evaluatio
     model.eval()
     try:
         generator = torch.Generator().manual_seed(_SEED)
+        nll, rate = _elbo(model, heldout, batch_size)
         mu, logvar = collapse.moments(model.encode, heldout, batch_size=batch_size)
-        own, shuffled = collapse.shuffle_nll(
+        finite = bool(mu.isfinite().all() and logvar.isfinite().all())
+        if not (math.isfinite(rate + nll) and finite):
+            raise NonFiniteError(f"on held-out data the NLL is {nll:g} and the rate {rate:g}")
+        delta_shuffle = collapse.delta_shuffle(
             model.encode, model.log_likelihood, heldout, generator=generator, batch_size=batch_size
         )
     finally:
         model.train(training)
-    per_dim = collapse.rate_per_dim(mu.float(), logvar.float())
-    rate, nll = per_dim.sum().item(), own.mean().item()
-    if not math.isfinite(rate + nll):
-        raise NonFiniteError(f"on held-out data the NLL is {nll} and the rate {rate}")
     return Evaluation(
         examples=len(heldout),
         rate=rate,
         nll=nll,
         nelbo=nll + rate,
         active_units=int(collapse.active_units(mu).sum()),
-        delta_shuffle=collapse.bootstrap_mean(shuffled - own, generator=generator),
-        rate_per_dim=tuple(per_dim.tolist()),
+        delta_shuffle=delta_shuffle,
+        rate_per_dim=tuple(collapse.rate_per_dim(mu.float(), logvar.float()).tolist()),
         mu_variance_per_dim=tuple(mu.cpu().double().var(dim=0, correction=0).tolist()),
     )
+
+
+def _elbo(model: VAE, heldout: Tensor, batch_size: int) -> tuple[float, float]:
+    """(nll, rate), means over the examples."""
+    noise = torch.Generator(device=heldout.device).manual_seed(_SEED)
+    nll = rate = 0.0
+    for x in torch.split(heldout, batch_size):
+        latents = Latents(KLOptions(), noise)
+        nll -= float(model(x, latents).double().sum())
+        rate += len(x) * float(torch.stack(latents.rate).double().sum())
+    return nll / len(heldout), rate / len(heldout)
