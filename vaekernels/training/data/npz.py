@@ -33,9 +33,10 @@ def load_npz(config: DataConfig, say: Callable[[str], None]) -> Data:
 
 def _read(path: Path, name: str) -> np.ndarray:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            if isinstance(archive, np.ndarray):
-                raise DataError(f"{path} is a single array; save it with numpy.savez(PATH, {name}=array)")
+        archive = np.load(path, allow_pickle=False)
+        if isinstance(archive, np.ndarray):
+            raise DataError(f"{path} is a single array; save it with numpy.savez(PATH, {name}=array)")
+        with archive:
             if name not in archive.files:
                 raise DataError(
                     f"{path} has no array {name!r}; it has {', '.join(archive.files) or 'none'} "
@@ -43,7 +44,7 @@ def _read(path: Path, name: str) -> np.ndarray:
                 )
             array: np.ndarray = archive[name]
             return array
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: damaged, or not an npz file of plain arrays ({error})") from error

@@ -32,8 +32,8 @@ def largest_logvar(delta: float) -> float:
 
 
 def committed(logvar: Tensor, delta: float) -> Tensor:
-    """``logvar``, smoothly kept below the bound that makes the rate at least ``delta``, in float32 at
-    least: hi - softplus(hi - logvar), which is logvar far below the bound. Smooth, since a hard clamp has gradient 0
+    """``logvar``, smoothly kept below the bound that makes the rate at least ``delta``, in float32 at least:
+    hi - softplus(hi - logvar), which is logvar far below the bound. Smooth, since a hard clamp has gradient 0
     above it, where training starts, and would never let go."""
     bound = largest_logvar(delta)
     return bound - F.softplus(bound - widened(logvar))
