@@ -57,8 +57,9 @@ def to_toml(config: Config) -> str:
         lines.append(f"[{table.name}]")
         for name, value in dataclasses.asdict(getattr(config, table.name)).items():
             if value is not None:
-                # JSON's strings, numbers and booleans are TOML's as well.
-                lines.append(f"{name} = {json.dumps(value, ensure_ascii=False)}")
+                # JSON's strings, numbers and booleans are TOML's as well, but for a bare DEL.
+                text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+                lines.append(f"{name} = {text}")
         lines.append("")
     return "\n".join(lines)
 
