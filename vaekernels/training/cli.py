@@ -207,8 +207,9 @@ def _base(preset: str | None, config: Path | None) -> Config:
     found = presets.find(preset)
     if config is None:
         return found
+    tables = settings.read_toml(config)
     try:
-        return settings.changed(found, settings.read_toml(config))
+        return settings.changed(found, tables)
     except ConfigError as error:
         raise ConfigError(f"{config}: {error}") from error
 
