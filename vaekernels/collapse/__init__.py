@@ -1,26 +1,43 @@
-"""Is the latent used? Measurements that a low, or a high, KL alone cannot fool."""
+"""Is the latent used? Measurements that a low, or a high, KL alone cannot fool.
+
+>>> report = vaekernels.collapse.diagnose(encode, log_likelihood, heldout)
+>>> print(report)
+>>> report.save("diagnosis")
+
+for any model given as two functions. `metrics` has the single measures for a training loop.
+"""
 
 from __future__ import annotations
 
+from vaekernels.collapse.decide import Dim
+from vaekernels.collapse.diagnosis import diagnose
+from vaekernels.collapse.estimate import Estimate, bootstrap_mean
+from vaekernels.collapse.inputs import flatten_latents
 from vaekernels.collapse.metrics import (
     ACTIVE_THRESHOLD,
-    Estimate,
     active_units,
-    bootstrap_mean,
     delta_shuffle,
     derangement,
     moments,
     rate_per_dim,
     shuffle_nll,
 )
+from vaekernels.collapse.report import Curve, Extras, Report, TextTable
 
 __all__ = [
     "ACTIVE_THRESHOLD",
+    "Curve",
+    "Dim",
     "Estimate",
+    "Extras",
+    "Report",
+    "TextTable",
     "active_units",
     "bootstrap_mean",
     "delta_shuffle",
     "derangement",
+    "diagnose",
+    "flatten_latents",
     "moments",
     "rate_per_dim",
     "shuffle_nll",

@@ -1,0 +1,439 @@
+"""The diagnosis: what is measured, in which order, and what is concluded from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vaekernels import _build
+from vaekernels.collapse import probe
+from vaekernels.collapse.clock import Clock, OutOfTime, progress_bar
+from vaekernels.collapse.decide import (
+    EPS_GLOBAL,
+    EPS_INFO,
+    EPS_USE,
+    THRESHOLDS,
+    Answer,
+    Dim,
+    advice,
+    answers,
+    empty_shares,
+    ends,
+    rule,
+    state_of,
+)
+from vaekernels.collapse.decoder import contrasts, importance_columns, importance_mean
+from vaekernels.collapse.estimate import RESAMPLES, Estimate, difference, holm_low
+from vaekernels.collapse.inputs import Encode, LogLikelihood, digest, select
+from vaekernels.collapse.model import Model
+from vaekernels.collapse.redundancy import clusters, cost, find_redundant
+from vaekernels.collapse.report import Report
+from vaekernels.collapse.split import CONTRASTED, REFINED, USE_PAIRS, WEIGHTED, Split, stream
+
+__all__ = ["diagnose"]
+
+METRICS = (
+    "rate",
+    "active_units",
+    "mi_lower",
+    "mi_upper",
+    "aggregate_kl",
+    "nll",
+    "nelbo",
+    "delta_shuffle",
+    "delta_prior",
+    "delta_mean",
+    "i_dec",
+    "svi_gain",
+    "iwae_nll",
+)
+DECIDING = ("rate", "mi_lower", "mi_upper", "delta_shuffle", "i_dec")
+OF_TRAINING = ("beta", "effective_beta", "free_bits")
+ON_TRAIN = ("rate", "mi_lower", "mi_upper", "nll", "nelbo", "delta_shuffle", "i_dec")
+
+
+def diagnose(
+    encode: Encode,
+    log_likelihood: LogLikelihood,
+    heldout: object,
+    *,
+    train: object = None,
+    n: int = 2048,
+    k: int = 32,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    budget_s: float | None = None,
+    progress: bool = True,
+) -> Report:
+    """Has this VAE collapsed, and how? For any model with q(z|x) = N(mu, diag exp(logvar)) and prior N(0,
+    I)::
+
+        encode(x) -> (mu, logvar)           # [B, D] each
+        log_likelihood(x, z) -> Tensor[B]   # log p(x|z) in nats, summed over the data dimensions
+
+        report = vaekernels.collapse.diagnose(model.encode, model.log_likelihood, heldout, train=train)
+        print(report)
+        report.save("diagnosis")            # report.json and report.html
+
+    Put the model in eval mode first. Latents of another shape: :func:`flatten_latents`.
+
+    Args:
+        heldout: examples along the first axis: a tensor, a tuple of tensors (both functions get a tuple), or
+            a torch Dataset of tensors or of tuples of tensors.
+        train: examples of the training split, in the same form; without them, overfitting and memorised
+            dimensions are not looked for.
+        n: how many examples of each split are used, at random; at least 4. Intervals shrink as 1 / sqrt(n),
+            and no more than log n nats of information can be seen.
+        k: contrast codes of I_dec, which sees at most log k nats, and samples of the importance-weighted
+            likelihood.
+        seed: of everything random. The same seed gives the same report on the same machine. device: where
+        batches of examples are moved (None: they stay where they are). Codes go where ``encode``
+            returns them.
+        budget_s: seconds after which no more is measured. Decisions come before what is only reported; what
+            was left out is named in ``report.skipped``. Encoding and its information bounds are always
+            measured.
+        progress: a bar on standard error, where that is a terminal and rich is installed.
+
+    ``log_likelihood`` is evaluated about 128,000 times at the defaults: n (4 + k), then 16,384 times for
+    single dimensions (on 16384 / D examples, 64 at least), 512 k for the importance weights, 21,504 for the
+    refinement of 128 examples, where a gradient counts as 3; and 2 n + 512 k times for a train split. 128
+    examples at a time on a CPU, 512 elsewhere. Memory: the examples chosen, about 12 float64 arrays [n, D] a
+    split, 64 MiB, and what a batch of the model takes.
+
+    Raises:
+        ValueError: fewer than 4 examples; wrong shapes; NaN or inf; functions that give two answers to the
+            same question (dropout, batch norm or sampling left on).
+        TypeError: inputs or outputs of another kind.
+    """
+    _check("n", n, 4)
+    _check("k", k, 2)
+    if budget_s is not None and not budget_s > 0:
+        raise ValueError(f"budget_s must be positive, or None for no limit, got {budget_s!r}")
+    with torch.inference_mode(False):
+        chosen = select("heldout", heldout, n, stream(seed, "select"))
+        chosen_train = None if train is None else select("train", train, n, stream(seed, "select", 1))
+        splits = 1 if chosen_train is None else 2
+        with progress_bar(progress, _evaluations(n, k, splits)) as advance:
+            clock = Clock(budget_s, advance)
+            model = Model(encode, log_likelihood, device=device, batch_size=None, counted=clock.count)
+            with clock.part("check"):
+                model.check(chosen)
+            held = Split("heldout", model, chosen, seed, 0)
+            trained = None if chosen_train is None else Split("train", model, chosen_train, seed, 1)
+            settings = {
+                "n": n,
+                "k": k,
+                "seed": seed,
+                "device": None if device is None else str(device),
+                "budget_s": budget_s,
+            }
+            return _Diagnosis(model, clock, held, trained, k).run(settings)
+
+
+def _check(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+def _evaluations(n: int, k: int, splits: int) -> int:
+    """About as many as a diagnosis makes, for the progress bar."""
+    trained = (2 * n + min(n, CONTRASTED) * k) if splits > 1 else 0
+    return trained + n * (4 + k) + USE_PAIRS + min(n, WEIGHTED) * k + probe.evaluations(min(n, REFINED))
+
+
+class _Diagnosis:
+    """The measurements so far. Every part adds to them, or to ``skipped`` why not."""
+
+    def __init__(self, model: Model, clock: Clock, held: Split, trained: Split | None, k: int) -> None:
+        self.model, self.clock, self.held, self.trained, self.k = model, clock, held, trained, k
+        self.metrics: dict[str, Estimate | None] = dict.fromkeys(METRICS)
+        self.train_metrics: dict[str, Estimate | None] = dict.fromkeys(ON_TRAIN)
+        self.gaps: dict[str, Estimate] = {}
+        self.skipped: dict[str, str] = {}
+        self.points: dict[str, tuple[float, float]] = {}
+        self.lost: Tensor | None = None
+        self.use: list[Answer] | None = None
+        self.redundant: dict[int, tuple[int, ...]] = {}
+        self.use_train: dict[int, Answer] = {}
+        self.train_only: set[int] = set()
+        self.gradient: bool | None = None
+
+    def run(self, settings: dict[str, Any]) -> Report:
+        held, n = self.held, self.held.n
+        with self.clock.part("encoder"):
+            self._encoder()
+        dims = held.mu.shape[1]
+        # What decides the verdict, then what decides the rest, then what is only reported.
+        self._part("shuffled codes", ("nll", "nelbo", "delta_shuffle"), 2 * n, self._shuffle)
+        self._part("contrast codes", ("i_dec",), n * contrasts(n, self.k), self._decoded)
+        self._part("single dimensions", ("use",), held.use_n * dims, self._use)
+        self._part("refined codes", ("svi_gain",), probe.evaluations(min(n, REFINED)), self._refine)
+        self._redundancy()
+        self._train()
+        self._part("other codes", ("delta_prior", "delta_mean"), 2 * n, self._other_codes)
+        self._part("importance weights", ("iwae_nll",), min(n, WEIGHTED) * self.k, self._importance)
+        return self._report(settings)
+
+    def _part(
+        self, title: str, names: tuple[str, ...], evaluations: int, measure: Callable[[], None]
+    ) -> None:
+        try:
+            with self.clock.part(title):
+                self.clock.foresee(evaluations)
+                measure()
+        except OutOfTime as spent:
+            self.skipped |= dict.fromkeys(names, str(spent))
+
+    def _encoder(self) -> None:
+        held = self.held
+        held.encode()
+        self.metrics |= held.estimates(["rate", "mi_lower", "mi_upper"])
+        self.metrics |= {"active_units": held.active_units(), "aggregate_kl": held.aggregate_kl()}
+        self.per_dim = held.per_dim()
+        self.information = answers(self.per_dim.lower, self.per_dim.upper, held.n, EPS_INFO)
+        self.shares = empty_shares(self.per_dim.rate, held.shares, held.n)
+
+    def _shuffle(self) -> None:
+        self.held.shuffle()
+        self.metrics |= self.held.estimates(["nll", "nelbo", "delta_shuffle"])
+        self.points["held out"] = self.held.point()
+
+    def _decoded(self) -> None:
+        self.held.decode_information(self.k, self.held.n)
+        self.metrics |= self.held.estimates(["i_dec"])
+
+    def _use(self) -> None:
+        held = self.held
+        self.lost = held.lost([torch.tensor([d]) for d in range(held.mu.shape[1])])
+        found = held.use_estimates(self.lost)
+        self.use = answers(found, found, held.use_n, EPS_USE)
+
+    def _unexplained(self) -> list[int]:
+        """Dimensions with information that nobody was seen to use."""
+        both = zip(self.information, self.use or [], strict=True)
+        return [
+            d for d, (told, used) in enumerate(both) if told.yes and not used.yes and d not in self.redundant
+        ]
+
+    def _redundancy(self) -> None:
+        if self.use is None:
+            self.skipped["redundant"] = "use was not measured"
+            return
+        groups = clusters(self.held.mu, self._unexplained())
+
+        def measure() -> None:
+            self.redundant = find_redundant(self.held, groups)
+
+        if groups:
+            self._part("redundant dimensions", ("redundant",), cost(groups, self.held.use_n), measure)
+
+    def _refine(self) -> None:
+        found = self.held.refine()
+        self.gradient = found.differentiable
+        columns = torch.stack([found.at_posterior, found.at_prior, found.after], dim=1)
+        self.metrics["svi_gain"] = self.held.subset(len(columns)).of_means(columns, _gain)[0]
+        rate = found.rate_after.mean().item()
+        self.points["refined by gradient"] = (rate, found.after.mean().item() - rate)
+
+    def _train(self) -> None:
+        trained = self.trained
+        if trained is None:
+            self.skipped |= dict.fromkeys(
+                ("train", "gaps", "overfit", "use_train"), "no train split was given"
+            )
+            return
+        n, title = trained.n, "train split"
+        names = tuple(f"train.{name}" for name in ("nll", "nelbo", "delta_shuffle"))
+        self._part(title, tuple(f"train.{name}" for name in ON_TRAIN[:3]), 0, self._train_encoder)
+        self._part(title, names, 2 * n, self._train_shuffle)
+        some = min(n, CONTRASTED)
+        self._part(title, ("train.i_dec",), some * contrasts(some, self.k), self._train_decoded)
+        self._compare(trained)
+        if self.use is None or "nll" not in trained.columns:
+            self.skipped["use_train"] = "use or the train split's NLL was not measured"
+        elif unexplained := self._unexplained():
+
+            def measure() -> None:
+                self._train_use(trained, unexplained)
+
+            self._part(title, ("use_train",), trained.use_n * len(unexplained), measure)
+
+    def _train_encoder(self) -> None:
+        assert self.trained is not None
+        self.trained.encode()
+        self.train_metrics |= self.trained.estimates(["rate", "mi_lower", "mi_upper"])
+
+    def _train_shuffle(self) -> None:
+        assert self.trained is not None
+        self.trained.shuffle()
+        self.train_metrics |= self.trained.estimates(["nll", "nelbo", "delta_shuffle"])
+        self.points["train"] = self.trained.point()
+
+    def _train_decoded(self) -> None:
+        assert self.trained is not None
+        self.trained.decode_information(self.k, min(self.trained.n, CONTRASTED))
+        self.train_metrics |= self.trained.estimates(["i_dec"])
+
+    def _compare(self, trained: Split) -> None:
+        """How much better the train split is, by measure, with lower ends for all of them."""
+        both = [
+            name
+            for name in ("nelbo", "delta_shuffle", "i_dec")
+            if name in self.held.columns and name in trained.columns
+        ]
+        if not both:
+            self.skipped |= dict.fromkeys(("gaps", "overfit"), "nothing was measured on both splits")
+            return
+        found: list[Estimate] = []
+        for name in both:
+            better = -1.0 if name == "nelbo" else 1.0
+            here, there = trained.columns[name] * better, self.held.columns[name] * better
+            found += difference(
+                trained.subset(len(here)), here[:, None], self.held.subset(len(there)), there[:, None]
+            )
+        lows = holm_low(found, min(trained.n, self.held.n))
+        self.gaps = {name: replace(gap, low=low) for name, gap, low in zip(both, found, lows, strict=True)}
+
+    def _train_use(self, trained: Split, dims: list[int]) -> None:
+        assert self.use is not None and self.lost is not None
+        lost = trained.lost([torch.tensor([d]) for d in dims])
+        found = trained.use_estimates(lost)
+        said = answers(found, found, trained.use_n, EPS_USE)
+        self.use_train = dict(zip(dims, said, strict=True))
+        gaps = difference(
+            trained.subset(trained.use_n),
+            trained.use_columns(lost),
+            self.held.subset(self.held.use_n),
+            self.held.use_columns(self.lost[:, dims]),
+        )
+        lows = holm_low(gaps, min(trained.use_n, self.held.use_n))
+        self.train_only = {
+            d
+            for d, answer, low in zip(dims, said, lows, strict=True)
+            if answer.yes and (self.use[d].no or low > 0)
+        }
+
+    def _other_codes(self) -> None:
+        self.held.other_codes()
+        self.metrics |= self.held.estimates(["delta_prior", "delta_mean"])
+        self.points["z from the prior"] = (0.0, self.held.nll["prior"].mean().item())
+
+    def _importance(self) -> None:
+        self.held.importance(self.k)
+        columns = importance_columns(self.held.columns["nelbo"], self.held.nll["importance"])
+        self.metrics["iwae_nll"] = self.held.bootstrap.of_means(columns, importance_mean)[0]
+
+    def _dims(self) -> list[Dim]:
+        found: list[Dim] = []
+        for d, (rate, mismatch) in enumerate(zip(self.per_dim.rate, self.per_dim.mismatch, strict=True)):
+            use = None if self.use is None else self.use[d]
+            on_train = self.use_train[d].estimate if d in self.use_train else None
+            redundant = self.redundant.get(d, ())
+            state, reason = state_of(
+                rate.value,
+                self.information[d],
+                self.shares.get(d),
+                use,
+                d in self.train_only,
+                redundant,
+                on_train,
+            )
+            found.append(
+                Dim(
+                    index=d,
+                    state=state,
+                    reason=reason,
+                    rate=rate,
+                    information=self.information[d].estimate,
+                    mismatch=mismatch,
+                    use=None if use is None else use.estimate,
+                    use_train=on_train,
+                    mu_variance=self.held.mu[:, d].var(correction=0).item(),
+                    redundant=redundant,
+                )
+            )
+        return found
+
+    def _report(self, settings: dict[str, Any]) -> Report:
+        dims = self._dims()
+        ruling = rule(self.metrics, dims, self.held.resampled(DECIDING))
+        better = [name for name, gap in self.gaps.items() if gap.low > 0 and gap.value >= EPS_GLOBAL]
+        overfit = bool(better) if self.gaps else None
+        on_train = [
+            f"better on the train split: {name} by {ends(self.gaps[name])}, lower end above 0 and estimate "
+            f"at least {EPS_GLOBAL:g}"
+            for name in better
+        ]
+        return Report(
+            verdict=ruling.verdict,
+            subtype=ruling.subtype,
+            overfit=overfit,
+            confidence=ruling.confidence,
+            reasons=ruling.reasons + on_train,
+            advice=advice(ruling.verdict, ruling.subtype, overfit, dims),
+            metrics=self.metrics,
+            train=None if self.trained is None else self.train_metrics,
+            gaps=self.gaps,
+            dims=dims,
+            rate_distortion=self.points,
+            settings=settings | self._settings(),
+            checks=self._checks(),
+            cost=self._cost(),
+            skipped=self.skipped | dict.fromkeys(OF_TRAINING, "not known here; save(extras=) may tell"),
+            samples=self.held.samples(),
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        splits = [split for split in (self.held, self.trained) if split is not None]
+        n = self.held.n
+        return {
+            "examples": {split.name: split.n for split in splits},
+            "examples_of": {
+                "use": self.held.use_n,
+                "svi_gain": min(n, REFINED),
+                "iwae_nll": min(n, WEIGHTED),
+            },
+            "contrast_codes": contrasts(n, self.k),
+            "latent_dims": self.held.mu.shape[1],
+            "thresholds": THRESHOLDS,
+            "interval": 0.95,
+            "resamples": RESAMPLES,
+            "data_sha256": {split.name: digest(split.x) for split in splits},
+            "vaekernels": _build.VERSION,
+            "torch": str(torch.__version__),
+        } | dict.fromkeys(OF_TRAINING)
+
+    def _checks(self) -> dict[str, Any]:
+        """What was checked, or came out on the way. ``likelihood_gradient``: whether log_likelihood has a
+        gradient with respect to z; where it has none though it depends on z, svi_gain says nothing of the
+        decoder."""
+        return {
+            "deterministic": True,
+            "finite": True,
+            "likelihood_gradient": self.gradient,
+            "information_cap": self.held.caps.get("mi_lower"),
+            "i_dec_cap": self.held.caps.get("i_dec"),
+            "i_dec_tau": self.held.tau,
+        }
+
+    def _cost(self) -> dict[str, Any]:
+        parts = {
+            name: {"seconds": round(cost.seconds, 3), "evaluations": cost.evaluations}
+            for name, cost in self.clock.costs.items()
+        }
+        return {
+            "seconds": round(self.clock.elapsed, 3),
+            "encoded": self.model.encoded,
+            "evaluations": sum(cost.evaluations for cost in self.clock.costs.values()),
+            "parts": parts,
+        }
+
+
+def _gain(means: Tensor) -> Tensor:
+    """From NELBO at q, at the prior and after refinement."""
+    before = torch.minimum(means[..., 0], means[..., 1])
+    return (before - means[..., 2]).unsqueeze(-1)

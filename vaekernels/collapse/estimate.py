@@ -1,0 +1,198 @@
+"""Means over examples, with bootstrap intervals that stay valid where examples share terms and dims are
+many."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+__all__ = ["Bootstrap", "Estimate", "along_cycle", "bootstrap_mean", "difference", "holm_high", "holm_low"]
+
+TAIL = 0.025
+"""Probability left out at each end of an interval."""
+RESAMPLES = 1000
+
+_CELLS = 1 << 22  # counts held at a time: 32 MiB
+_EXACT_T = 300  # degrees of freedom above which one term of the expansion of t about z is right to 3e-4
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """An estimate with the ends of its 95% interval.
+
+    ``saturated``: the estimator is near its cap, so that the truth may lie far above it.
+    """
+
+    value: float
+    low: float
+    high: float
+    saturated: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]{' saturated' if self.saturated else ''}"
+
+
+class Bootstrap:
+    """Resamples n examples with replacement, the same resamples for every quantity: differences are paired.
+
+    The resamples are drawn anew from one seed whenever they are needed, 32 MiB of counts at a time. An
+    interval has the ends of the percentile interval (Efron 1979), moved away from the estimate by t_{n-1}
+    sqrt(n / (n - 1)) / z, the width that a percentile interval lacks on few examples (Hesterberg 2015): 1.87
+    for n = 4, 1.001 for n = 2048.
+    """
+
+    def __init__(
+        self, n: int, *, resamples: int = RESAMPLES, generator: torch.Generator | None = None
+    ) -> None:
+        if n < 2:
+            raise ValueError(f"values must be one-dimensional with at least 2 entries, got {n}")
+        self.n = n
+        self.resamples = resamples
+        self._seed = int(torch.randint(2**62, (), generator=generator))
+
+    def means(self, values: Tensor) -> Tensor:
+        """The mean of every column of ``values`` [n, M] in every resample: float64 [resamples, M]."""
+        if len(values) != self.n:
+            raise ValueError(f"values must have {self.n} rows, got {len(values)}")
+        values = values.cpu().double()
+        centre = values.mean(dim=0)
+        # Deviations are averaged, so that the mean of a constant is that constant in every resample.
+        deviations = values - centre
+        generator = torch.Generator().manual_seed(self._seed)
+        rows = max(1, _CELLS // self.n)
+        parts: list[Tensor] = []
+        for start in range(0, self.resamples, rows):
+            drawn = torch.randint(self.n, (min(rows, self.resamples - start), self.n), generator=generator)
+            counts = torch.zeros(drawn.shape, dtype=torch.float64)
+            counts.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand(drawn.shape))
+            parts.append(counts @ deviations / self.n)
+        return centre + torch.cat(parts)
+
+    def estimates(self, values: Tensor) -> list[Estimate]:
+        """The mean of every column of ``values`` [n, M]."""
+        return self.of_means(values, lambda means: means)
+
+    def estimate(self, values: Tensor) -> Estimate:
+        """The mean of ``values`` [n]."""
+        return self.estimates(values.unsqueeze(1))[0]
+
+    def of_means(self, values: Tensor, function: Callable[[Tensor], Tensor]) -> list[Estimate]:
+        """``function`` of the column means, which takes [..., M] to [..., P]."""
+        return self.interval(function(values.cpu().double().mean(dim=0)), function(self.means(values)))
+
+    def interval(self, centres: Tensor, resampled: Tensor) -> list[Estimate]:
+        """Estimates from the values [P] on the examples and [resamples, P] on the resamples."""
+        ends = torch.quantile(resampled, torch.tensor([TAIL, 1 - TAIL], dtype=torch.float64), dim=0)
+        stretch = t_quantile(TAIL, self.n - 1) / z_quantile(TAIL) * math.sqrt(self.n / (self.n - 1))
+        lows, highs = (centres + (ends - centres) * stretch).tolist()
+        return [Estimate(*row) for row in zip(centres.tolist(), lows, highs, strict=True)]
+
+
+def difference(a: Bootstrap, x: Tensor, b: Bootstrap, y: Tensor) -> list[Estimate]:
+    """Column means of ``x`` less those of ``y``, two independent samples, resampled by ``a`` and ``b``."""
+    centre = x.mean(dim=0) - y.mean(dim=0)
+    smaller = a if a.n <= b.n else b
+    return smaller.interval(centre, a.means(x) - b.means(y))
+
+
+def bootstrap_mean(
+    values: Tensor, *, resamples: int = RESAMPLES, generator: torch.Generator | None = None
+) -> Estimate:
+    """Mean of ``values`` [N] with its 95% interval over ``resamples`` resamples of the examples
+    (:class:`Bootstrap`).
+
+    For a paired comparison pass the N differences. The values must be independent; see :func:`along_cycle`.
+    """
+    if values.dim() != 1 or len(values) < 2:
+        raise ValueError(
+            f"values must be one-dimensional with at least 2 entries, got shape {list(values.shape)}"
+        )
+    return Bootstrap(len(values), resamples=resamples, generator=generator).estimate(values)
+
+
+def along_cycle(differences: Tensor, permutation: Tensor) -> Tensor:
+    """What to bootstrap in place of d_i = f(i, pi(i)), pi a derangement of one cycle: [n] or [n, M].
+
+    d_i and d_pi(i) share the example pi(i), so their mean has the variance (g0 + 2 g1) / n, with g1 the
+    covariance of neighbours on the cycle; a bootstrap of the d_i sees g0 / n. For (x - x')^2 / 2 of Gaussian
+    x it covers the truth 89 times in 100, and where f depends on pi(i) alone, whose sum no permutation
+    changes, it is too wide without bound. The deviations are scaled by sqrt(1 + 2 g1 / g0), which is held
+    above 2 / sqrt(n), the standard error of what it is a root of.
+    """
+    mean = differences.mean(dim=0)
+    deviations = differences - mean
+    variance = deviations.square().mean(dim=0)
+    neighbours = (deviations * deviations[permutation]).mean(dim=0)
+    # Where all are equal there is nothing to scale.
+    correlation = torch.where(variance > 0, neighbours / variance, 0.0)
+    floor = 2 / math.sqrt(len(differences))
+    return mean + deviations * (1 + 2 * correlation).clamp_min(floor).sqrt()
+
+
+def holm_low(estimates: Sequence[Estimate], n: int, null: float = 0.0) -> list[float]:
+    """Lower ends for all ``estimates`` at once: with probability 0.975 every end that exceeds ``null`` does
+    so rightly (Holm 1979). ``n`` examples each.
+
+    Estimates are tested in the order of how many half widths they lie above ``null``, the r-th at the level
+    0.025 / (m - r), until one fails; the rest keep its level. 1000 resamples do not resolve such tails, so
+    the half width is that of the interval times the ratio of t quantiles.
+    """
+    ends = [0.0] * len(estimates)
+    order = sorted(range(len(estimates)), key=lambda i: _half_widths(estimates[i], null), reverse=True)
+    remaining = len(estimates)
+    for i in order:
+        estimate = estimates[i]
+        stretch = t_quantile(TAIL / remaining, n - 1) / t_quantile(TAIL, n - 1)
+        ends[i] = estimate.value - (estimate.value - estimate.low) * stretch
+        if ends[i] > null:
+            remaining -= 1
+    return ends
+
+
+def holm_high(estimates: Sequence[Estimate], n: int, null: float) -> list[float]:
+    """Upper ends for all ``estimates`` at once, as :func:`holm_low` gives lower ones."""
+    mirrored = [Estimate(-e.value, -e.high, -e.low) for e in estimates]
+    return [-end for end in holm_low(mirrored, n, -null)]
+
+
+def _half_widths(estimate: Estimate, null: float) -> float:
+    above, width = estimate.value - null, estimate.value - estimate.low
+    return above / width if width > 0 else math.copysign(math.inf, above) if above else 0.0
+
+
+def z_quantile(tail: float) -> float:
+    """The value that a standard normal exceeds with probability ``tail``."""
+    return -NormalDist().inv_cdf(tail)
+
+
+@functools.lru_cache(maxsize=4096)
+def t_quantile(tail: float, freedom: int) -> float:
+    """The value that Student's t with ``freedom`` >= 1 degrees of freedom exceeds with probability
+    ``tail``."""
+    z = z_quantile(tail)
+    if freedom > _EXACT_T:
+        return z + (z**3 + z) / (4 * freedom)
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _t_tail(middle, freedom) > tail else (low, middle)
+    return math.sqrt(freedom) * math.tan(low)
+
+
+def _t_tail(theta: float, freedom: int) -> float:
+    """P(t > sqrt(freedom) tan(theta)): the finite series of Abramowitz & Stegun, 26.7.3 and 26.7.4."""
+    cosine2 = math.cos(theta) ** 2
+    odd = freedom % 2
+    term = math.sin(theta) * (math.cos(theta) if odd else 1.0)
+    total = 0.0
+    for k in range(freedom // 2):
+        total += term
+        term *= cosine2 * ((2 * k + 2) / (2 * k + 3) if odd else (2 * k + 1) / (2 * k + 2))
+    inside = 2 / math.pi * (theta + total) if odd else total
+    return (1 - inside) / 2

@@ -1,0 +1,163 @@
+"""How much the latent tells of the example, in nats: bounds from the encoder alone, and one from the
+decoder."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["InfoNCE", "MIBounds", "contrast_rows", "infonce", "mi_bounds"]
+
+_CELLS = 1 << 18  # log densities held at a time: 2 MiB, which a cache holds; 2^21 takes 1.8 times as long
+_PAIRS = 1 << 29  # log densities in all, about 4 s on one CPU core; beyond, fewer codes are compared
+_LOG2_TAU = (-20.0, 10.0)
+
+
+class MIBounds(NamedTuple):
+    """Terms per example whose means are bounds on the mutual information, and their cap."""
+
+    lower: Tensor
+    """[N], of I(x; z)"""
+    upper: Tensor
+    lower_dims: Tensor
+    """[N, D], of I(x; z_d)"""
+    upper_dims: Tensor
+    cap: float
+    """log of the number of codes compared: no lower bound exceeds it"""
+
+
+@torch.no_grad()
+def mi_bounds(mu: Tensor, logvar: Tensor, z: Tensor, *, generator: torch.Generator | None = None) -> MIBounds:
+    """Bounds on I(x; z) and on every I(x; z_d), with z_i ~ q(z|x_i)::
+
+        lower_i = log q(z_i|x_i) - log 1/N sum_j q(z_i|x_j)
+        upper_i = log q(z_i|x_i) - log 1/(N-1) sum_{j != i} q(z_i|x_j)
+
+    In expectation the means lie below and above the mutual information, by about the same amount while that
+    is small (Poole et al. 2019, whose critic is here the density itself). The same z stands in both terms:
+    with the entropy in closed form in the first, the estimate of a nearly collapsed model would be noise of
+    either sign. The mean of lower never exceeds log N.
+
+    The terms of different examples may be resampled as if they were independent. They share the mixture, but
+    adding example k to it changes the others by E_z[q(z|x_k) / q(z)] - 1 = 0 on average.
+
+    ``mu``, ``logvar``, ``z``: [N, D]; float64 on mu's device (on the CPU where that has none), in chunks of 2
+    MiB (or N D numbers, where these are more). All N codes are compared with all N while that makes fewer
+    than 2^29 densities; beyond, with a random part of them and each with its own.
+    """
+    device = torch.device("cpu") if mu.device.type == "mps" else mu.device
+    mu, logvar, z = (part.to(device).double() for part in (mu, logvar, z))
+    n, dims = mu.shape
+    others = min(n, max(2, _PAIRS // max(n * dims, 1)))
+    columns = torch.arange(n) if others == n else torch.randperm(n, generator=generator)[:others]
+    columns = columns.to(device)
+    precision, centre, shift = torch.exp(-logvar[columns]), mu[columns], logvar[columns]
+    own = -0.5 * ((z - mu).square() * torch.exp(-logvar) + logvar)
+    parts: list[tuple[Tensor, ...]] = []
+    rows = max(1, _CELLS // (others * dims))
+    for a in range(0, n, rows):
+        b = min(a + rows, n)
+        each = z[a:b, None, :] - centre  # [rows, others, D]
+        each.square_().mul_(precision).add_(shift).mul_(-0.5)
+        itself = columns == torch.arange(a, b, device=device)[:, None]  # [rows, others]
+        joint = each.sum(dim=2)
+        rest = torch.logsumexp(joint.masked_fill_(itself, -torch.inf), dim=1)
+        each.masked_fill_(itself[..., None], -torch.inf)
+        rest_dims = torch.logsumexp(each, dim=1)
+        number = (others - itself.sum(dim=1)).double()  # of codes that are not its own
+        parts.append(
+            (
+                *_bounds(own[a:b].sum(dim=1), rest, number),
+                *_bounds(own[a:b], rest_dims, number[:, None]),
+            )
+        )
+    lower, upper, lower_dims, upper_dims = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    return MIBounds(lower, upper, lower_dims, upper_dims, cap=math.log(others))
+
+
+def _bounds(own: Tensor, rest: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
+    """Terms of the lower and the upper bound from log q(z_i|x_i) and the log of the sum over the others."""
+    upper = own - (rest - torch.log(number))
+    lower = own - (torch.logaddexp(rest, own) - torch.log(number + 1))
+    return lower, upper
+
+
+def contrast_rows(n: int, k: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """For each of ``n`` examples its own index, then ``k`` - 1 others, all different: int64 [n, k].
+
+    The examples lie on a random cycle, and the others are those at k - 1 random distances, the same for all:
+    every code is a contrast exactly k - 1 times, and two examples rarely share two of them.
+    """
+    if not 2 <= k <= n:
+        raise ValueError(f"k must be from 2 to the number of examples, {n}, got {k}")
+    cycle = torch.randperm(n, generator=generator)
+    distances = torch.cat([torch.zeros(1, dtype=torch.int64), _distances(n, k, generator)])
+    place = torch.empty_like(cycle)
+    place[cycle] = torch.arange(n)
+    return cycle[(place[:, None] + distances) % n]
+
+
+def _distances(n: int, k: int, generator: torch.Generator | None) -> Tensor:
+    return torch.randperm(n - 1, generator=generator)[: k - 1] + 1
+
+
+class InfoNCE(NamedTuple):
+    values: Tensor
+    """[n], whose mean is the bound"""
+    resample: Tensor
+    """[n], of the same mean: what to bootstrap"""
+    tau: tuple[float, float]
+    """the temperature chosen on the one half, the other half"""
+
+
+def infonce(likelihoods: tuple[Tensor, Tensor], rows: tuple[Tensor, Tensor]) -> InfoNCE:
+    """The InfoNCE bound on I(x; z) with the decoder as critic (van den Oord et al. 2018)::
+
+        max_tau  mean_i [ tau l_i0 - log 1/K sum_k exp(tau l_ik) ],   l_ik = log p(x_i|z_k)
+
+    A lower bound on the information that the decoder can read from z; its cap is log K. ``likelihoods`` are l
+    of the two halves of the examples, [n/2, K] each, the example's own code first; ``rows`` are the examples
+    in that half whose codes those are. tau is chosen on one half and the value taken on the other, both ways
+    round, so that it stays a bound and every example counts. The maximum is over tau >= 0, where the
+    objective is concave; at tau = 0 it is 0.
+
+    A code is a contrast for K - 1 other examples, so the terms are not independent. ``resample`` holds
+    jackknife pseudo-values: the term itself, plus how much the terms of the K - 1 others lose without this
+    code, less the mean of that.
+    """
+    taus = _best_tau(likelihoods[0]), _best_tau(likelihoods[1])
+    found = [
+        infonce_terms(half * tau, partners)
+        for half, partners, tau in zip(likelihoods, rows, reversed(taus), strict=True)
+    ]
+    values, resample = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return InfoNCE(values, resample, taus)
+
+
+def infonce_terms(scaled: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """``values`` and ``resample`` of :class:`InfoNCE` for one half, from tau l [n, K]."""
+    k = scaled.shape[1]
+    total = torch.logsumexp(scaled, dim=1)
+    values = scaled[:, 0] - total + math.log(k)
+    # log-mean-exp with a contrast less that without it. A share of 1 would leave nothing; own code is in the
+    # rest.
+    share = torch.exp(scaled[:, 1:] - total[:, None]).clamp_max(1 - 1e-12)
+    influence = torch.zeros_like(values).index_add_(0, rows[:, 1:].flatten(), torch.log1p(-share).flatten())
+    return values, values + influence - influence.mean()
+
+
+def _best_tau(likelihoods: Tensor) -> float:
+    def slope(tau: float) -> float:
+        expected = (torch.softmax(tau * likelihoods, dim=1) * likelihoods).sum(dim=1)
+        return (likelihoods[:, 0] - expected).mean().item()
+
+    low, high = _LOG2_TAU
+    if slope(2**low) <= 0:
+        return 0.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if slope(2**middle) > 0 else (low, middle)
+    return float(2**low)
