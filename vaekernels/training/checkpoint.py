@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 
+from vaekernels._files import write_atomically
 from vaekernels.training.errors import CheckpointError
 
-__all__ = ["load", "random_states", "restore_random_states", "save", "write_atomically"]
+__all__ = ["load", "random_states", "restore_random_states", "save", "write_text"]
 
 FORMAT = 2
 
@@ -95,14 +96,11 @@ def restore_random_states(fabric: Fabric, states: list[dict[str, Any]], noise: t
     return True
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the text file at ``path``."""
-    temporary = path.with_name(path.name + ".tmp")
+def write_text(path: Path, text: str) -> None:
+    """Replace the text file at ``path``, whole. CheckpointError if that fails, with the old one in place."""
     try:
-        temporary.write_text(text, encoding="utf-8")
-        _into_place(temporary, path)
+        write_atomically(path, text)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
 
 

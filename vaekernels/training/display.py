@@ -68,6 +68,7 @@ def evaluation_tables(evaluation: Evaluation) -> list[Table]:
     totals.add_row("rate (KL, unclamped)", f"{evaluation.rate:.2f}")
     totals.add_row("NLL (reconstruction)", f"{evaluation.nll:.2f}")
     totals.add_row("NELBO (NLL + rate)", f"{evaluation.nelbo:.2f}")
+    totals.add_row("I(x;z), lower bound [95%]", str(evaluation.mi_lower))
     totals.add_row("active units, Var(mu) > 0.01", f"{evaluation.active_units} of {dims}")
     totals.add_row("Δ_shuffle [95%]: NLL with another's z", str(evaluation.delta_shuffle))
 

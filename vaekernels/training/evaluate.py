@@ -11,12 +11,14 @@ from torch import Tensor
 
 from vaekernels import collapse
 from vaekernels.collapse import Estimate
+from vaekernels.collapse.information import mi_bounds
 from vaekernels.training.errors import NonFiniteError
 from vaekernels.training.latents import KLOptions, Latents
 from vaekernels.training.models import VAE
 
 __all__ = ["Evaluation", "evaluate"]
 
+_MI_EXAMPLES = 2048  # whose every pair is looked at
 _SEED = 0  # of the noise, the derangement and the bootstrap: every evaluation of every run uses the same
 
 
@@ -24,12 +26,13 @@ _SEED = 0  # of the noise, the derangement and the bootstrap: every evaluation o
 class Evaluation:
     """Nats per example. ``nelbo`` = ``nll`` + ``rate``, unclamped and unweighted, under the model's own
     posterior with one sample of z; the rest under :meth:`VAE.encode`, which is the same unless the model has
-    several latent layers."""
+    several latent layers. ``mi_lower``: a lower bound on I(x; z), from at most 2048 examples."""
 
     examples: int
     rate: float
     nll: float
     nelbo: float
+    mi_lower: Estimate
     active_units: int
     delta_shuffle: Estimate
     rate_per_dim: tuple[float, ...]
@@ -55,6 +58,7 @@ def evaluate(model: VAE, heldout: Tensor, *, batch_size: int = 256) -> Evaluatio
         delta_shuffle = collapse.delta_shuffle(
             model.encode, model.log_likelihood, heldout, generator=generator, batch_size=batch_size
         )
+        mi_lower = _information(mu[:_MI_EXAMPLES], logvar[:_MI_EXAMPLES], generator)
     finally:
         model.train(training)
     return Evaluation(
@@ -62,11 +66,18 @@ def evaluate(model: VAE, heldout: Tensor, *, batch_size: int = 256) -> Evaluatio
         rate=rate,
         nll=nll,
         nelbo=nll + rate,
+        mi_lower=mi_lower,
         active_units=int(collapse.active_units(mu).sum()),
         delta_shuffle=delta_shuffle,
         rate_per_dim=tuple(collapse.rate_per_dim(mu.float(), logvar.float()).tolist()),
         mu_variance_per_dim=tuple(mu.cpu().double().var(dim=0, correction=0).tolist()),
     )
+
+
+def _information(mu: Tensor, logvar: Tensor, generator: torch.Generator) -> Estimate:
+    eps = torch.randn(mu.shape, generator=generator).to(mu.device)
+    bounds = mi_bounds(mu, logvar, mu + torch.exp(0.5 * logvar) * eps, generator=generator)
+    return collapse.bootstrap_mean(bounds.lower, generator=generator)
 
 
 def _elbo(model: VAE, heldout: Tensor, batch_size: int) -> tuple[float, float]:

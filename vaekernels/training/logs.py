@@ -9,7 +9,7 @@ from typing import Any
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
-from vaekernels.training.checkpoint import write_atomically
+from vaekernels.training.checkpoint import write_text
 from vaekernels.training.errors import CheckpointError
 
 __all__ = ["Log", "read"]
@@ -55,7 +55,7 @@ class Log:
     def _begin(self, lines: list[dict[str, Any]], purge_step: int | None) -> None:
         if not self._fabric.is_global_zero:
             return
-        write_atomically(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         if self._wanted:
             self._tensorboard = TensorBoardLogger(
                 self._path.parent, name="", version="tensorboard", purge_step=purge_step

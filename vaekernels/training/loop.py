@@ -145,7 +145,7 @@ class Trainer:
         self.log.close()
         if self.fabric.is_global_zero:
             text = json.dumps(self._metrics(evaluation), indent=2) + "\n"
-            checkpoint.write_atomically(self.folder.metrics, text)
+            checkpoint.write_text(self.folder.metrics, text)
         return evaluation
 
     def request_stop(self) -> None:

@@ -74,4 +74,4 @@ class RunFolder:
             )
 
     def write_config(self, config: Config) -> None:
-        checkpoint.write_atomically(self.config, settings.to_toml(config))
+        checkpoint.write_text(self.config, settings.to_toml(config))
