@@ -57,7 +57,7 @@ def terms_of(objective: Objective, *layers: Tensor, nll: Tensor | None = None) -
     kl = torch.stack(latents.kl)
     rate = kl.mean(dim=1) if objective.options.per_example else torch.stack(latents.rate)
     nll = torch.full((B,), 20.0) if nll is None else nll
-    return Terms(nll.mean(), kl, rate, nll)
+    return Terms(nll.mean(), kl, rate, nll, B)
 
 
 def elements(moments: Tensor) -> Tensor:
@@ -146,7 +146,7 @@ def test_balancing_splits_the_gradient_between_posterior_and_learned_prior() -> 
         latents = Latents(objective.options, torch.Generator().manual_seed(0))
         latents(q, (mp, lp))
         kl = torch.stack(latents.kl)
-        loss = objective.loss(Terms(torch.zeros(()), kl, kl, torch.zeros(B)))
+        loss = objective.loss(Terms(torch.zeros(()), kl, kl, torch.zeros(B), B))
         loss.backward()
         assert q.grad is not None and p.grad is not None
         return loss.item(), q.grad, p.grad

@@ -88,6 +88,9 @@ class Terms(NamedTuple):
     """KL of each layer before any clamp, mean over the batch, [L], differentiable."""
     nll_per_example: Tensor
     """Detached, [B]."""
+    examples: float
+    """Of the whole batch, divided by the number of processes: what sums over this process's rows are divided
+    by, so that the average over processes is the mean over examples however unevenly they are spread."""
 
 
 class ELBO(nn.Module):
@@ -98,10 +101,9 @@ class ELBO(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor, latents: Latents, examples: float) -> Terms:
-        """``examples``: of the whole batch, divided by the number of processes, so that the average over
-        processes is the mean over examples however unevenly they are spread."""
+        """``examples``: see :class:`Terms`."""
         nll = -self.model(x, latents)
         kl, rate = torch.stack(latents.kl), torch.stack(latents.rate)
         if latents.options.per_example:
             rate = kl.sum(dim=1) / examples
-        return Terms(nll.sum() / examples, kl, rate, nll.detach())
+        return Terms(nll.sum() / examples, kl, rate, nll.detach(), examples)

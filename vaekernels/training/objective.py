@@ -93,8 +93,10 @@ class CapacityTarget(Objective):
         self._capacity = capacity
 
     def loss(self, terms: Terms) -> Tensor:
-        reached = terms.kl.sum(dim=0) if self.options.per_example else terms.rate.sum()
-        return terms.nll + self._capacity.penalty(reached)
+        if not self.options.per_example:
+            return terms.nll + self._capacity.penalty(terms.rate.sum())
+        per_example = terms.kl.sum(dim=0)
+        return terms.nll + self._capacity.penalty(per_example) * (len(per_example) / terms.examples)
 
     @property
     def weight(self) -> Tensor:
