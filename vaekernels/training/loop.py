@@ -34,7 +34,7 @@ from vaekernels.training.models import VAE, build
 from vaekernels.training.objective import Objective
 from vaekernels.training.objective import build as build_objective
 from vaekernels.training.run_folder import RunFolder
-from vaekernels.training.seeds import derive
+from vaekernels.training.seeds import derive, seed_defaults
 from vaekernels.training.strategies import Part
 
 __all__ = ["Trainer"]
@@ -111,7 +111,7 @@ class Trainer:
         seed, rank = config.engine.seed, self.fabric.global_rank
         torch.manual_seed(seed)
         self.model: VAE = build(config.model, data)
-        torch.manual_seed(derive(seed, "process", rank))
+        seed_defaults(derive(seed, "process", rank))
         self.noise = torch.Generator(device=self.fabric.device).manual_seed(derive(seed, "noise", rank))
         optimizer = torch.optim.Adam(
             (p for p in self.model.parameters() if p.requires_grad), lr=config.optim.lr

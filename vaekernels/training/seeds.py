@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import random
 
-__all__ = ["derive"]
+import numpy as np
+import torch
+
+__all__ = ["derive", "seed_defaults"]
 
 
 def derive(seed: int, *use: str | int) -> int:
@@ -12,3 +16,10 @@ def derive(seed: int, *use: str | int) -> int:
     a sum would give run s in epoch e + 1 the order of run s + 1 in epoch e."""
     mixed = hashlib.sha256(" ".join(map(str, (seed, *use))).encode()).digest()
     return int.from_bytes(mixed[:4], "little")
+
+
+def seed_defaults(seed: int) -> None:
+    """Seed the default generators of torch, NumPy and Python, which models and data may draw from."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
