@@ -132,7 +132,7 @@ def test_differences_are_named_by_table() -> None:
 
 
 def test_presets_and_own_data() -> None:
-    assert presets.find("digits").model.likelihood == "bernoulli"
+    assert presets.find("digits").data.binarize == "sample"
     assert presets.find("idx:some/file") == Config(DataConfig("idx:some/file"))
     for preset in presets.PRESETS.values():
         combinations.check(preset)
@@ -287,6 +287,11 @@ def test_auto_is_decided_by_the_data(data: Data, kind: str, likelihood: str) -> 
             arrays((9,), None),
             "model.likelihood=categorical",
             "model.likelihood 'categorical' is for whole numbers",
+        ),
+        (
+            arrays((9,), 7),
+            "model.likelihood=bernoulli",
+            "model.likelihood 'bernoulli' is for data of two values, data 'arrays' has 7: set data.binarize",
         ),
         (
             arrays((9,), 2),

@@ -12,6 +12,7 @@ from vaekernels.training import data as datasets
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data import Arrays, Batches, Text, docstrings
 from vaekernels.training.data.base import BOS, EOS, PAD, UNK, Data, digest, encode_sentences, split
+from vaekernels.training.data.binarize import binarized
 from vaekernels.training.errors import DataError
 
 SOURCE = '''"""The module says what it is for. And more."""
@@ -156,6 +157,24 @@ def test_digits_are_whole() -> None:
     assert data.train.dtype == torch.uint8 and data.train.max() == 16
     assert data.described == "8x8 images, 1 channel, 17 levels"
     assert data.sha256 == datasets.load(DataConfig("digits"), quiet).sha256
+
+
+def test_binarized_data_are_the_same_in_every_run_and_keep_the_mean() -> None:
+    grey = torch.arange(5, dtype=torch.uint8).repeat_interleave(4000).view(-1, 1)
+    data = Arrays("grey", grey, grey[::2], "0" * 64, levels=5)
+    sampled, cut = binarized(data, "sample"), binarized(data, "threshold")
+    assert sampled.levels == cut.levels == 2 and sampled.described == "vectors of 1 numbers, 2 levels"
+    assert cut.train.view(5, -1).float().mean(dim=1).tolist() == [0, 0, 1, 1, 1]
+    means = sampled.train.view(5, -1).float().mean(dim=1)
+    # 0 and 1 exactly at the ends; 5 standard errors of a share of 4000 between
+    torch.testing.assert_close(means, torch.linspace(0, 1, 5), rtol=0, atol=5 * 0.5 / 4000**0.5)
+    assert means[0] == 0 and means[4] == 1
+    again = binarized(data, "sample")
+    assert torch.equal(again.train, sampled.train) and again.sha256 == sampled.sha256
+    assert len({data.sha256, sampled.sha256, cut.sha256}) == 3
+    assert binarized(cut, "sample") is cut, "zeros and ones stay what they are"
+    with pytest.raises(DataError, match=r"data.binarize is for images of grey levels, 'some' is sentences"):
+        binarized(some_text(), "threshold")
 
 
 def test_synthetic_text_is_reproducible_and_depends_on_its_latent(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -238,8 +238,7 @@ def test_a_learned_sigma_finds_the_residual() -> None:
 def test_what_encoders_see_and_decoders_expect() -> None:
     x = torch.tensor([[0, 1, 2, 3, 4]], dtype=torch.uint8)
     assert Categorical(5).features(x).tolist() == [[0.0, 0.25, 0.5, 0.75, 1.0]]
-    assert Bernoulli(5).features(x).tolist() == [[0.0, 0.0, 1.0, 1.0, 1.0]]
-    assert Bernoulli(17).features(torch.tensor([7, 8], dtype=torch.uint8)).tolist() == [0.0, 1.0]
+    assert Bernoulli(2).features(x[:, :2]).tolist() == [[0.0, 1.0]]
     said = torch.tensor([[[2.0], [0.0], [0.0]]])
     weight = math.exp(2) / (math.exp(2) + 2)
     assert Categorical(3).mean(said).item() == pytest.approx((1 - weight) / 2 * (0.5 + 1.0))

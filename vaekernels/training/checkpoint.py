@@ -13,9 +13,18 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 
 from vaekernels._files import write_atomically
+from vaekernels.training.data import Data
 from vaekernels.training.errors import CheckpointError
 
-__all__ = ["load", "random_states", "restore_random_states", "save", "write_text"]
+__all__ = [
+    "load",
+    "misfit",
+    "random_states",
+    "require_same_data",
+    "restore_random_states",
+    "save",
+    "write_text",
+]
 
 FORMAT = 2
 
@@ -56,6 +65,21 @@ def load(path: Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a vaekernels checkpoint of format {FORMAT}")
     return state
+
+
+def require_same_data(state: dict[str, Any], path: Path, data: Data) -> None:
+    """CheckpointError unless the run of the checkpoint was trained on ``data``."""
+    trained_on = str(state.get("data"))
+    if trained_on != data.sha256:
+        raise CheckpointError(
+            f"{path} was trained on other {data.name} data (sha256 {trained_on[:12]}, here "
+            f"{data.sha256[:12]}): docstrings, for one, differ between versions of Python"
+        )
+
+
+def misfit(path: Path, config: Path, error: Exception) -> CheckpointError:
+    """What to say, in one line, of a checkpoint whose content is not what its config makes expect."""
+    return CheckpointError(f"{path} does not fit {config}: {' '.join(str(error).split())}")
 
 
 def random_states(fabric: Fabric, noise: torch.Generator) -> list[dict[str, Any]]:

@@ -14,13 +14,15 @@ import typer
 from lightning_fabric import Fabric
 from rich.console import Console
 
-from vaekernels.training import combinations, describe, display, engine, presets, settings
+from vaekernels.training import combinations, describe, diagnosis, display, engine, presets, settings
 from vaekernels.training import data as datasets
+from vaekernels.training import demo as demos
 from vaekernels.training.config import Config
 from vaekernels.training.data import Data
 from vaekernels.training.errors import ConfigError, Interrupted, TrainingError
 from vaekernels.training.loop import Trainer
 from vaekernels.training.run_folder import RunFolder
+from vaekernels.training.runs import open_run
 
 __all__ = ["app"]
 
@@ -177,6 +179,74 @@ def train(
         for table in display.evaluation_tables(evaluation):
             console.print(table)
         console.print(f"all of it is in {directory}", highlight=False)
+
+
+@app.command()
+def diagnose(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a trained run.")],
+    n: Annotated[int, typer.Option("-n", help="How many examples of each split are used.")] = 2048,
+    k: Annotated[int, typer.Option("-k", help="Contrast codes of I_dec; samples of the IWAE bound.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of everything random in the diagnosis.")] = 0,
+    budget: Annotated[
+        _Float,
+        typer.Option(
+            metavar="SECONDS", help="Measure no more after this time (default: no limit).", show_default=False
+        ),
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="Look at the training data as well: is it overfit?")
+    ] = True,
+    device: Annotated[
+        _Str, typer.Option(help="auto | cpu | cuda | mps (default: that of the run).", show_default=False)
+    ] = None,
+    threads: _Threads = None,
+) -> None:
+    """Is the latent of RUN used, and if not, why? Writes report.json and report.html into RUN."""
+    with _reported():
+        for name, value, least in (("-n", n, 4), ("-k", k, 2)):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        if budget is not None and not budget > 0:
+            raise ConfigError(f"--budget must be greater than 0, got {budget:g}")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        opened = open_run(run, lambda text: print(text, file=sys.stderr), device=device)
+        report = diagnosis.diagnose(opened, n=n, k=k, seed=seed, budget_s=budget, train=train)
+        print(report)
+        page = diagnosis.save(report, run, diagnosis.extras(opened))
+        print(f"\nwith pictures: {page}")
+
+
+@app.command()
+def demo(
+    name: Annotated[str, typer.Argument(help=f"One of: {', '.join(demos.DEMOS)}.")] = "docstrings",
+    epochs: Annotated[
+        _Int, typer.Option(help="Passes over the data (default: 8; digits 60 and 100).", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of all runs.")] = 0,
+    run_dir: Annotated[
+        _Path,
+        typer.Option(
+            "--run-dir",
+            "--out",
+            help="Where the runs and the page are kept (default: runs/demo-NAME-TIME).",
+            show_default=False,
+        ),
+    ] = None,
+    threads: Annotated[
+        int,
+        typer.Option(help="CPU threads of torch. On a busy machine more than one slows it down."),
+    ] = 1,
+) -> None:
+    """Show posterior collapse and its cures: models trained, diagnosed and compared, in a few minutes."""
+    with _reported():
+        if name not in demos.DEMOS:
+            raise ConfigError(f"unknown demo {name!r}; {settings.nearest(name, demos.DEMOS)}")
+        over: dict[str, dict[str, Any]] = {"engine": {"seed": seed, "threads": threads, "tensorboard": False}}
+        if epochs is not None:
+            over["optim"] = {"epochs": epochs}
+        torch.set_num_threads(threads)
+        demos.show(name, over, run_dir or _default_run_dir(f"demo-{name}"), Console())
 
 
 def _announce(trainer: Trainer, data: Data, console: Console) -> None:

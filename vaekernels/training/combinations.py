@@ -152,6 +152,11 @@ def _likelihood(model: ModelConfig, kind: str, data: Arrays) -> Chosen:
         raise ConfigError(f"model.likelihood {chosen!r} is for whole numbers, data {data.name!r} is real")
     if data.levels is None and chosen == "bernoulli":
         _require_binary(data)
+    if data.levels not in (None, 2) and chosen == "bernoulli":
+        raise ConfigError(
+            f"model.likelihood 'bernoulli' is for data of two values, data {data.name!r} has "
+            f"{data.levels}: set data.binarize, or choose another likelihood"
+        )
     return chosen
 
 

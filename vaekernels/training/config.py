@@ -87,12 +87,15 @@ class DataConfig(_Checked):
     """Which data.
 
     ``name``: one of the named data sets, or the user's own: ``idx:PATH``, ``text:PATH``, ``images:DIR``,
-    ``npz:PATH``. ``array``: which array of an npz file. Text only: ``vocabulary``, the words known, the four
+    ``npz:PATH``. ``array``: which array of an npz file. ``binarize``: grey levels become 0 and 1, at half of
+    the largest ("threshold"), or each once and for all with its grey as the probability of a 1 ("sample",
+    Salakhutdinov & Murray 2008). Text only: ``vocabulary``, the words known, the four
     special tokens included; ``max_tokens``, the longest line of a text file that is kept.
     """
 
     name: str
     array: str = "x"
+    binarize: Literal["no", "threshold", "sample"] = "no"
     vocabulary: int = _at_least(5, 2000)
     max_tokens: int = _at_least(1, 100)
 

@@ -6,7 +6,7 @@ from vaekernels.schedules import Constant, Logistic, Schedule
 from vaekernels.training.config import Config, ObjectiveConfig
 from vaekernels.training.objective import weight_schedule
 
-__all__ = ["describe", "mismatch"]
+__all__ = ["describe", "effective_beta", "mismatch"]
 
 
 def describe(config: Config, *, latent_dim: int, data_dims: float, steps_per_epoch: int) -> list[str]:
@@ -42,6 +42,15 @@ def mismatch(objective: ObjectiveConfig, *, latent_dim: int, data_dims: float) -
         f"a {objective.kl} over {latent_dim} latent dims, so beta {objective.beta:g} acts like "
         f"{objective.beta * factor:g}; with both as sums, objective.beta={objective.beta * factor:g} says so"
     )
+
+
+def effective_beta(objective: ObjectiveConfig, *, latent_dim: int, data_dims: float) -> float | None:
+    """The final weight of a KL that is a sum beside an NLL that is one; None where a controller or a capacity
+    sets it as training goes."""
+    moving = (objective.capacity, objective.pi_target, objective.geco_target)
+    if any(target is not None for target in moving):
+        return None
+    return objective.beta * _factor(objective, latent_dim, data_dims)
 
 
 def _factor(objective: ObjectiveConfig, latent_dim: int, data_dims: float) -> float:

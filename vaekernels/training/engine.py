@@ -15,17 +15,13 @@ from vaekernels.training.errors import ConfigError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["launch", "process_group"]
+__all__ = ["launch", "process_group", "single_device"]
 
 
 def launch(config: EngineConfig) -> Fabric:
     """A Fabric whose processes are all there: those of torchrun, where it started this one, else
     ``config.devices``, which Fabric starts as copies of this command."""
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(config.device, True):
-        raise ConfigError(
-            f"--device {config.device}: torch {torch.__version__} sees no such device here; use cpu or auto"
-        )
+    _require_available(config.device)
     devices, nodes = config.devices, 1
     if dist.is_torchelastic_launched():
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
@@ -42,6 +38,20 @@ def launch(config: EngineConfig) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def single_device(name: str) -> torch.device:
+    """The device that a run of one process with this setting would take."""
+    _require_available(name)
+    return Fabric(accelerator=name, devices=1).device
+
+
+def _require_available(name: str) -> None:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name, True):
+        raise ConfigError(
+            f"--device {name}: torch {torch.__version__} sees no such device here; use cpu or auto"
+        )
 
 
 def process_group(fabric: Fabric) -> ProcessGroup | None:

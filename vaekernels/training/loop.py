@@ -25,7 +25,7 @@ from vaekernels.training import (
 )
 from vaekernels.training.config import Config
 from vaekernels.training.data import Batches, Data, Text
-from vaekernels.training.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from vaekernels.training.errors import ConfigError, Interrupted, NonFiniteError
 from vaekernels.training.evaluate import Evaluation, evaluate
 from vaekernels.training.interrupts import stop_requests
 from vaekernels.training.latents import ELBO, KLOptions, Latents, Terms
@@ -283,12 +283,7 @@ class Trainer:
     def _resume(self) -> None:
         path = self.folder.checkpoint
         state = checkpoint.load(path)
-        trained_on = str(state.get("data"))
-        if trained_on != self.data.sha256:
-            raise CheckpointError(
-                f"{path} was trained on other {self.data.name} data (sha256 {trained_on[:12]}, here "
-                f"{self.data.sha256[:12]}): docstrings, for one, differ between versions of Python"
-            )
+        checkpoint.require_same_data(state, path, self.data)
         try:
             self.folder.require_same(settings.from_toml(state["config"]), self.config)
             self.model.load_state_dict(state["model"])
@@ -300,7 +295,7 @@ class Trainer:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
-            raise CheckpointError(f"{path} does not fit {self.folder.config}: {error}") from error
+            raise checkpoint.misfit(path, self.folder.config, error) from error
         if not same_noise:
             self.noise.manual_seed(
                 derive(

@@ -10,7 +10,7 @@ from vaekernels.training.errors import ConfigError
 __all__ = ["PRESETS", "find"]
 
 _DIGITS = Config(
-    DataConfig("digits"), ModelConfig(likelihood="bernoulli", latent_dim=8), optim=OptimConfig(epochs=60)
+    DataConfig("digits", binarize="sample"), ModelConfig(latent_dim=8), optim=OptimConfig(epochs=60)
 )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data.base import Arrays, Data, Factors, Text
 from vaekernels.training.data.batches import Batches
+from vaekernels.training.data.binarize import binarized
 from vaekernels.training.data.digits import load_digits
 from vaekernels.training.data.docstrings import load_docstrings
 from vaekernels.training.data.idx import load_idx
@@ -47,6 +48,11 @@ def is_own(name: str) -> bool:
 def load(config: DataConfig, say: Callable[[str], None]) -> Data:
     """Load a data set. ``say`` is told, in a sentence, what takes long or differs from the usual. DataError
     if there is no such data, or if it is not what it should be, with the file and the place in it."""
+    data = _load(config, say)
+    return data if config.binarize == "no" else binarized(data, config.binarize)
+
+
+def _load(config: DataConfig, say: Callable[[str], None]) -> Data:
     if config.name in DATASETS:
         return DATASETS[config.name](config, say)
     kind, _, path = config.name.partition(":")

@@ -45,13 +45,9 @@ class Likelihood(nn.Module, ABC):
 
 
 class Bernoulli(Likelihood):
-    """Of two values: more levels become 0 and 1 at half of the largest, a fixed threshold, so that it is a
-    probability of the data (grey values as targets of a cross-entropy have none)."""
+    """Of zeros and ones. (Grey values as targets of a cross-entropy have no probability.)"""
 
     width = 1
-
-    def features(self, x: Tensor) -> Tensor:
-        return x.float() if self.levels is None else (2 * x.int() >= self.levels - 1).float()
 
     def log_prob(self, x: Tensor, said: Tensor) -> Tensor:
         logits = said.squeeze(1).float()
