@@ -56,9 +56,9 @@ def rotation(size: int, rng: torch.Generator) -> Tensor:
 
 @dataclass(frozen=True)
 class Linear:
-    """x = rotation [w z; 0] + sd noise, z ~ N(0, I), with its exact posterior: z_d is worth
-    -1/2 log(1 - rho_d^2) nats, and as its aggregate posterior is the prior, that is its rate too. Probabilistic
-    PCA (Tipping & Bishop 1999) at its optimum has this form."""
+    """x = rotation [w z; 0] + sd noise, z ~ N(0, I), with its exact posterior: z_d is worth -1/2 log(1 -
+    rho_d^2) nats, and as its aggregate posterior is the prior, that is its rate too. Probabilistic PCA
+    (Tipping & Bishop 1999) at its optimum has this form."""
 
     basis: Tensor
     w: Tensor

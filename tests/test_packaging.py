@@ -417,6 +417,7 @@ def test_sdist_to_wheel(tree: Path, tmp_path: Path) -> None:
     ours = {str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("csrc/**/*") if p.is_file()}
     assert {f"vaekernels/{name}" for name in ours} <= inside
     modules = {str(p.relative_to(REPOSITORY)) for p in REPOSITORY.glob("vaekernels/**/*.py")}
-    assert modules | {"vaekernels/py.typed", "vaekernels/_build.json"} <= inside
+    data = {"vaekernels/py.typed", "vaekernels/collapse/report.html.j2", "vaekernels/_build.json"}
+    assert modules | data <= inside
     assert not [name for name in inside if name.endswith(".so") or name.startswith("tests")]
     assert any(name.endswith("licenses/LICENSE") for name in inside)

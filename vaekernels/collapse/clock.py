@@ -69,6 +69,7 @@ class Clock:
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         self._part = name
+        self._advance(name, 0)
         cost = self.costs.setdefault(name, Cost())
         began = time.perf_counter()
         try:

@@ -335,8 +335,7 @@ _DIM_ADVICE: dict[State, str] = {
 def ends(estimate: Estimate) -> str:
     """With the digits that a threshold of 0.01 needs."""
     digits = 3 if max(abs(estimate.value), abs(estimate.low), abs(estimate.high)) < 10 else 1
-    text = f"{estimate.value:.{digits}f} [{estimate.low:.{digits}f}, {estimate.high:.{digits}f}]"
-    return text + (" (saturated)" if estimate.saturated else "")
+    return estimate.show(digits) + (" (saturated)" if estimate.saturated else "")
 
 
 def _listed(indices: Sequence[int]) -> str:

@@ -69,8 +69,7 @@ def diagnose(
     budget_s: float | None = None,
     progress: bool = True,
 ) -> Report:
-    """Has this VAE collapsed, and how? For any model with q(z|x) = N(mu, diag exp(logvar)) and prior N(0,
-    I)::
+    """Has this VAE collapsed, and how? For any with q(z|x) = N(mu, diag exp(logvar)) and prior N(0, I)::
 
         encode(x) -> (mu, logvar)           # [B, D] each
         log_likelihood(x, z) -> Tensor[B]   # log p(x|z) in nats, summed over the data dimensions
@@ -90,9 +89,9 @@ def diagnose(
             and no more than log n nats of information can be seen.
         k: contrast codes of I_dec, which sees at most log k nats, and samples of the importance-weighted
             likelihood.
-        seed: of everything random. The same seed gives the same report on the same machine. device: where
-        batches of examples are moved (None: they stay where they are). Codes go where ``encode``
-            returns them.
+        seed: of everything random. The same seed gives the same report on the same machine.
+        device: where batches of examples are moved (None: they stay where they are). Codes go where
+            ``encode`` returns them.
         budget_s: seconds after which no more is measured. Decisions come before what is only reported; what
             was left out is named in ``report.skipped``. Encoding and its information bounds are always
             measured.

@@ -35,7 +35,18 @@ class Estimate:
     saturated: bool = False
 
     def __str__(self) -> str:
-        return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]{' saturated' if self.saturated else ''}"
+        return self.show(2) + (" saturated" if self.saturated else "")
+
+    def show(self, digits: int) -> str:
+        """With so many decimals, from 100,000 on in powers of ten."""
+        value, low, high = (_shown(each, digits) for each in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
+
+
+def _shown(number: float, digits: int) -> str:
+    if abs(number) >= 1e5:
+        return f"{number:.2e}"
+    return f"{round(number, digits) + 0.0:.{digits}f}"  # adding 0.0 makes -0.00 a plain 0.00
 
 
 class Bootstrap:
@@ -62,7 +73,7 @@ class Bootstrap:
             raise ValueError(f"values must have {self.n} rows, got {len(values)}")
         values = values.cpu().double()
         centre = values.mean(dim=0)
-        # Deviations are averaged, so that the mean of a constant is that constant in every resample.
+        # Deviations are averaged, so that a constant has an interval of no more than its rounding.
         deviations = values - centre
         generator = torch.Generator().manual_seed(self._seed)
         rows = max(1, _CELLS // self.n)

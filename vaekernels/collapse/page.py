@@ -80,7 +80,8 @@ def _pictures(report: Report, extras: Extras) -> list[Picture]:
         Picture(
             "Dimensions",
             "What each dimension costs, what it tells of the example, and what shuffling it alone costs the "
-            "decoder. Whiskers: 95% intervals, those of information and use for all dimensions together.",
+            "decoder. Whiskers: 95% intervals, those of information and use for all dimensions together. "
+            "Dotted: below this, nothing.",
             pictures.bars(report.dims),
         )
     ]
@@ -105,7 +106,8 @@ def _pictures(report: Report, extras: Extras) -> list[Picture]:
         found.append(
             Picture(
                 "Likelihood with other codes",
-                "If the histograms lie on each other, the decoder does not care which z it is given.",
+                "If the histograms lie on each other, it makes no difference which z the decoder is given: "
+                "it does not look, or all are alike.",
                 pictures.likelihoods(report.samples),
             )
         )
@@ -134,5 +136,7 @@ def _skipped(skipped: dict[str, str]) -> dict[str, list[str]]:
     return by_reason
 
 
-def _ends(estimate: Estimate | None) -> str:
-    return "not measured" if estimate is None else ends(estimate)
+def _ends(estimate: Estimate | None, name: str = "") -> str:
+    if estimate is None:
+        return "not measured"
+    return estimate.show(0) if name == "active_units" else ends(estimate)

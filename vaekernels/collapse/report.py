@@ -214,21 +214,21 @@ class Report:
             for text in texts:
                 lines += textwrap.wrap(label + text, WIDTH, initial_indent="  - ", subsequent_indent="    ")
         examples = self.settings["examples"]["heldout"]
-        lines += ["", f"{f'nats, {examples} held-out examples':40}{'[95%]':>28}{'train [95%]':>30}"]
+        lines += ["", f"{f'nats, {examples} held-out examples':38}{'[95%]':>30}{'train [95%]':>30}"]
         for name, label in LABELS.items():
-            estimate = self.metrics[name]
-            on_train = None if self.train is None else self.train.get(name)
-            told = "not measured" if estimate is None else str(estimate)
-            lines.append(f"{label:40}{told:>28}{'' if on_train is None else str(on_train):>30}".rstrip())
+            on_train = "" if self.train is None or name not in self.train else _told(name, self.train[name])
+            lines.append(f"{label:38}{_told(name, self.metrics[name]):>30}{on_train:>30}".rstrip())
+        if any(each is not None and each.saturated for each in self.metrics.values()):
+            lines.append("* saturated: within a nat of what so many examples, or contrast codes, can show")
         lines += [
             "",
-            f"{'dim':>5}  {'state':13}{'rate':>7}  {'I_d [95%, all dims]':>22}  {'s_d [95%, all dims]':>22}",
+            f"{'dim':>5}  {'state':13}{'rate':>7}  {'I_d [95%, all dims]':>24}  {'s_d [95%, all dims]':>24}",
         ]
         for dim in self.dims[:_TABLE_DIMS]:
-            use = "not measured" if dim.use is None else str(dim.use)
+            use = "not measured" if dim.use is None else dim.use.show(3)
             note = f"  with {_some(dim.redundant)}" if dim.redundant else ""
             row = f"{dim.index:>5}  {dim.state:13}{dim.rate.value:>7.3f}"
-            row += f"  {dim.information!s:>22}  {use:>22}{note}"
+            row += f"  {dim.information.show(3):>24}  {use:>24}{note}"
             lines.append(row[:WIDTH])
         if len(self.dims) > _TABLE_DIMS:
             lines.append(f"  and {len(self.dims) - _TABLE_DIMS} more dimensions")
@@ -253,6 +253,12 @@ LABELS = {
     "nelbo": "NELBO (NLL + rate)",
     "iwae_nll": "NLL, importance-weighted (IWAE)",
 }
+
+
+def _told(name: str, estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "not measured"
+    return estimate.show(0 if name == "active_units" else 2) + ("*" if estimate.saturated else " ")
 
 
 def _triples(estimates: Mapping[str, Estimate | None]) -> dict[str, list[float] | None]:

@@ -178,7 +178,7 @@ class Split:
                 [self.columns["rate"] - self.columns[name] for name in ("mi_lower", "mi_upper")], dim=1
             )
         )
-        return replace(bracket(lower, upper), saturated=self._saturated("mi_lower"))
+        return bracket(lower, upper) if not self._saturated("mi_lower") else at_most(upper)
 
     def active_units(self) -> Estimate:
         total, resampled = 0.0, torch.zeros(self.bootstrap.resamples, dtype=torch.float64)
@@ -197,7 +197,11 @@ class Split:
         lower = [replace(each, saturated=each.value > bounds.cap - 1) for each in lower]
         least = self._by_columns(self.rates - bounds.upper_dims)
         most = self._by_columns(self.rates - bounds.lower_dims)
-        return Encoded(rate, lower, upper, [bracket(a, b) for a, b in zip(least, most, strict=True)])
+        mismatch = [
+            at_most(b) if each.saturated else bracket(a, b)
+            for a, b, each in zip(least, most, lower, strict=True)
+        ]
+        return Encoded(rate, lower, upper, mismatch)
 
     def shares(self, dims: list[int]) -> list[Estimate]:
         """The upper bound of I_d as a share of the rate."""
@@ -227,6 +231,11 @@ class Split:
 def bracket(lower: Estimate, upper: Estimate) -> Estimate:
     """From a lower and an upper bound: their middle, whose bias is of second order, and the outer ends."""
     return Estimate((lower.value + upper.value) / 2, lower.low, upper.high, lower.saturated)
+
+
+def at_most(upper: Estimate) -> Estimate:
+    """Of a divergence whose lower bound is lost to saturation: from 0, which is one as well."""
+    return Estimate(max(upper.value, 0.0) / 2, 0.0, max(upper.high, 0.0), saturated=True)
 
 
 def _ratio(means: Tensor) -> Tensor:
