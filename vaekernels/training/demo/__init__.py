@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
+from vaekernels.training.demo.demos import DEMOS, show
 from vaekernels.training.demo.outcome import Outcome, Variant
-from vaekernels.training.demo.show import DEMOS, show
 
 __all__ = ["DEMOS", "Outcome", "Variant", "show"]

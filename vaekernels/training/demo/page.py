@@ -50,11 +50,11 @@ def render(name: str, parts: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
 
 def _section(title: str, outcomes: Sequence[Outcome]) -> Section:
     seen = [outcome.seen for outcome in outcomes]
-    points = {outcome.title: outcome.report.rate_distortion["own z"] for outcome in outcomes}
+    points = {outcome.title: outcome.report.rate_distortion["held out"] for outcome in outcomes}
     return Section(
         title,
         outcomes,
-        words.rows(outcomes),
+        words.rows(outcomes, words.interval),
         words.conclusions(outcomes),
         pictures.plane(points, {}),
         pictures.curves(_joined(outcomes)),

@@ -32,11 +32,11 @@ DEMOS: dict[str, tuple[Part, ...]] = {
             (
                 Variant("beta 1", "docstrings"),
                 Variant(
-                    "free bits per dim + annealing",
+                    "free bits + annealing",
                     "docstrings",
                     "objective.free_bits=0.25 objective.anneal=linear objective.anneal_epochs=4",
                 ),
-                Variant("free bits, one group", "docstrings", "objective.free_bits=4 objective.group=all"),
+                Variant("one group", "docstrings", "objective.free_bits=4 objective.group=all"),
                 Variant("PI controller", "docstrings", "objective.pi_target=4"),
             ),
         ),
