@@ -25,7 +25,7 @@ PRESETS: dict[str, Config] = {
     "digits": _DIGITS,
     "digits-ladder": _digits(kind="ladder"),
     "digits-row-gru": _digits(kind="row-gru"),
-    "sprites": Config(DataConfig("sprites"), ModelConfig(kind="conv", latent_dim=10)),
+    "sprites": Config(DataConfig("sprites"), ModelConfig(kind="conv", latent_dim=10, hidden=32)),
 }
 
 
