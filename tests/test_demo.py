@@ -201,7 +201,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]
 def test_the_demo_compares_models_side_by_side(shown: tuple[str, Path]) -> None:
     output, folder = shown
     titles = [variant.title for variant in DEMOS["docstrings"][0].variants]
-    for part in ("beta 1", "PI controller", "Δ_shuffle", "distinct of 200 prior samples", "greedy decoding"):
+    for part in ("beta 1", "PI controller", "Δ_shuffle", "distinct samples", "of 200", "greedy decoding"):
         assert part in output
     assert re.search(r"the likelihood \(IWAE\) is (worse|better) by|no difference in likelihood", output)
     assert max(len(line) for line in output.splitlines() if "demo.html" not in line) <= 100

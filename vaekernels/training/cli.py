@@ -169,16 +169,21 @@ def train(
         combinations.check(chosen)
         _set_threads(chosen)
         fabric = engine.launch(chosen.engine)
-        console = _console(fabric)
-        # The first process names the folder: the clocks of the others may differ.
-        directory = resume or run_dir or Path(fabric.broadcast(str(_default_run_dir(chosen.data.name))))
-        data = datasets.load(chosen.data, console.print)
-        trainer = Trainer(chosen, data, directory, console, resume=resume is not None, fabric=fabric)
-        _announce(trainer, data, console)
-        evaluation = trainer.fit()
-        for table in display.evaluation_tables(evaluation):
-            console.print(table)
-        console.print(f"all of it is in {directory}", highlight=False)
+        _train(chosen, fabric, resume, run_dir)
+        engine.leave(fabric)
+
+
+def _train(chosen: Config, fabric: Fabric, resume: Path | None, run_dir: Path | None) -> None:
+    console = _console(fabric)
+    # The first process names the folder: the clocks of the others may differ.
+    directory = resume or run_dir or Path(fabric.broadcast(str(_default_run_dir(chosen.data.name))))
+    data = datasets.load(chosen.data, console.print)
+    trainer = Trainer(chosen, data, directory, console, resume=resume is not None, fabric=fabric)
+    _announce(trainer, data, console)
+    evaluation = trainer.fit()
+    for table in display.evaluation_tables(evaluation):
+        console.print(table)
+    console.print(f"all of it is in {directory}", highlight=False)
 
 
 @app.command()

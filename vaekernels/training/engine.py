@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from vaekernels.training.errors import ConfigError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["launch", "process_group", "single_device"]
+__all__ = ["launch", "leave", "process_group", "single_device"]
 
 
 def launch(config: EngineConfig) -> Fabric:
@@ -38,6 +39,18 @@ def launch(config: EngineConfig) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def leave(fabric: Fabric) -> None:
+    """The end of what `launch` began, when the trainer is gone.
+
+    A gloo group that something still refers to keeps its threads. One that drops its last tensor while Python
+    shuts down aborts the process, with everything done (https://github.com/pytorch/pytorch/issues/190489).
+    ``DistributedDataParallel`` refers to the group and is in a cycle, so it takes a collection.
+    """
+    if fabric.world_size > 1:
+        gc.collect()
+        dist.destroy_process_group()
 
 
 def single_device(name: str) -> torch.device:
