@@ -235,8 +235,12 @@ class _Diagnosis:
         self.gradient = found.differentiable
         columns = torch.stack([found.at_posterior, found.at_prior, found.after], dim=1)
         self.metrics["svi_gain"] = self.held.subset(len(columns)).of_means(columns, _gain)[0]
-        rate = found.rate_after.mean().item()
-        self.points["refined by gradient"] = (rate, found.after.mean().item() - rate)
+        if "held out" in self.points:
+            # By the change: these few examples are nats from the mean over all, refined or not.
+            rate, nll = self.points["held out"]
+            paid = (found.rate_after - self.held.columns["rate"][: len(columns)]).mean().item()
+            gained = (found.at_posterior - found.after).mean().item()
+            self.points["refined by gradient"] = (rate + paid, nll - gained - paid)
 
     def _train(self) -> None:
         trained = self.trained
