@@ -26,12 +26,14 @@ from torch import Tensor
 
 import vaekernels as vk
 from vaekernels import bench
+from vaekernels.bench.cases import FREE_BITS
+from vaekernels.bench.report import machine
 from vaekernels.training import data as datasets
 from vaekernels.training import presets, settings
 from vaekernels.training.loop import Trainer
 
 PRESETS = ("docstrings", "digits", "sprites")
-GIVEN = f"objective.free_bits={bench.FREE_BITS} engine.device=cpu engine.tensorboard=false"
+GIVEN = f"objective.free_bits={FREE_BITS} engine.device=cpu engine.tensorboard=false"
 STEPS = 10  # in one timing
 
 
@@ -51,7 +53,7 @@ class StepTiming:
 
 
 def eager_packed(moments: Tensor, dim: int = 1, *, generator: Any = None, **options: Any) -> vk.SampleKL:
-    """:func:`vaekernels.bench.eager` in the form in which the trainer calls the fused op."""
+    """:func:`vaekernels.bench.cases.eager` in the form in which the trainer calls the fused op."""
     mu, logvar = moments.chunk(2, dim=dim)
     std = torch.exp(0.5 * logvar)
     z = mu + torch.randn(std.shape, generator=generator) * std
@@ -81,12 +83,10 @@ def measure(preset: str, folder: Path, rounds: int) -> list[StepTiming]:
             if number:  # the first round warms up
                 steps[name].append(1e6 * (time.perf_counter() - start) / STEPS)
     vk.sample_kl_packed = OPS["vaekernels"]
-    shape = (run.config.optim.batch_size, run.model.latent_dim)
-    layers = {"vaekernels": bench.fused, "eager": bench.eager}
-    alone = {
-        t.contender: t.median for t in bench.measure(bench.Case(shape), layers, rounds, torch.device("cpu"))
-    }
-    text = "x".join(map(str, shape))
+    case = bench.Case((run.config.optim.batch_size, run.model.latent_dim), packed=True)
+    rows = bench.measure(case, rounds=rounds, device=torch.device("cpu"), compiled=False, passes=("both",))
+    alone = {row.contender: row.median for row in rows}
+    text = "x".join(map(str, case.shape))
     return [StepTiming(preset, text, name, statistics.median(steps[name]), alone[name]) for name in OPS]
 
 
@@ -110,13 +110,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         timings = [t for preset in PRESETS for t in measure(preset, Path(folder), options.rounds)]
-    machine = bench.machine(torch.device("cpu"))
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    described = machine(torch.device("cpu"))
+    print(", ".join(f"{key} {value}" for key, value in described.items() if value))
     print()
     print(table(timings))
     if options.csv:
         with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*asdict(timings[0]), "share", *machine])
+            writer = csv.DictWriter(file, [*asdict(timings[0]), "share", *described])
             writer.writeheader()
             for t in timings:
                 row = asdict(t) | {
@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     "latent": round(t.latent, 1),
                     "share": round(t.share, 4),
                 }
-                writer.writerow(row | machine)
+                writer.writerow(row | described)
     return 0
 
 
