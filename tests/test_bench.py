@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib import import_module
@@ -375,3 +377,11 @@ def test_pictures_need_matplotlib(
     with pytest.raises(SystemExit):
         command("--plots pictures")
     assert "matplotlib is missing; pip install 'vaekernels[train]'" in capsys.readouterr().err
+
+
+def test_suite_under_pytest_benchmark() -> None:
+    chosen = "16x8 and float32 and not packed and sample_kl and (vaekernels or eager)"
+    suite = Path(__file__).parents[1] / "benchmarks" / "test_latent.py"
+    given = [sys.executable, "-m", "pytest", str(suite), "-q", "--benchmark-disable", "-k", chosen]
+    done = subprocess.run(given, capture_output=True, text=True)
+    assert "6 passed" in done.stdout, done.stdout + done.stderr

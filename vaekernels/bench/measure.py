@@ -21,7 +21,7 @@ from torch.autograd.profiler import profile
 
 from vaekernels.bench.cases import COPY, Case, Layer, Problem, contenders
 
-__all__ = ["PASSES", "Row", "measure", "peak_bytes"]
+__all__ = ["PASSES", "Row", "measure", "memory", "peak_bytes"]
 
 # One timing covers about this much work, many steps where they are small.
 SECONDS_PER_TIMING = 5e-3
@@ -128,10 +128,10 @@ def measure(
     for direction in passes:
         timings = {name: timer.timing(direction) for name, timer in timers.items()}
         timings[COPY] = _copy(case, direction, device)
-        memory = {name: _memory(t) for name, t in timers.items()} if direction == "both" else {}
+        bytes_of = {name: memory(t) for name, t in timers.items()} if direction == "both" else {}
         for name, times in _interleaved(timings, rounds).items():
             cuts = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
-            peak, saved = memory.get(name, (None, None))
+            peak, saved = bytes_of.get(name, (None, None))
             rows.append(
                 Row(
                     op=case.op,
@@ -191,7 +191,7 @@ def _halves(direction: str) -> list[bool]:
 # ---- memory ----------------------------------------------------------------------------------------------
 
 
-def _memory(timer: Timer) -> tuple[int, int]:
+def memory(timer: Timer) -> tuple[int, int]:
     """Bytes at the peak of a forward and backward above the inputs, and kept between the two."""
     timer.forget()
     inputs = {t.untyped_storage().data_ptr() for t in timer.problem.inputs}
