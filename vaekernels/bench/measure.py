@@ -21,7 +21,7 @@ from torch.autograd.profiler import profile
 
 from vaekernels.bench.cases import COPY, Case, Layer, Problem, contenders
 
-__all__ = ["PASSES", "Row", "measure", "memory", "peak_bytes"]
+__all__ = ["PASSES", "Row", "interleaved", "measure", "memory", "peak_bytes"]
 
 # One timing covers about this much work, many steps where they are small.
 SECONDS_PER_TIMING = 5e-3
@@ -129,7 +129,7 @@ def measure(
         timings = {name: timer.timing(direction) for name, timer in timers.items()}
         timings[COPY] = _copy(case, direction, device)
         bytes_of = {name: memory(t) for name, t in timers.items()} if direction == "both" else {}
-        for name, times in _interleaved(timings, rounds).items():
+        for name, times in interleaved(timings, rounds).items():
             cuts = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
             peak, saved = bytes_of.get(name, (None, None))
             rows.append(
@@ -153,7 +153,8 @@ def measure(
     return rows
 
 
-def _interleaved(timings: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+def interleaved(timings: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each timing in turn, `rounds` times; fewer where that would take long."""
     repeats, round_seconds = {}, 0.0
     for name, timing in timings.items():
         timing(1)
