@@ -18,9 +18,28 @@ from torch.distributions import Normal, kl_divergence
 
 import vaekernels as vk
 
-__all__ = ["CASES", "FREE_BITS", "MODEL_CASES", "QUICK", "SIZES", "Case", "Layer", "Problem", "contenders"]
+__all__ = [
+    "CASES",
+    "COPY",
+    "FREE_BITS",
+    "MODEL_CASES",
+    "NAMES",
+    "OURS",
+    "QUICK",
+    "SIZES",
+    "Case",
+    "Layer",
+    "Problem",
+    "contenders",
+    "has_diffusers",
+    "serves_diffusers",
+]
 
 FREE_BITS = 0.25
+
+OURS, COPY = "vaekernels", "copy"
+NAMES = (OURS, "eager", "torch.compile", "torch.distributions", "diffusers", COPY)
+"""Everything that is timed, in the order of tables and pictures."""
 
 Layer = Callable[[list[Tensor]], list[Tensor]]
 """From the inputs to the outputs that a loss is made of."""
@@ -67,12 +86,13 @@ class Case:
         """Elements that the layer cannot help reading or writing, forward or backward."""
         given = 4 if self.prior else 2
         z = (self.num_samples or 1) if self.samples else 0
-        # Backward reads the inputs and z's gradient and writes a gradient for each input; mu's is z's own,
-        # and mu is not needed, where only z was wanted.
         if not backward:
             return self.numel * (given + z)
-        if self.op == "reparameterize" and self.num_samples is None:
-            return self.numel * 3
+        # Backward reads the inputs and z's gradient and writes a gradient for each input. Where only z was
+        # wanted, mu is not needed, and its gradient is z's own, unless it has to be summed or packed.
+        if self.op == "reparameterize":
+            own = self.num_samples is None and not self.packed
+            return self.numel * (z + (2 if own else 3))
         return self.numel * (2 * given + z)
 
 
@@ -104,16 +124,18 @@ class Problem:
         return Problem(case, [t.requires_grad_() for t in inputs], grads)
 
 
-def _sizes(op: str, dtype: torch.dtype) -> list[Case]:
-    shapes = [(16, 8), (128, 32), (1024, 128), (2048, 512), (8192, 512), (32768, 512), (131072, 512)]
-    return [Case(shape, dtype, op) for shape in shapes]
-
+_SHAPES = [(16, 8), (128, 32), (1024, 128), (2048, 512), (8192, 512), (32768, 512), (131072, 512)]
 
 SIZES = [
-    *_sizes("sample_kl", torch.float32),
-    *_sizes("sample_kl", torch.bfloat16),
-    *_sizes("reparameterize", torch.float32),
-    *_sizes("gaussian_kl", torch.float32),
+    Case(shape, dtype, op, packed=packed)
+    for op, packed in (
+        ("sample_kl", False),
+        ("sample_kl", True),
+        ("reparameterize", False),
+        ("gaussian_kl", False),
+    )
+    for dtype in (torch.float32, torch.bfloat16)
+    for shape in _SHAPES
 ]
 """Time against size, from 128 elements to 2^26."""
 
@@ -126,6 +148,8 @@ _MODELS = [
     Case((64, 4, 64, 64), model="image VAE"),
     Case((64, 16, 16, 16), model="hierarchical VAE", prior=True),
     Case((8, 4, 64, 64), model="latent diffusion", packed=True, free_bits=None),
+    Case((8, 4, 64, 64), op="reparameterize", model="latent diffusion", packed=True),
+    Case((8, 4, 64, 64), op="gaussian_kl", model="latent diffusion", packed=True, free_bits=None),
     Case((16, 16, 64, 64), model="latent diffusion, 16 channels", packed=True, free_bits=None),
 ]
 MODEL_CASES = [*_MODELS, *(replace(case, dtype=torch.bfloat16) for case in _MODELS)]
@@ -213,9 +237,16 @@ def diffusers(case: Case) -> Layer:
 
     def layer(inputs: list[Tensor]) -> list[Tensor]:
         posterior = distribution(inputs[0])
-        return [posterior.sample(), posterior.kl().mean()]
+        out = [posterior.sample()] if case.samples else []
+        return [*out, posterior.kl().mean()] if case.has_kl else out
 
     return layer
+
+
+def serves_diffusers(case: Case) -> bool:
+    """Whether `diffusers` can compute the case, installed or not."""
+    plain = case.packed and len(case.shape) == 4 and case.num_samples is None and not case.prior
+    return plain and not (case.has_kl and case.free_bits is not None)
 
 
 def _loss(case: Case, kl: Tensor) -> Tensor:
@@ -224,12 +255,17 @@ def _loss(case: Case, kl: Tensor) -> Tensor:
 
 
 def contenders(case: Case, *, compiled: bool) -> dict[str, Layer]:
-    """Who can compute the case, ours first."""
-    layers = {"vaekernels": fused(case), "eager": eager(case)}
+    """Who can compute the case on this machine, ours first."""
+    layers = {OURS: fused(case), "eager": eager(case)}
     if compiled:
+        # Every case is compiled for itself; the limit on recompilations counts those of all together.
+        torch.compiler.reset()
         layers["torch.compile"] = torch.compile(eager(case), fullgraph=True, dynamic=False)
     layers["torch.distributions"] = distributions(case)
-    plain_images = case.packed and len(case.shape) == 4 and not case.prior and case.free_bits is None
-    if plain_images and case.op == "sample_kl" and find_spec("diffusers") is not None:
+    if serves_diffusers(case) and has_diffusers():
         layers["diffusers"] = diffusers(case)
     return layers
+
+
+def has_diffusers() -> bool:
+    return find_spec("diffusers") is not None

@@ -19,12 +19,16 @@ import torch
 from torch import Tensor
 from torch.autograd.profiler import profile
 
-from vaekernels.bench.cases import Case, Layer, Problem, contenders
+from vaekernels.bench.cases import COPY, Case, Layer, Problem, contenders
 
-__all__ = ["PASSES", "Row", "measure"]
+__all__ = ["PASSES", "Row", "interleaved", "measure", "memory", "peak_bytes"]
 
 # One timing covers about this much work, many steps where they are small.
 SECONDS_PER_TIMING = 5e-3
+# A case and pass whose rounds would take longer than this gets fewer, down to the least: 2^26 elements take
+# seconds a round, and their times vary least.
+SECONDS_PER_CASE = 15.0
+LEAST_ROUNDS = 5
 PASSES = ("forward", "backward", "both")
 
 # The engine itself. `torch.autograd.backward` spends as long on checking, in Python, the gradients that it is
@@ -44,6 +48,7 @@ class Row:
     direction: str  # forward, backward or both
     contender: str
     threads: int
+    rounds: int  # timings that the quantiles are of
     p20: float
     median: float
     p80: float
@@ -122,11 +127,11 @@ def measure(
     rows = []
     for direction in passes:
         timings = {name: timer.timing(direction) for name, timer in timers.items()}
-        timings["copy"] = _copy(case, direction, device)
-        memory = {name: _memory(t) for name, t in timers.items()} if direction == "both" else {}
-        for name, times in _interleaved(timings, rounds).items():
-            cuts = statistics.quantiles(times, n=10) if len(times) > 1 else [times[0]] * 9
-            peak, saved = memory.get(name, (None, None))
+        timings[COPY] = _copy(case, direction, device)
+        bytes_of = {name: memory(t) for name, t in timers.items()} if direction == "both" else {}
+        for name, times in interleaved(timings, rounds).items():
+            cuts = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
+            peak, saved = bytes_of.get(name, (None, None))
             rows.append(
                 Row(
                     op=case.op,
@@ -137,6 +142,7 @@ def measure(
                     direction=direction,
                     contender=name,
                     threads=torch.get_num_threads(),
+                    rounds=len(times),
                     p20=1e6 * cuts[1],
                     median=1e6 * statistics.median(times),
                     p80=1e6 * cuts[7],
@@ -147,11 +153,15 @@ def measure(
     return rows
 
 
-def _interleaved(timings: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
-    repeats = {}
+def interleaved(timings: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each timing in turn, `rounds` times; fewer where that would take long."""
+    repeats, round_seconds = {}, 0.0
     for name, timing in timings.items():
         timing(1)
-        repeats[name] = max(1, round(SECONDS_PER_TIMING / max(1e-9, min(timing(3) for _ in range(3)))))
+        step = max(1e-9, min(timing(3) for _ in range(3)))
+        repeats[name] = max(1, round(SECONDS_PER_TIMING / step))
+        round_seconds += (1 + repeats[name]) * step
+    rounds = min(rounds, max(LEAST_ROUNDS, int(SECONDS_PER_CASE / round_seconds)))
     samples: dict[str, list[float]] = {name: [] for name in timings}
     for _ in range(rounds):
         for name, timing in timings.items():
@@ -182,7 +192,7 @@ def _halves(direction: str) -> list[bool]:
 # ---- memory ----------------------------------------------------------------------------------------------
 
 
-def _memory(timer: Timer) -> tuple[int, int]:
+def memory(timer: Timer) -> tuple[int, int]:
     """Bytes at the peak of a forward and backward above the inputs, and kept between the two."""
     timer.forget()
     inputs = {t.untyped_storage().data_ptr() for t in timer.problem.inputs}
@@ -196,19 +206,28 @@ def _memory(timer: Timer) -> tuple[int, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         timer.layer(timer.problem.inputs)
-    saved = sum(kept.values())
-    if timer.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(timer.device)
-        before = torch.cuda.memory_allocated(timer.device)
-        timer.both(1)
-        return torch.cuda.max_memory_allocated(timer.device) - before, saved
+
+    def step() -> None:
+        timer.backward(timer.layer(timer.problem.inputs))
+
+    peak = peak_bytes(step, timer.device)
+    timer.forget()
+    return peak, sum(kept.values())
+
+
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
+    """Bytes at the peak of `step` above what was allocated before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
     # Only the profiler sees what is allocated in C++, and only its raw events show each allocation.
     with _no_stderr(), profile(profile_memory=True) as profiler:
-        timer.backward(timer.layer(timer.problem.inputs))
+        step()
     events = [e for e in profiler.kineto_results.events() if e.name() == "[memory]"]
     sizes = [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
-    timer.forget()
-    return max(accumulate(sizes), default=0), saved
+    return max(0, *accumulate(sizes)) if sizes else 0
 
 
 @contextmanager

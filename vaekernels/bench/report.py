@@ -1,35 +1,25 @@
-"""From measurements to what people look at: CSV, Markdown, pictures, and the change since another run."""
+"""From measurements to what people look at: CSV, Markdown, and the change since another run."""
 
 from __future__ import annotations
 
 import csv
+import io
 import platform
 import statistics
 import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 import vaekernels as vk
+from vaekernels._files import write_atomically
+from vaekernels.bench.cases import COPY, NAMES, OURS
 from vaekernels.bench.measure import Row
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-__all__ = ["compare", "machine", "plot", "read_csv", "table", "write_csv"]
-
-OURS = "vaekernels"
-COLORS = {
-    OURS: "#0072B2",
-    "eager": "#D55E00",
-    "torch.compile": "#009E73",
-    "torch.distributions": "#CC79A7",
-    "diffusers": "#E69F00",
-    "copy": "#7F7F7F",
-}
+__all__ = ["compare", "machine", "memory", "read_csv", "table", "write_csv"]
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -70,17 +60,18 @@ def _output(command: list[str]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Row], described: dict[str, str]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*(f.name for f in fields(Row)), *described])
-        writer.writeheader()
-        for row in rows:
-            values = {k: round(v, 2) if isinstance(v, float) else v for k, v in asdict(row).items()}
-            writer.writerow(values | described)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [*(f.name for f in fields(Row)), *described], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        values = {k: round(v, 2) if isinstance(v, float) else v for k, v in asdict(row).items()}
+        writer.writerow(values | described)
+    write_atomically(path, text.getvalue())
 
 
 def read_csv(path: Path) -> list[Row]:
     """The rows of a file that `write_csv` wrote. ValueError names what is wrong with another one."""
-    kinds = {"numel": int, "threads": int, "p20": float, "median": float, "p80": float}
+    kinds = {"numel": int, "threads": int, "rounds": int, "p20": float, "median": float, "p80": float}
     sizes = ("peak_bytes", "saved_bytes")
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
@@ -105,7 +96,7 @@ def read_csv(path: Path) -> list[Row]:
 def table(rows: Iterable[Row], direction: str = "both") -> str:
     """Markdown: microseconds, and in brackets how many times ours that is. Bold: faster than ours."""
     chosen = [r for r in rows if r.direction == direction]
-    names = [n for n in COLORS if any(r.contender == n for r in chosen)]
+    names = [n for n in NAMES if any(r.contender == n for r in chosen)]
     cells = {(_label(r), r.contender): r.median for r in chosen}
     heading = {"both": "forward + backward"}.get(direction, direction)
     lines = [f"| {heading} | " + " | ".join(f"{name} (µs)" for name in names) + " |"]
@@ -121,7 +112,26 @@ def table(rows: Iterable[Row], direction: str = "both") -> str:
                 entries.append(f"{time:,.0f}")
             else:
                 entry = f"{time:,.0f} ({time / ours:.1f}x)"
-                entries.append(f"**{entry}**" if time < ours and name != "copy" else entry)
+                entries.append(f"**{entry}**" if time < ours and name != COPY else entry)
+        lines.append(f"| {label} | " + " | ".join(entries) + " |")
+    return "\n".join(lines)
+
+
+def memory(rows: Iterable[Row]) -> str:
+    """Markdown: bytes per latent element, at the peak above the inputs; in brackets, kept for backward."""
+    chosen = [r for r in rows if r.direction == "both" and r.peak_bytes is not None]
+    names = [n for n in NAMES if any(r.contender == n for r in chosen)]
+    cells = {(_label(r), r.contender): r for r in chosen}
+    lines = ["| bytes per element: peak (saved) | " + " | ".join(names) + " |"]
+    lines.append("| --- |" + " ---: |" * len(names))
+    for label in dict.fromkeys(_label(r) for r in chosen):
+        entries = []
+        for name in names:
+            row = cells.get((label, name))
+            if row is None or row.peak_bytes is None or row.saved_bytes is None:
+                entries.append("")
+            else:
+                entries.append(f"{row.peak_bytes / row.numel:.1f} ({row.saved_bytes / row.numel:.1f})")
         lines.append(f"| {label} | " + " | ".join(entries) + " |")
     return "\n".join(lines)
 
@@ -157,138 +167,3 @@ def compare(rows: Sequence[Row], earlier: Sequence[Row]) -> str:
     middle = statistics.median(now[key] / then[key] for key in shared)
     lines.append(f"| median of {len(shared)} | | | {100 * (middle - 1):+.0f} % |")
     return "\n".join(lines)
-
-
-# ---- pictures --------------------------------------------------------------------------------------------
-
-
-def plot(rows: Sequence[Row], folder: Path, described: dict[str, str]) -> list[Path]:
-    """Writes the pictures that the rows suffice for and returns their files. Needs matplotlib."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    most = max(r.threads for r in rows)
-    pictures = {
-        "time-against-size": (_plot_sizes, [r for r in rows if not r.model and r.threads == most]),
-        "speedup": (_plot_speedups, [r for r in rows if r.direction == "both" and r.threads == most]),
-        "threads": (_plot_threads, [r for r in rows if r.direction == "both"]),
-    }
-    for name, (draw, chosen) in pictures.items():
-        if name == "threads" and len({r.threads for r in chosen}) < 2:
-            continue
-        if not chosen:
-            continue
-        figure = draw(chosen)
-        figure.text(0.01, 0.005, ", ".join(filter(None, described.values())), fontsize=7, color="#555555")
-        path = folder / f"{name}.svg"
-        figure.savefig(path, bbox_inches="tight", metadata={"Date": None})
-        pyplot.close(figure)
-        written.append(path)
-    return written
-
-
-def _style(axes: Axes) -> None:
-    axes.grid(True, which="major", color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-
-
-def _plot_sizes(rows: list[Row]) -> Any:
-    from matplotlib import pyplot
-
-    panels = [
-        (op, dtype)
-        for op in ("sample_kl", "reparameterize", "gaussian_kl")
-        for dtype in ("float32", "bfloat16")
-        if len({r.numel for r in rows if r.op == op and r.dtype == dtype and r.direction == "both"}) >= 3
-    ]
-    if not panels:
-        panels = [(rows[0].op, rows[0].dtype)]
-    figure, grid = pyplot.subplots(
-        1, len(panels), figsize=(4.2 * len(panels), 3.8), sharey=True, squeeze=False, layout="constrained"
-    )
-    for axes, (op, dtype) in zip(grid[0], panels, strict=True):
-        _style(axes)
-        for name, color in COLORS.items():
-            points = sorted(
-                {r.numel: r for r in rows if r.contender == name and r.op == op and r.dtype == dtype
-                 and r.direction == "both"}.items()
-            )  # fmt: skip
-            if not points:
-                continue
-            x = [numel for numel, _ in points]
-            axes.plot(
-                x,
-                [r.median for _, r in points],
-                color=color,
-                label="copy of the same bytes (floor)" if name == "copy" else name,
-                marker="o",
-                markersize=3,
-                linestyle=":" if name == "copy" else "-",
-                linewidth=2.2 if name == OURS else 1.4,
-            )
-            axes.fill_between(
-                x, [r.p20 for _, r in points], [r.p80 for _, r in points], color=color, alpha=0.15, lw=0
-            )
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        axes.set_title(f"{op}, {dtype}", fontsize=10)
-        axes.set_xlabel("latent elements")
-    grid[0][0].set_ylabel("forward + backward (µs)")
-    grid[0][0].legend(fontsize=8, frameon=False)
-    return figure
-
-
-def _plot_speedups(rows: list[Row]) -> Any:
-    from matplotlib import pyplot
-
-    labels = list(dict.fromkeys(_label(r) for r in rows))
-    times = {(_label(r), r.contender): r.median for r in rows}
-    names = [n for n in COLORS if n not in (OURS, "copy") and any(r.contender == n for r in rows)]
-    figure, axes = pyplot.subplots(figsize=(8, 0.34 * len(labels) + 1.2), layout="constrained")
-    _style(axes)
-    height = 0.8 / len(names)
-    for i, name in enumerate(names):
-        known = [(y, times[label, name] / times[label, OURS]) for y, label in enumerate(labels)
-                 if (label, name) in times]  # fmt: skip
-        axes.barh(
-            [y + (i - (len(names) - 1) / 2) * height for y, _ in known],
-            [factor for _, factor in known],
-            height=height,
-            color=COLORS[name],
-            label=name,
-        )
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(range(len(labels)), labels, fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("times slower than vaekernels, forward + backward (left of 1: faster)")
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
-    return figure
-
-
-def _plot_threads(rows: list[Row]) -> Any:
-    from matplotlib import pyplot
-
-    counts = sorted({r.threads for r in rows})
-    figure, axes = pyplot.subplots(figsize=(5.2, 3.8), layout="constrained")
-    _style(axes)
-    sizes = sorted({(r.numel, r.case) for r in rows if r.contender == OURS})
-    shades = pyplot.get_cmap("viridis")
-    for i, (numel, case) in enumerate(sizes):
-        times = {r.threads: r.median for r in rows if r.case == case and r.contender == OURS}
-        if set(times) != set(counts):
-            continue
-        color = shades(0.9 * i / max(1, len(sizes) - 1))
-        axes.plot(counts, [times[counts[0]] / times[c] for c in counts], marker="o", color=color,
-                  label=f"{case} ({numel:,})")  # fmt: skip
-    axes.plot(counts, [c / counts[0] for c in counts], color="#999999", linestyle=":", label="linear")
-    axes.set_xticks(counts)
-    axes.set_xlabel("threads")
-    axes.set_ylabel("speedup over one thread")
-    axes.legend(fontsize=8, frameon=False)
-    return figure
