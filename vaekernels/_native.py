@@ -1,8 +1,9 @@
 """Finds the compiled kernels that fit the running torch, and knows why they are absent.
 
 A library is compiled against one torch and crashes or misbehaves under another, so the record beside it is
-read before anything is loaded. Looked at in order: the package itself, then what `vaekernels build` put in
-the user's cache. Nothing here compiles, and nothing makes a CUDA call.
+read before anything is loaded. Looked at: the package itself and what `vaekernels build` put in the user's
+cache; of two that fit, the newer one is what the user asked for last. Nothing here compiles, and nothing
+makes a CUDA call.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def candidates() -> list[Path]:
 
 
 def load(folders: list[Path]) -> Found:
-    """Loads the first libraries that fit; those with CUDA kernels come first where torch has CUDA."""
+    """Loads the newest libraries that fit; those with CUDA kernels come first where torch has CUDA."""
     reason: str | None = None
     fitting: list[tuple[Path, _build.Record]] = []
     for folder in folders:
@@ -72,6 +73,7 @@ def load(folders: list[Path]) -> Found:
             reason = reason or _sentence(problem, remedy)
         else:
             fitting.append((folder, record))
+    fitting.sort(key=lambda pair: -(pair[0] / _build.RECORD_NAME).stat().st_mtime_ns)
     if torch.version.cuda is not None:
         fitting.sort(key=lambda pair: pair[1].cuda.file is None)
     for folder, record in fitting:
