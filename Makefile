@@ -4,6 +4,7 @@
 #   make check-slow    the tests that are too slow for `make test`; results in benchmarks/results/
 #   make docs          the documentation, as pages in build/docs
 #   make bench         the speed table
+#   make install-matrix  installs the package in every way, in fresh environments (20 minutes, 10 GB, a registry)
 #   make instructions  counts the CPU kernels' instructions per element (needs valgrind)
 #   make sass          the CUDA kernels' instructions, counted (needs nvcc): benchmarks/results/sass.csv
 #   make lint | build | cuda-objects | clean
@@ -12,7 +13,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow docs bench instructions lint types cuda-objects sass build clean
+.PHONY: help demo test check-slow docs install-matrix bench instructions lint types cuda-objects sass build clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -73,6 +74,9 @@ check-slow: $(BUILT)
 docs: $(BUILT)
 	$(PY) -m sphinx -W --keep-going -q -E docs build/docs
 	@echo build/docs/index.html
+
+install-matrix: $(ENVIRONMENT)
+	$(PY) tests/install_matrix
 
 instructions: $(BUILT)
 	$(PY) tests/instruction_counts.py

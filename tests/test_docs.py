@@ -87,7 +87,7 @@ def test_every_page_is_known_here_and_links_lead_somewhere() -> None:
     pages = {path.name for path in DOCS.glob("*.md")}
     assert pages == {
         "index.md", "use-the-ops.md", "choose-free-bits.md", "free-bits.md", "is-my-vae-collapsed.md",
-        "train.md", "multi-gpu.md", "api.md",
+        "train.md", "multi-gpu.md", "api.md", "install.md", "install-matrix.md",
     }  # fmt: skip
     for page in pages:
         for link in re.findall(r"\]\(([^)#]+)\)", (DOCS / page).read_text(encoding="utf-8")):

@@ -7,7 +7,6 @@ import doctest
 import importlib
 import pkgutil
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -40,8 +39,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Warnings are errors: a link to a missing page or heading, a reference to nothing, broken markup."""
     for needed in ("sphinx", "myst_parser", "furo"):
         pytest.importorskip(needed, reason="the site needs vaekernels[docs]")
-    shutil.copytree(REPOSITORY / "docs", tmp_path / "docs", ignore=shutil.ignore_patterns("api"))
-    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E", "docs", "site"]
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-E"]
+    command += [str(REPOSITORY / "docs"), str(tmp_path / "site")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for name in DOCUMENTED:
@@ -52,7 +51,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 def test_every_public_module_is_in_the_reference() -> None:
-    top = {name for name in modules() if name.count(".") <= 1 and "._" not in name}
+    top = {name for name in modules() if name.count(".") <= 1 or ".integrations." in name}
+    top = {name for name in top if "._" not in name}
     assert top - INTERNAL <= set(DOCUMENTED), "add it to the list in docs/api.md"
 
 
