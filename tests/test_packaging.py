@@ -97,6 +97,9 @@ def test_the_reason_of_the_failed_build_is_kept(tmp_path: Path) -> None:
     library = _build.Library(problem="CXX=false does not compile C++20", remedy="Install g++", log="exit 1")
     found = _native.load([write(tmp_path, dataclasses.replace(FITTING, cpu=library, cuda=library))])
     assert found.reasons["cpu"] == "CXX=false does not compile C++20. Install g++."
+    # A torch without CUDA has no use for kernels, whatever else went wrong.
+    cuda = found.reasons["cpu"] if torch.version.cuda else "this torch was built without CUDA."
+    assert found.reasons["cuda"] == cuda
 
 
 def test_no_record_and_a_foreign_one_read_as_absent(tmp_path: Path) -> None:

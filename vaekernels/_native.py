@@ -21,6 +21,7 @@ import torch
 from vaekernels import _build
 
 PACKAGE_DIR = Path(__file__).resolve().parent
+NO_CUDA = "this torch was built without CUDA."
 
 
 class FallbackWarning(UserWarning):
@@ -84,7 +85,7 @@ def load(folders: list[Path]) -> Found:
             continue
         return Found(module, folder, {"cpu": None, "cuda": _load_cuda(folder, record.cuda)})
     reason = reason or _sentence(f"no library lies in {' or '.join(map(str, folders))}", None)
-    return Found(None, None, {"cpu": reason, "cuda": reason})
+    return Found(None, None, {"cpu": reason, "cuda": NO_CUDA if torch.version.cuda is None else reason})
 
 
 def _load_module(file: Path) -> ModuleType:
@@ -100,7 +101,7 @@ def _load_module(file: Path) -> ModuleType:
 
 def _load_cuda(folder: Path, library: _build.Library) -> str | None:
     if torch.version.cuda is None:
-        return "this torch was built without CUDA."
+        return NO_CUDA
     if library.file is None:
         return _sentence(library.problem, library.remedy)
     try:

@@ -97,7 +97,7 @@ def plain(environment: Environment, text: str, versions: dict[str, str]) -> str:
     return text.replace(_build.python_tag(), "<python>").rstrip() + "\n"
 
 
-# ---- Pythons and installers
+# ---- Pythons and installers; uv does not see a lent torch and would bring another, without --no-deps
 
 
 def python_cell(version: str) -> None:
@@ -137,21 +137,21 @@ def _(matrix: Matrix) -> Outcome:
 @cell("uv-no-isolation", "`uv pip install --no-build-isolation .`")
 def _(matrix: Matrix) -> Outcome:
     made = matrix.environment("uv-no-isolation")
-    made.uv("--no-build-isolation", matrix.source(), VAEKERNELS_BUILD="1", **NO_CUDA)
+    made.uv("--no-deps", "--no-build-isolation", matrix.source(), VAEKERNELS_BUILD="1", **NO_CUDA)
     return works(made)
 
 
 @cell("uv", "`uv pip install .`: its isolation hides the environment's torch")
 def _(matrix: Matrix) -> Outcome:
     made = matrix.environment("uv")
-    made.uv(matrix.source(), **NO_CUDA)
+    made.uv("--no-deps", matrix.source(), **NO_CUDA)
     return message(made)
 
 
 @cell("uv-then-build", "the same, then `vaekernels build`")
 def _(matrix: Matrix) -> Outcome:
     made = matrix.environment("uv-then-build")
-    made.uv(matrix.source(), **NO_CUDA)
+    made.uv("--no-deps", matrix.source(), **NO_CUDA)
     made.command("build", status=None, **NO_CUDA)
     return works(made)
 
