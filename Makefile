@@ -2,7 +2,9 @@
 #   make demo          a text VAE that collapses, and the same one cured, side by side
 #   make test          build, lint, type check, CUDA objects where nvcc is, tests
 #   make check-slow    the tests that are too slow for `make test`; results in benchmarks/results/
+#   make docs          the documentation, as pages in build/docs
 #   make bench         the speed table
+#   make install-matrix  installs the package in every way, in fresh environments (20 minutes, 10 GB, a registry)
 #   make instructions  counts the CPU kernels' instructions per element (needs valgrind)
 #   make sass          the CUDA kernels' instructions, counted (needs nvcc): benchmarks/results/sass.csv
 #   make lint | build | cuda-objects | clean
@@ -11,7 +13,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow bench instructions lint types cuda-objects sass build clean
+.PHONY: help demo test check-slow docs install-matrix bench instructions lint types cuda-objects sass build clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -34,7 +36,7 @@ $(ENVIRONMENT): constraints.txt pyproject.toml
 	  { echo "$(PYTHON) lacks its C headers: install them (Debian, Ubuntu: apt-get install python3-dev)"; exit 1; }
 	$(PYTHON) -m venv --clear $(VENV)
 	$(PIP) --upgrade pip setuptools torch
-	VAEKERNELS_BUILD=0 $(PIP) --no-build-isolation -e '.[train,dev]'
+	VAEKERNELS_BUILD=0 $(PIP) --no-build-isolation -e '.[train,dev,docs]'
 	touch $@
 
 $(BUILT): $(ENVIRONMENT) setup.py vaekernels/_build.py $(NATIVE)
@@ -67,6 +69,14 @@ sass: $(ENVIRONMENT)
 check-slow: $(BUILT)
 	mkdir -p benchmarks/results
 	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -m slow -rA --no-header --color=no | tee benchmarks/results/check-slow.txt
+
+# Strict: a link or a reference that leads nowhere fails.
+docs: $(BUILT)
+	$(PY) -m sphinx -W --keep-going -q -E docs build/docs
+	@echo build/docs/index.html
+
+install-matrix: $(ENVIRONMENT)
+	$(PY) tests/install_matrix
 
 instructions: $(BUILT)
 	$(PY) tests/instruction_counts.py

@@ -38,7 +38,15 @@ def blocks(name: str) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["use-the-ops.md", "choose-free-bits.md", "is-my-vae-collapsed.md", "train.md"]
+    "name",
+    [
+        "index.md",
+        "use-the-ops.md",
+        "choose-free-bits.md",
+        "free-bits.md",
+        "is-my-vae-collapsed.md",
+        "train.md",
+    ],
 )
 def test_a_tutorial_runs_from_its_first_line_to_its_last(name: str) -> None:
     found = blocks(name)
@@ -78,7 +86,8 @@ def test_several_processes(tmp_path: Path) -> None:
 def test_every_page_is_known_here_and_links_lead_somewhere() -> None:
     pages = {path.name for path in DOCS.glob("*.md")}
     assert pages == {
-        "use-the-ops.md", "choose-free-bits.md", "is-my-vae-collapsed.md", "train.md", "multi-gpu.md"
+        "index.md", "use-the-ops.md", "choose-free-bits.md", "free-bits.md", "is-my-vae-collapsed.md",
+        "train.md", "multi-gpu.md", "api.md", "install.md", "install-matrix.md",
     }  # fmt: skip
     for page in pages:
         for link in re.findall(r"\]\(([^)#]+)\)", (DOCS / page).read_text(encoding="utf-8")):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -47,6 +50,89 @@ def test_doctor_shows_the_reason_and_the_failed_build(
     shown = capsys.readouterr().out
     assert "CPU kernels:   no: c++ failed on csrc/ops.cpp. Mend it." in shown
     assert "ops.cpp:3: error: no" in shown
+
+
+@pytest.mark.parametrize(
+    ("capability", "architectures", "fits"),
+    [
+        ((8, 6), "sm_80", True),
+        ((8, 0), "sm_86", False),
+        ((9, 0), "sm_80 sm_86", False),
+        ((9, 0), "sm_80 compute_80", True),
+        ((7, 5), "sm_80 compute_80", False),
+        ((12, 0), "sm_90 sm_100 compute_100", True),
+        ((9, 0), "sm_90a compute_90a", True),
+        ((10, 0), "sm_90a compute_90a", False),
+        ((10, 3), "compute_100f", True),
+        ((12, 0), "compute_100f", False),
+    ],
+)
+def test_which_gpus_a_library_runs_on(capability: tuple[int, int], architectures: str, fits: bool) -> None:
+    assert cli.runs_on(capability, architectures) is fits
+
+
+def test_a_gpu_that_the_library_has_no_code_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    built = _build.Library("_C_cuda.so", architectures="sm_80 compute_80")
+    record = _build.Record(
+        _build.VERSION, _build.python_tag(), str(torch.__version__), "13.0", _build.Library("_C.so"), built
+    )
+    record.write(tmp_path)
+    monkeypatch.setattr(_native, "FOUND", _native.Found(Library(), tmp_path, {"cpu": None, "cuda": None}))
+    monkeypatch.setattr(_native, "_AVAILABLE", {"cpu": True, "cuda": True})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: [(8, 6), (7, 5)][i])
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: ["A10", "T4"][i])
+    assert cli.main(["doctor"]) == 1
+    shown = capsys.readouterr().out
+    assert "GPUs:          A10 (8.6), T4 (7.5)" in shown
+    assert "CPU kernels:   yes, for avx2" in shown
+    assert "CUDA kernels:  yes, for sm_80 compute_80" in shown
+    assert (
+        "no code for T4, of compute capability 7.5. Run `TORCH_CUDA_ARCH_LIST=7.5 vaekernels build`" in shown
+    )
+    assert "A10, of" not in shown
+    cli.main(["doctor", "--json"])
+    gpus = json.loads(capsys.readouterr().out)["torch"]["gpus"]
+    assert gpus == [
+        {"name": "A10", "capability": "8.6", "served": True},
+        {"name": "T4", "capability": "7.5", "served": False},
+    ]
+
+
+class Library(types.ModuleType):
+    """As much of a compiled library as the doctor asks."""
+
+    def __init__(self) -> None:
+        super().__init__("_C")
+
+    def build_info(self) -> dict[str, object]:
+        return {"torch": str(torch.__version__), "cpu_isa": "avx2"}
+
+
+def test_a_cache_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cli.main(["build"]) == 1
+    shown = capsys.readouterr().err
+    assert str(tmp_path / "file") in shown and "Set XDG_CACHE_HOME" in shown
+
+
+def test_the_command_where_torch_is_missing_or_broken(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", "import sys, _vaekernels_command as c; sys.exit(c.main())"]
+    broken = tmp_path / "torch.py"
+    for body, words in (
+        ("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')", "`pip install torch`"),
+        ("raise OSError('libcudart.so.13: cannot open')", "`pip install --force-reinstall torch`"),
+    ):
+        broken.write_text(body)
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 1 and words in done.stderr and "Traceback" not in done.stderr
+        assert done.stdout == "" and sys.executable in done.stderr
 
 
 def test_build_shows_the_compilers_words(

@@ -97,6 +97,9 @@ def test_the_reason_of_the_failed_build_is_kept(tmp_path: Path) -> None:
     library = _build.Library(problem="CXX=false does not compile C++20", remedy="Install g++", log="exit 1")
     found = _native.load([write(tmp_path, dataclasses.replace(FITTING, cpu=library, cuda=library))])
     assert found.reasons["cpu"] == "CXX=false does not compile C++20. Install g++."
+    # A torch without CUDA has no use for kernels, whatever else went wrong.
+    cuda = found.reasons["cpu"] if torch.version.cuda else "this torch was built without CUDA."
+    assert found.reasons["cuda"] == cuda
 
 
 def test_no_record_and_a_foreign_one_read_as_absent(tmp_path: Path) -> None:
@@ -113,14 +116,17 @@ def test_record_round_trip(tmp_path: Path) -> None:
     assert _build.Record.read(tmp_path) == FITTING
 
 
-def test_the_package_comes_before_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_newer_of_two_that_fit_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Path] = []
     monkeypatch.setattr(_native, "_load_module", lambda file: loaded.append(file) or torch)
     package, cache = write(tmp_path / "package", FITTING), write(tmp_path / "user", FITTING)
+    for newer, older in ((package, cache), (cache, package)):
+        os.utime(older / _build.RECORD_NAME, ns=(10**9, 10**9))
+        os.utime(newer / _build.RECORD_NAME, ns=(2 * 10**9, 2 * 10**9))
+        assert _native.load([package, cache]).folder == newer
+    write(cache, dataclasses.replace(FITTING, torch="2.11.0"))
     assert _native.load([package, cache]).folder == package
-    write(package, dataclasses.replace(FITTING, torch="2.11.0"))
-    assert _native.load([package, cache]).folder == cache
-    assert [file.parent for file in loaded] == [package, cache]
+    assert [file.parent for file in loaded] == [package, cache, package]
 
 
 def test_a_build_with_cuda_is_preferred_under_a_cuda_torch(
@@ -221,6 +227,23 @@ def test_missing_python_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "python3-dev" in caught.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("MAX_JOBS", "two", "MAX_JOBS must be a whole number, got 'two'"),
+        ("CXXFLAGS", "-DX='1", "CXXFLAGS=-DX='1 is no command line: No closing quotation"),
+        ("CXX", "'c++", "CXX='c++ is no command line: No closing quotation"),
+    ],
+)
+def test_a_variable_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
+) -> None:
+    monkeypatch.setenv("CXX", script(tmp_path / "c++", "exit 0"))
+    monkeypatch.setenv(name, value)
+    record = _build.build(tmp_path / "package", tmp_path / "objects", lambda line: None, CUDA_TORCH)
+    assert record.cpu.problem == message
+
+
 def test_old_torch_is_not_compiled_against(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", script(tmp_path / "c++", "exit 0"))
     old = dataclasses.replace(CUDA_TORCH, version="2.8.0")
@@ -240,7 +263,7 @@ def test_objects_are_made_again_only_when_something_changed(tmp_path: Path) -> N
     )
 
     def compiled(flag: str) -> int:
-        _build._compile([(source, [compiler, flag])], tmp_path, lambda line: None)
+        _build.compile_sources([(source, [compiler, flag])], tmp_path, lambda line: None)
         return len(calls.read_text().splitlines())
 
     assert [compiled("-O2"), compiled("-O2")] == [1, 1]
@@ -269,7 +292,7 @@ def test_the_cache_is_keyed_by_every_version(tmp_path: Path) -> None:
 
 def test_no_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    with pytest.raises(_build.BuildProblem, match="nvcc was not found") as caught:
+    with pytest.raises(_build.BuildProblem, match=f"nvcc was not found in CUDA_HOME={tmp_path}") as caught:
         _build.cuda_compiler(CUDA_TORCH)
     assert "CUDA 13" in caught.value.remedy and caught.value.log is None
 

@@ -1,7 +1,11 @@
 """vaekernels: the latent layer of a variational autoencoder as one operation.
 
+>>> import torch
 >>> import vaekernels as vk
+>>> mu, logvar = torch.randn(128, 32), torch.randn(128, 32)
 >>> z, kl, per_group = vk.sample_kl(mu, logvar, free_bits=0.25)
+>>> z.shape, kl.shape, per_group.shape
+(torch.Size([128, 32]), torch.Size([]), torch.Size([32]))
 
 `reparameterize` draws the sample, `gaussian_kl` computes the KL divergence with free bits, `sample_kl` does
 both from one reading of the posterior; each has a `_packed` form for one tensor that holds mu and logvar.

@@ -22,12 +22,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 VERSION = "0.1.0"
 OLDEST_TORCH = (2, 11)
 RECORD_NAME = "_build.json"
 BUILD_COMMAND = "vaekernels build"
+CUDA_VARIABLES = ("CUDA_HOME", "CUDA_PATH")
 # -std is ours: torch's headers ask for C++20 from 2.14 on, and no build tool is relied on to pass it.
 CXX_FLAGS = [
     # GCC's false alarm inside torch's SmallVector is left out of -Wall.
@@ -40,6 +41,10 @@ OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
 NVCC_FLAGS = ["-std=c++20", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 
+Job: TypeAlias = tuple[Path, list[str]]
+"""A source and the command that compiles it, all but its name and the object's."""
+
+
 class BuildProblem(Exception):
     """Why a library was not built, what the user can do about it, and the tool's own words where one ran."""
 
@@ -50,12 +55,14 @@ class BuildProblem(Exception):
 
 @dataclass(frozen=True)
 class Library:
-    """One library of the package: its file name, or why there is none."""
+    """One library of the package: its file name, or why there is none. ``architectures``: of the GPUs that it
+    has code for ("sm_80 sm_90"), and of the PTX ("compute_90") that later ones compile when they load it."""
 
     file: str | None = None
     problem: str | None = None
     remedy: str | None = None
     log: str | None = None
+    architectures: str | None = None
 
     @classmethod
     def missing(cls, problem: BuildProblem) -> Library:
@@ -142,7 +149,7 @@ def find_torch() -> Torch:
         raise BuildProblem(
             "torch was not installed where the package was built",
             f"Once torch is installed, run `{BUILD_COMMAND}`, "
-            "or install again with `pip install --no-build-isolation`",
+            "or install again with `--no-build-isolation` (pip and uv have it)",
         )
     last = words.splitlines()[-1] if words else f"exit status {result.returncode}"
     raise BuildProblem(f"torch cannot be imported: {last}", f"Mend torch, then run `{BUILD_COMMAND}`", words)
@@ -191,7 +198,7 @@ def build(target: Path, scratch: Path, say: Callable[[str], None], torch: Torch 
         say(f"vaekernels: no compiled kernels: {problem}. {problem.remedy}.")
     if torch is not None and cpu.file is not None:
         try:
-            cuda = Library(_build_cuda(torch, target, scratch, say))
+            cuda = _build_cuda(torch, target, scratch, say)
         except BuildProblem as problem:
             cuda = Library.missing(problem)
             say(f"vaekernels: no CUDA kernels: {problem}. {problem.remedy}.")
@@ -204,13 +211,11 @@ def build(target: Path, scratch: Path, say: Callable[[str], None], torch: Torch 
 
 def _build_cpu(torch: Torch, target: Path, scratch: Path, say: Callable[[str], None]) -> str:
     compiler = find_compiler(scratch)
-    flags = [*CXX_FLAGS, *OPENMP_FLAGS, *_torch_flags(torch), *shlex.split(os.environ.get("CXXFLAGS", ""))]
-    sources = [p for p in _sources("*.cpp") if "cuda" not in p.parts[-2:-1]]
-    objects = _compile([(source, [*compiler, *flags]) for source in sources], scratch, say)
+    objects = compile_sources(cpu_jobs(torch, compiler), scratch, say)
     file = "_C" + EXTENSION_SUFFIXES[0]
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     libraries = [f"-L{torch.root}/lib", "-lc10", "-ltorch_cpu", "-ltorch", "-ltorch_python"]
-    extra = shlex.split(os.environ.get("LDFLAGS", ""))
+    extra = _words("LDFLAGS")
     _run(
         [*compiler, *shared, *OPENMP_FLAGS, *map(str, objects), *libraries, *extra, "-o", str(target / file)],
         say,
@@ -219,7 +224,14 @@ def _build_cpu(torch: Torch, target: Path, scratch: Path, say: Callable[[str], N
     return file
 
 
-def _build_cuda(torch: Torch, target: Path, scratch: Path, say: Callable[[str], None]) -> str:
+def cpu_jobs(torch: Torch, compiler: Sequence[str]) -> list[Job]:
+    """What the CPU library is compiled from, and how."""
+    flags = [*CXX_FLAGS, *OPENMP_FLAGS, *_torch_flags(torch), *_words("CXXFLAGS")]
+    sources = [p for p in _sources("*.cpp") if "cuda" not in p.parts[-2:-1]]
+    return [(source, [*compiler, *flags]) for source in sources]
+
+
+def _build_cuda(torch: Torch, target: Path, scratch: Path, say: Callable[[str], None]) -> Library:
     nvcc = cuda_compiler(torch)
     archs = cuda_arch_flags(torch, nvcc)
     objects = compile_cuda_objects(torch, nvcc, archs, scratch, say)
@@ -227,22 +239,39 @@ def _build_cuda(torch: Torch, target: Path, scratch: Path, say: Callable[[str], 
     libraries = [f"-L{torch.root}/lib", "-lc10", "-lc10_cuda", "-ltorch_cpu", "-ltorch_cuda", "-ltorch"]
     command = [nvcc, "-shared", "-cudart", "shared", *archs, *map(str, objects), *libraries]
     _run([*command, "-o", str(target / file)], say, file)
-    return file
+    return Library(file, architectures=" ".join(re.findall(r"code=(\w+)", " ".join(archs))))
 
 
 def compile_cuda_objects(
     torch: Torch, nvcc: str, archs: Sequence[str], scratch: Path, say: Callable[[str], None]
 ) -> list[Path]:
     """Compiles csrc/cuda; works against a torch without CUDA as well, to objects only."""
-    ccbin = ["-ccbin", shlex.split(os.environ["CXX"])[0]] if os.environ.get("CXX") else []
-    host = [nvcc, *ccbin, *NVCC_FLAGS, *_torch_flags(torch)]
+    command = [nvcc, *_host_compiler(), *NVCC_FLAGS, f"-I{_csrc()}", *archs]
+    kernels: list[Job] = [(source, command) for source in _sources("cuda/*.cu")]
+    return compile_sources([*kernels, *cuda_host_jobs(torch, nvcc)], scratch, say)
+
+
+def cuda_host_jobs(torch: Torch, nvcc: str) -> list[Job]:
+    """Those files of csrc/cuda that know torch; no kernels."""
+    host = [nvcc, *_host_compiler(), *NVCC_FLAGS, *_torch_flags(torch)]
     if torch.cuda is None:
         # A CPU wheel lacks the header that CMake generates for c10/cuda.
         host.append("-DC10_CUDA_NO_CMAKE_CONFIGURE_FILE")
-    kernels = [
-        (source, [nvcc, *ccbin, *NVCC_FLAGS, f"-I{_csrc()}", *archs]) for source in _sources("cuda/*.cu")
-    ]
-    return _compile([*kernels, *((source, host) for source in _sources("cuda/*.cpp"))], scratch, say)
+    return [(source, host) for source in _sources("cuda/*.cpp")]
+
+
+def _host_compiler() -> list[str]:
+    return ["-ccbin", _words("CXX")[0]] if _words("CXX") else []
+
+
+def _words(variable: str) -> list[str]:
+    """What an environment variable holds, split as a shell would."""
+    try:
+        return shlex.split(os.environ.get(variable, ""))
+    except ValueError as error:
+        raise BuildProblem(
+            f"{variable}={os.environ[variable]} is no command line: {error}", "Mend it"
+        ) from None
 
 
 def find_compiler(scratch: Path) -> list[str]:
@@ -250,7 +279,7 @@ def find_compiler(scratch: Path) -> list[str]:
     if sys.platform == "win32":
         raise BuildProblem("there are no build rules for Windows", "Use the Windows Subsystem for Linux")
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    compiler = shlex.split(os.environ.get("CXX", "")) or ([found] if found else [])
+    compiler = _words("CXX") or ([found] if found else [])
     remedy = (
         "Install a C++20 compiler (Debian, Ubuntu: `apt-get install g++`; conda: `conda install gxx`; macOS: "
         f"`xcode-select --install`), then run `{BUILD_COMMAND}`"
@@ -281,10 +310,16 @@ def find_compiler(scratch: Path) -> list[str]:
 
 def find_nvcc() -> str | None:
     """nvcc under $CUDA_HOME or $CUDA_PATH, on PATH, or under /usr/local/cuda. GPUs play no part."""
-    for name in ("CUDA_HOME", "CUDA_PATH"):
+    for name in CUDA_VARIABLES:
         if os.environ.get(name):
             return shutil.which(os.path.join(os.environ[name], "bin", "nvcc"))
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def _nvcc_places() -> str:
+    """Where `find_nvcc` looks."""
+    told = next((name for name in CUDA_VARIABLES if os.environ.get(name)), None)
+    return f"in {told}={os.environ[told]}" if told else "on PATH or in /usr/local/cuda"
 
 
 def cuda_compiler(torch: Torch) -> str:
@@ -302,7 +337,7 @@ def cuda_compiler(torch: Torch) -> str:
     major = torch.cuda.split(".")[0]
     remedy = f"Install the CUDA {major} toolkit, set CUDA_HOME to it, then run `{BUILD_COMMAND}`"
     if nvcc is None:
-        raise BuildProblem("nvcc was not found", remedy)
+        raise BuildProblem(f"nvcc was not found {_nvcc_places()}", remedy)
     version = nvcc_version(nvcc)
     if version.split(".")[0] != major:
         raise BuildProblem(f"{nvcc} is of CUDA {version} and torch of CUDA {torch.cuda}", remedy)
@@ -375,11 +410,14 @@ def _torch_flags(torch: Torch) -> list[str]:
     ]
 
 
-def _compile(jobs: Sequence[tuple[Path, list[str]]], scratch: Path, say: Callable[[str], None]) -> list[Path]:
+def compile_sources(jobs: Sequence[Job], scratch: Path, say: Callable[[str], None]) -> list[Path]:
     """Runs the compile commands side by side (MAX_JOBS, else one per core) and returns the objects."""
-    workers = max(1, min(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1), len(jobs)))
+    asked = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not asked.strip().isdigit():
+        raise BuildProblem(f"MAX_JOBS must be a whole number, got {asked!r}", "Unset it or set it to one")
+    workers = max(1, min(int(asked), len(jobs)))
 
-    def one(job: tuple[Path, list[str]]) -> Path:
+    def one(job: Job) -> Path:
         source, command = job
         # The command is part of the name, so an object made with other flags is never taken for this one.
         mark = hashlib.sha256("\0".join([*command, str(source)]).encode()).hexdigest()[:12]

@@ -1,8 +1,9 @@
 """Finds the compiled kernels that fit the running torch, and knows why they are absent.
 
 A library is compiled against one torch and crashes or misbehaves under another, so the record beside it is
-read before anything is loaded. Looked at in order: the package itself, then what `vaekernels build` put in
-the user's cache. Nothing here compiles, and nothing makes a CUDA call.
+read before anything is loaded. Looked at: the package itself and what `vaekernels build` put in the user's
+cache; of two that fit, the newer one is what the user asked for last. Nothing here compiles, and nothing
+makes a CUDA call.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from vaekernels import _build
 
 PACKAGE_DIR = Path(__file__).resolve().parent
+NO_CUDA = "this torch was built without CUDA."
 
 
 class FallbackWarning(UserWarning):
@@ -58,7 +60,7 @@ def candidates() -> list[Path]:
 
 
 def load(folders: list[Path]) -> Found:
-    """Loads the first libraries that fit; those with CUDA kernels come first where torch has CUDA."""
+    """Loads the newest libraries that fit; those with CUDA kernels come first where torch has CUDA."""
     reason: str | None = None
     fitting: list[tuple[Path, _build.Record]] = []
     for folder in folders:
@@ -72,6 +74,7 @@ def load(folders: list[Path]) -> Found:
             reason = reason or _sentence(problem, remedy)
         else:
             fitting.append((folder, record))
+    fitting.sort(key=lambda pair: -(pair[0] / _build.RECORD_NAME).stat().st_mtime_ns)
     if torch.version.cuda is not None:
         fitting.sort(key=lambda pair: pair[1].cuda.file is None)
     for folder, record in fitting:
@@ -82,7 +85,7 @@ def load(folders: list[Path]) -> Found:
             continue
         return Found(module, folder, {"cpu": None, "cuda": _load_cuda(folder, record.cuda)})
     reason = reason or _sentence(f"no library lies in {' or '.join(map(str, folders))}", None)
-    return Found(None, None, {"cpu": reason, "cuda": reason})
+    return Found(None, None, {"cpu": reason, "cuda": NO_CUDA if torch.version.cuda is None else reason})
 
 
 def _load_module(file: Path) -> ModuleType:
@@ -98,7 +101,7 @@ def _load_module(file: Path) -> ModuleType:
 
 def _load_cuda(folder: Path, library: _build.Library) -> str | None:
     if torch.version.cuda is None:
-        return "this torch was built without CUDA."
+        return NO_CUDA
     if library.file is None:
         return _sentence(library.problem, library.remedy)
     try:

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def diagnosis() -> dict[str, Any]:
             "version": str(torch.__version__),
             "path": os.path.dirname(torch.__file__),
             "cuda": torch.version.cuda,
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+            "gpus": _gpus(),
         },
         "cpu": _library("cpu"),
         "cuda": _library("cuda"),
@@ -129,11 +130,56 @@ def diagnosis() -> dict[str, Any]:
 
 
 def _library(device_type: str) -> dict[str, Any]:
+    loaded = _native.has_kernels(device_type)
     return {
-        "kernels": _native.has_kernels(device_type),
+        "kernels": loaded,
+        "architectures": _architectures(device_type) if loaded else None,
         "reason": _native.explain(device_type),
-        "log": None if _native.has_kernels(device_type) else _log(device_type),
+        "log": None if loaded else _log(device_type),
     }
+
+
+def _architectures(device_type: str) -> str | None:
+    """What the loaded library has code for: the GPUs, or the instruction set that this CPU takes of it."""
+    module, folder = _native.FOUND.module, _native.FOUND.folder
+    if module is None or folder is None:
+        return None
+    if device_type == "cpu":
+        return str(module.build_info()["cpu_isa"])
+    record = _build.Record.read(folder)
+    return None if record is None else record.cuda.architectures
+
+
+def _gpus() -> list[dict[str, Any]]:
+    """The GPUs, and whether the library has code for each (None: there is no library, or its record does not
+    say)."""
+    built = _architectures("cuda") if _native.has_kernels("cuda") else None
+    found = []
+    for i in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(i)
+        served = None if built is None else runs_on(capability, built)
+        name = torch.cuda.get_device_name(i)
+        found.append({"name": name, "capability": "{}.{}".format(*capability), "served": served})
+    return found
+
+
+def runs_on(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether a GPU of this compute capability runs one of ``architectures``, such as "sm_80 compute_90".
+
+    Machine code runs on its own major version from its minor one on; PTX on everything from its version on.
+    Those of an "a" run on that one version alone, those of an "f" on their own major version.
+    """
+    for kind, major, minor, suffix in re.findall(r"(sm|compute)_(\d+)(\d)([af]?)", architectures):
+        built = (int(major), int(minor))
+        if suffix == "a":
+            fits = capability == built
+        elif kind == "compute" and not suffix:
+            fits = capability >= built
+        else:
+            fits = capability[0] == built[0] and capability >= built
+        if fits:
+            return True
+    return False
 
 
 def _log(device_type: str) -> str | None:
@@ -149,19 +195,21 @@ def _log(device_type: str) -> str | None:
 
 def _doctor(*, as_json: bool) -> int:
     facts = diagnosis()
-    mended = facts["cpu"]["kernels"] and (facts["cuda"]["kernels"] or facts["torch"]["cuda"] is None)
+    left_out = [gpu for gpu in facts["torch"]["gpus"] if gpu["served"] is False]
+    complete = facts["cpu"]["kernels"] and (facts["cuda"]["kernels"] or facts["torch"]["cuda"] is None)
+    status = 0 if complete and not left_out else 1
     if as_json:
         print(json.dumps(facts, indent=1))
-        return 0 if mended else 1
-    cuda = facts["torch"]["cuda"] or "none"
+        return status
     missing = [name for name, there in facts["train"].items() if not there]
     rows = {
         "vaekernels": f"{facts['version']} in {facts['package']}",
         "python": f"{facts['python']} on {facts['platform']}",
-        "torch": f"{facts['torch']['version']} (CUDA: {cuda}) in {facts['torch']['path']}",
-        "GPUs": ", ".join(facts["torch"]["gpus"]) or "none",
-        "CPU kernels": "yes" if facts["cpu"]["kernels"] else f"no: {facts['cpu']['reason']}",
-        "CUDA kernels": "yes" if facts["cuda"]["kernels"] else f"no: {facts['cuda']['reason']}",
+        "torch": f"{facts['torch']['version']} (CUDA: {facts['torch']['cuda'] or 'none'}) "
+        f"in {facts['torch']['path']}",
+        "GPUs": ", ".join(f"{gpu['name']} ({gpu['capability']})" for gpu in facts["torch"]["gpus"]) or "none",
+        "CPU kernels": _answer(facts["cpu"]),
+        "CUDA kernels": _answer(facts["cuda"]),
         "library": facts["library_folder"] or "none; every op runs on plain PyTorch",
         "built with": ", ".join(f"{k} {v}" for k, v in (facts["build_info"] or {}).items()) or "-",
         "user's build": facts["cache"] + ("" if Path(facts["cache"]).is_dir() else " (none yet)"),
@@ -173,16 +221,31 @@ def _doctor(*, as_json: bool) -> int:
     }
     for name, value in rows.items():
         print(f"{name + ':':14} {value}")
+    for gpu in left_out:
+        print(
+            f"\nThe CUDA kernels have no code for {gpu['name']}, of compute capability {gpu['capability']}. "
+            f"Run `TORCH_CUDA_ARCH_LIST={gpu['capability']} {_build.BUILD_COMMAND}`."
+        )
     for device_type in ("cpu", "cuda"):
         if facts[device_type]["log"]:
             print(f"\nThe failed build for {device_type} said:\n{facts[device_type]['log']}")
-    return 0 if mended else 1
+    return status
+
+
+def _answer(library: dict[str, Any]) -> str:
+    if not library["kernels"]:
+        return f"no: {library['reason']}"
+    return f"yes, for {library['architectures']}" if library["architectures"] else "yes"
 
 
 def _compile() -> int:
     in_use = _build.torch_in_use()
     goal = _build.cache_dir(in_use.version, in_use.cuda)
-    goal.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        goal.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"vaekernels build: {error}. Set XDG_CACHE_HOME to a folder you can write to.", file=sys.stderr)
+        return 1
     # Built aside and moved into place whole: another process may be loading the old one or building too.
     with tempfile.TemporaryDirectory(dir=goal.parent) as aside:
         made = Path(aside, "made")

@@ -19,8 +19,11 @@ class SampleKL(NamedTuple):
     """What `sample_kl` returns: the sample, the loss term and the unclamped rate of each group, in nats."""
 
     z: Tensor
+    """the sample"""
     kl: Tensor
+    """the term of the loss"""
     kl_per_group: Tensor
+    """the rates, unclamped and differentiable; log these, and build other objectives from them"""
 
 
 # The options of a call that `short_entry` serves.
@@ -59,8 +62,8 @@ def reparameterize(
     Args:
         mu, logvar: the posterior N(mu, diag exp(logvar)), of one shape, dtype (float32, bfloat16, float16 or
             float64) and device. The arithmetic is in float32, for float64 in float64.
-        num_samples: K, for z of shape [K, *mu.shape] from one reading of mu and logvar; None for the shape of
-            mu.
+        num_samples: K, for z of shape ``[K, *mu.shape]`` from one reading of mu and logvar; None for the
+            shape of mu.
         generator: the torch.Generator to draw from instead of the default one. Not while compiling.
         rng: a state from `rng_state`, in place of a generator: the same state gives the same z.
         parameterization: what `logvar` holds: "logvar", "log_std", "std" or "softplus" (the standard
@@ -190,7 +193,7 @@ def gaussian_kl(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The KL divergence KL(q || p) of diagonal Gaussians in nats, with free bits, reduced to a loss term.
 
-    For element e of row b, with lv = logvar (Kingma & Welling 2014):
+    For element e of row b, with lv = logvar (Kingma & Welling 2014)::
 
         KL[b,e] = 1/2 (mu^2 + exp(lv) - 1 - lv)                            prior N(0, I)
         KL[b,e] = 1/2 ((mu-mp)^2 exp(-lp) + exp(lv-lp) - 1 - (lv-lp))      prior N(mp, exp(lp))
@@ -200,7 +203,7 @@ def gaussian_kl(
         clamp="sample": sum_b w_b sum_g f(KL[b,g]; free_bits_g) / sum_b w_b
 
     Args:
-        mu, logvar: the posterior, shape [*batch, *latent], of one dtype (float32, bfloat16, float16 or
+        mu, logvar: the posterior, shape ``[*batch, *latent]``, of one dtype (float32, bfloat16, float16 or
             float64) and device. The arithmetic and the results are in float32, for float64 in float64.
         prior_mu, prior_logvar: the prior, in the shape of mu; both or neither, for N(0, I).
         free_bits: the rate of a group, in nats, below which the loss pushes it no further: a non-negative
@@ -228,7 +231,7 @@ def gaussian_kl(
         return_per_group: also return the rates, in the group shape: unclamped, and differentiable.
 
     Returns:
-        kl, or (kl, kl_per_group). An empty batch, or weights that sum to 0, give NaN ("sum": 0).
+        kl, or (kl, kl_per_group). An empty batch, or weights that sum to 0, give NaN ("sum" gives 0).
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other, unknown strings, negative or NaN values
@@ -368,7 +371,7 @@ def sample_kl(
     returned.
 
     Returns:
-        SampleKL(z, kl, kl_per_group): z in the dtype and memory format of mu, [K, *mu.shape] with
+        SampleKL(z, kl, kl_per_group): z in the dtype and memory format of mu, ``[K, *mu.shape]`` with
             num_samples=K; kl and kl_per_group in float32 (float64 for float64), in nats. kl_per_group is
             never clamped, and differentiable, so that any other objective (a capacity, a controller) can be
             built from it.

@@ -1,10 +1,11 @@
-"""Is the latent used? Measurements that a low, or a high, KL alone cannot fool.
+"""Is the latent used? Measurements that a low, or a high, KL alone cannot fool, of any model given as two
+functions::
 
->>> report = vaekernels.collapse.diagnose(encode, log_likelihood, heldout)
->>> print(report)
->>> report.save("diagnosis")
+    report = vaekernels.collapse.diagnose(encode, log_likelihood, heldout)
+    print(report)
+    report.save("diagnosis")
 
-for any model given as two functions. `metrics` has the single measures for a training loop.
+`vaekernels.collapse.metrics` has the single measures for a training loop.
 """
 
 from __future__ import annotations

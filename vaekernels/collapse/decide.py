@@ -106,13 +106,13 @@ class Dim:
     rate: Estimate
     information: Estimate
     mismatch: Estimate
-    """rate - information: how far the aggregate posterior of this dimension is from the prior"""
+    """rate - information, how far the aggregate posterior of this dimension is from the prior"""
     use: Estimate | None
     """nats lost when this dimension alone is shuffled"""
     use_train: Estimate | None
     mu_variance: float
     redundant: tuple[int, ...] = ()
-    """dimensions that say the same: shuffled together they matter, this one alone does not"""
+    """dimensions that say the same; shuffled together they matter, this one alone does not"""
 
 
 def state_of(

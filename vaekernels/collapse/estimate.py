@@ -116,9 +116,9 @@ def bootstrap_mean(
     values: Tensor, *, resamples: int = RESAMPLES, generator: torch.Generator | None = None
 ) -> Estimate:
     """Mean of ``values`` [N] with its 95% interval over ``resamples`` resamples of the examples
-    (:class:`Bootstrap`).
+    (``Bootstrap``).
 
-    For a paired comparison pass the N differences. The values must be independent; see :func:`along_cycle`.
+    For a paired comparison pass the N differences. The values must be independent; see ``along_cycle``.
     """
     if values.dim() != 1 or len(values) < 2:
         raise ValueError(

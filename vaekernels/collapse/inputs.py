@@ -93,7 +93,7 @@ def digest(x: Examples) -> str:
 def flatten_latents(
     encode: Encode, log_likelihood: LogLikelihood, latent_shape: Sequence[int]
 ) -> tuple[Encode, LogLikelihood]:
-    """The two functions of a model whose latents are [B, *latent_shape], as functions of latents [B, D].
+    """The two functions of a model whose latents are ``[B, *latent_shape]``, as functions of latents [B, D].
 
     D is the product of ``latent_shape``; the axes after the batch axis are flattened in their order, so that
     dimension d of the diagnosis is element ``torch.unravel_index(d, latent_shape)`` of the latent::

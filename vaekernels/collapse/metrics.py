@@ -91,7 +91,7 @@ def delta_shuffle(
     paired.
 
     About 0: the decoder ignores z, or z holds nothing. A detector of use, not a quantity of information. See
-    :func:`shuffle_nll` for z', :func:`~vaekernels.collapse.estimate.along_cycle` for the interval.
+    :func:`shuffle_nll` for z', ``along_cycle`` in ``vaekernels.collapse.estimate`` for the interval.
     """
     own, shuffled, permutation = _shuffle(encode, log_likelihood, x, generator, batch_size)
     return bootstrap_mean(along_cycle(shuffled - own, permutation), resamples=resamples, generator=generator)

@@ -98,7 +98,7 @@ class Report:
 
     verdict: Verdict
     subtype: str | None
-    """of "collapsed": "model collapse", "inference lag", or None where refinement was not measured"""
+    """"model collapse" or "inference lag" of a collapsed one; None where refinement was not measured"""
     overfit: bool | None
     """None without a train split"""
     confidence: float | None

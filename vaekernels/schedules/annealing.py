@@ -237,7 +237,7 @@ class Capacity(Linear):
         super().__init__(at_least("final", final, 0.0), steps, start=start, device=device)
 
     def penalty(self, rate: Tensor) -> Tensor:
-        """gamma * |rate - C(t)|, the mean of it where ``rate`` holds one value per example."""
+        """``gamma * abs(rate - C(t))``, the mean of it where ``rate`` holds one value per example."""
         return self.gamma * (rate - self.value).abs().mean()
 
 

@@ -59,7 +59,7 @@ class Controller(ABC):
 
 
 class PIController(Controller):
-    """The weight of the KL that holds the rate at ``target`` nats (ControlVAE, Shao et al. 2020):
+    """The weight of the KL that holds the rate at ``target`` nats (ControlVAE, Shao et al. 2020)::
 
         e = target - rate,   w = clip(kp / (1 + exp(e)) - ki * sum(e), low, high)
 
@@ -112,7 +112,7 @@ class PIController(Controller):
 
 
 class GECO(Controller):
-    """The multiplier that holds the reconstruction at ``target`` nats (Rezende & Viola 2018):
+    """The multiplier that holds the reconstruction at ``target`` nats (Rezende & Viola 2018)::
 
         m <- decay * m + (1 - decay) * (nll - target),   lambda <- clip(lambda * exp(speed * m), low, high)
 

@@ -2,7 +2,7 @@
 
 A field's constraint stands next to its default, and its name is the key in a file and on the command line, so
 that a message about a setting names what the user wrote. What two settings say to each other is checked in
-:mod:`vaekernels.training.combinations`.
+``vaekernels.training.combinations``.
 """
 
 from __future__ import annotations
@@ -147,8 +147,8 @@ class ObjectiveConfig(_Checked):
     2020). ``layer_balance``: while the weight rises, every layer's KL counts in proportion to itself (Vahdat
     & Kautz 2020).
 
-    ``capacity``: gamma * |rate - C| with C from 0 to this in ``capacity_epochs`` (Burgess et al. 2018);
-    ``capacity_gamma`` None: 1 for text, 1000 else; ``clamp`` "sample" takes | | per example. ``pi_target``:
+    ``capacity``: ``gamma * abs(rate - C)``, C from 0 to this in ``capacity_epochs`` (Burgess et al. 2018);
+    ``capacity_gamma`` None: 1 for text, 1000 else; ``clamp`` "sample" takes abs() per example. ``pi_target``:
     the rate a PI controller holds (Shao et al. 2020). ``geco_target``: the NLL that GECO holds (Rezende &
     Viola 2018).
 

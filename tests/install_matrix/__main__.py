@@ -1,0 +1,7 @@
+"""`make install-matrix`."""
+
+import sys
+
+from runner import main
+
+sys.exit(main())
