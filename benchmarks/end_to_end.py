@@ -151,8 +151,8 @@ MODELS: dict[str, Callable[[torch.device, Path], Workload]] = {
 @dataclass(frozen=True)
 class Result:
     """One contender on one model. Milliseconds; ``ratio``: its step's time over that of the fused ops in the
-    same round; ``latent``: the latent layers of a step by themselves; ``peak_bytes``: above what is there
-    between two steps."""
+    same round; ``latent``: the latent layers of a step by themselves; ``explained``: the share of the step by
+    which these are slower than the fused ones; ``peak_bytes``: above what is there between two steps."""
 
     model: str
     parameters: int
@@ -168,6 +168,7 @@ class Result:
     ratio: float
     ratio_p80: float
     latent: float
+    explained: float
     peak_bytes: int
 
     @property
@@ -187,7 +188,9 @@ def measure(
     times = step_times(workload, contenders, rounds, device)
     calls: list[Call] = []
     workload.step(recording(FUSED, calls), 0)
-    latent = interleaved({who: layers_alone(ops, calls, device) for who, ops in contenders.items()}, rounds)
+    alone = interleaved({who: layers_alone(ops, calls, device) for who, ops in contenders.items()}, rounds)
+    step = {who: statistics.median(seconds) for who, seconds in times.items()}
+    latent = {who: statistics.median(seconds) for who, seconds in alone.items()}
     results = []
     for who, ops in contenders.items():
         workload.forget()
@@ -205,12 +208,13 @@ def measure(
                 threads=torch.get_num_threads(),
                 rounds=len(ratios),
                 step_p20=1e3 * low,
-                step=1e3 * statistics.median(times[who]),
+                step=1e3 * step[who],
                 step_p80=1e3 * high,
                 ratio_p20=ratio_low,
                 ratio=statistics.median(ratios),
                 ratio_p80=ratio_high,
-                latent=1e3 * statistics.median(latent[who]),
+                latent=1e3 * latent[who],
+                explained=(latent[who] - latent[OURS]) / step[who],
                 peak_bytes=peak,
             )
         )
@@ -273,15 +277,15 @@ def _p20_p80(values: list[float]) -> tuple[float, float]:
 
 def table(results: Sequence[Result]) -> str:
     lines = [
-        "| model | latent calls | by | step (ms) | fused saves | latent layers (ms) | share | peak (MB) |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "| model | latent calls | by | step (ms) | fused saves | explained | layers (ms) | share | MB |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for r in results:
         first = r.contender == OURS
         what = f"{r.model} ({r.parameters / 1e6:.2g} M parameters)" if first else ""
         latent = f"{r.latent_calls}, of {r.latent_elements:,} elements" if first else ""
         spread = f"{r.step:,.1f} ({r.step_p20:,.1f} to {r.step_p80:,.1f})"
-        saving = "" if first else _percent(r)
+        saving = " | " if first else f"{_percent(r)} | {100 * r.explained:.1f} %"
         lines.append(
             f"| {what} | {latent} | {r.contender} | {spread} | {saving} | {r.latent:.2f} | "
             f"{100 * r.share:.1f} % | {r.peak_bytes / 1e6:,.1f} |"
@@ -294,22 +298,32 @@ def _percent(result: Result) -> str:
     return f"{middle:.1f} % ({low:.1f} to {high:.1f})"
 
 
+KINDS = ("saves time", "worth nothing", "costs time", "saves memory", "costs memory")
+
+
 def verdict(results: Sequence[Result]) -> str:
     """Where fused ops are worth something in a step, where nothing, and where they cost."""
     lines = []
+    fused = {r.model: r for r in results if r.contender == OURS}
     for contender in dict.fromkeys(r.contender for r in results if r.contender != OURS):
-        kinds: dict[str, list[str]] = {"saves time": [], "worth nothing": [], "costs time": []}
+        found: dict[str, list[str]] = {kind: [] for kind in KINDS}
         for r in results:
-            if r.contender == contender:
-                low, middle, high = r.saving
-                kind = "saves time" if low > 0 else "costs time" if high < 0 else "worth nothing"
-                kinds[kind].append(f"{r.model} ({100 * middle:.1f} %)")
+            if r.contender != contender:
+                continue
+            low, middle, high = r.saving
+            kind = "saves time" if low > 0 else "costs time" if high < 0 else "worth nothing"
+            found[kind].append(f"{r.model} ({100 * middle:.1f} %)")
+            memory = 1 - fused[r.model].peak_bytes / r.peak_bytes
+            if abs(memory) >= 0.01:
+                kind = "saves memory" if memory > 0 else "costs memory"
+                found[kind].append(f"{r.model} ({100 * memory:.1f} %)")
         lines += [
-            f"Against {contender}, {kind}: {'; '.join(names)}." for kind, names in kinds.items() if names
+            f"Against {contender}, {kind}: {'; '.join(names)}." for kind, names in found.items() if names
         ]
     lines.append(
         "A saving is a share of the step's time, the median over the rounds; it is nothing where 0 lies "
-        "between the 20th and the 80th percentile."
+        "between the 20th and the 80th percentile. Where it is far from what the layers by themselves "
+        "explain, the machine was disturbed. Memory: at the peak, of 1 % and more."
     )
     return "\n\n".join(lines)
 

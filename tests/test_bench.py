@@ -102,9 +102,9 @@ def test_diffusers_computes_the_same_kl() -> None:
     torch.testing.assert_close(found["diffusers"](problem.inputs)[1], found[OURS](problem.inputs)[1])
 
 
+@torch._dynamo.config.patch(recompile_limit=1)
 def test_every_case_is_compiled_for_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     for n in (2, 3, 4):
         case = Case((n, 5), op="gaussian_kl")
         layer = bench.contenders(case, compiled=True)["torch.compile"]

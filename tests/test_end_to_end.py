@@ -188,29 +188,38 @@ RESULT = end_to_end.Result(
     ratio=1.0,
     ratio_p80=1.0,
     latent=0.5,
+    explained=0.0,
     peak_bytes=2_000_000,
 )
 
 
-def other(model: str, low: float, middle: float, high: float) -> Any:
-    return replace(RESULT, model=model, contender="eager", ratio_p20=low, ratio=middle, ratio_p80=high)
+def other(model: str, low: float, middle: float, high: float, peak: int = 2_000_000) -> Any:
+    ratios = {"ratio_p20": low, "ratio": middle, "ratio_p80": high}
+    return replace(RESULT, model=model, contender="eager", explained=0.15, peak_bytes=peak, **ratios)
 
 
 def test_table() -> None:
     lines = end_to_end.table([RESULT, other("m", 1.0, 1.25, 2.0)]).splitlines()
     assert lines[2:] == [
-        "| m (1.2 M parameters) | 2, of 1,024 elements | vaekernels | 10.0 (9.0 to 11.0) |  "
+        "| m (1.2 M parameters) | 2, of 1,024 elements | vaekernels | 10.0 (9.0 to 11.0) |  |  "
         "| 0.50 | 5.0 % | 2.0 |",
-        "|  |  | eager | 10.0 (9.0 to 11.0) | 20.0 % (0.0 to 50.0) | 0.50 | 5.0 % | 2.0 |",
+        "|  |  | eager | 10.0 (9.0 to 11.0) | 20.0 % (0.0 to 50.0) | 15.0 % | 0.50 | 5.0 % | 2.0 |",
     ]
 
 
 def test_verdict() -> None:
-    results = [RESULT, other("a", 1.1, 1.25, 1.3), other("b", 0.9, 1.0, 1.1), other("c", 0.5, 0.8, 0.9)]
-    text = end_to_end.verdict(results)
+    fused = [replace(RESULT, model=model) for model in "abc"]
+    peers = [
+        other("a", 1.1, 1.25, 1.3, peak=4_000_000),
+        other("b", 0.9, 1.0, 1.1, peak=1_600_000),
+        other("c", 0.5, 0.8, 0.9, peak=2_010_000),
+    ]
+    text = end_to_end.verdict([*fused, *peers])
     assert "Against eager, saves time: a (20.0 %)." in text
     assert "Against eager, worth nothing: b (0.0 %)." in text
     assert "Against eager, costs time: c (-25.0 %)." in text
+    assert "Against eager, saves memory: a (50.0 %)." in text
+    assert "Against eager, costs memory: b (-25.0 %)." in text
 
 
 def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
