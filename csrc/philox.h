@@ -78,8 +78,8 @@ VK_FN Words philox(const PhiloxKeys& keys, uint64_t quad) {
 
 #endif
 
-// What the first rounds make of a counter before they see the quad, for quads below 2^32. Four of the rounds'
-// twenty products, and half of their keys, need no quad.
+// What the first two rounds make of a counter before they see the quad, for quads below 2^32. Two of the rounds'
+// twenty products need no quad.
 struct QuadKeys {
   uint32_t first;      // of round 1
   uint32_t second[2];  // of round 2, with what is known of the words they meet
