@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 import oracle
 import torch
-from designs import Case, Factors, pairwise
+from designs import Case, Factors, cartesian, pairwise
 from torch import Tensor
 
 import vaekernels as vk
@@ -155,6 +156,13 @@ EVERY = FACTORS | {
     "weight": [None],
     "samples": [None],
 }
+
+
+def combinations(op: str, dtype: torch.dtype, backend: str) -> Iterator[Case]:
+    """All of `EVERY`; on the shim, which takes a fiber for a thread, every 31st: coprime to the numbers of
+    levels, so that no level is left out."""
+    found = cartesian(EVERY | {"op": [op], "dtype": [dtype]}, valid)
+    return islice(found, 0, None, 31 if backend == "shim" else 1)
 
 
 # --- inputs -------------------------------------------------------------------------------------------------

@@ -351,7 +351,7 @@ def objects() -> list[Path]:
     arch = _build._gencode(ARCH.removeprefix("sm_"), ptx=False)
     csrc = _build.source_dir()
     command = [nvcc, *_build.NVCC_FLAGS, f"-I{csrc}", *arch]
-    return _build._compile([(source, command) for source in sources], OWN_OBJECTS, print)
+    return _build.compile_sources([(source, command) for source in sources], OWN_OBJECTS, print)
 
 
 def _output(command: list[str], folder: str) -> str:

@@ -124,7 +124,7 @@ def _with_log() -> Iterator[None]:
 
 def _objects(build: str, sources: list[str]) -> list[Path]:
     with _with_log():
-        return _build._compile(_jobs(build, sources), FOLDER, _say)
+        return _build.compile_sources(_jobs(build, sources), FOLDER, _say)
 
 
 def headers() -> dict[str, list[Path]]:
