@@ -281,9 +281,12 @@ def find_compiler(scratch: Path) -> list[str]:
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     compiler = _words("CXX") or ([found] if found else [])
     remedy = (
-        "Install a C++20 compiler (Debian, Ubuntu: `apt-get install g++`; conda: `conda install gxx`; macOS: "
-        f"`xcode-select --install`), then run `{BUILD_COMMAND}`"
+        "Set CXX to a C++20 compiler, such as g++, or unset it"
+        if os.environ.get("CXX")
+        else "Install a C++20 compiler (Debian, Ubuntu: `apt-get install g++`; conda: `conda install gxx`; "
+        "macOS: `xcode-select --install`)"
     )
+    remedy += f", then run `{BUILD_COMMAND}`"
     if not compiler:
         raise BuildProblem("no C++ compiler was found (c++, g++, clang++ or $CXX)", remedy)
     probe = scratch / "probe.cpp"
@@ -358,7 +361,8 @@ def cuda_arch_flags(torch: Torch, nvcc: str) -> list[str]:
             parsed = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
             if parsed is None:
                 raise BuildProblem(
-                    f"TORCH_CUDA_ARCH_LIST has {arch!r}", "Give compute capabilities such as '8.0;9.0+PTX'"
+                    f"TORCH_CUDA_ARCH_LIST has {arch!r}",
+                    f"Give compute capabilities such as '8.0;9.0+PTX', then run `{BUILD_COMMAND}`",
                 )
             flags += _gencode(parsed.group(1) + parsed.group(2), ptx=parsed.group(3) is not None)
         return flags
