@@ -239,7 +239,7 @@ def _build_cuda(torch: Torch, target: Path, scratch: Path, say: Callable[[str], 
     libraries = [f"-L{torch.root}/lib", "-lc10", "-lc10_cuda", "-ltorch_cpu", "-ltorch_cuda", "-ltorch"]
     command = [nvcc, "-shared", "-cudart", "shared", *archs, *map(str, objects), *libraries]
     _run([*command, "-o", str(target / file)], say, file)
-    return Library(file, architectures=" ".join(re.findall(r"code=(\w+)", " ".join(archs))))
+    return Library(file, architectures=_architectures(archs))
 
 
 def compile_cuda_objects(
@@ -379,6 +379,11 @@ def cuda_arch_flags(torch: Torch, nvcc: str) -> list[str]:
 def _gencode(arch: str, *, ptx: bool) -> list[str]:
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     return [*flags, f"-gencode=arch=compute_{arch},code=compute_{arch}"] if ptx else flags
+
+
+def _architectures(gencode: Sequence[str]) -> str:
+    """What -gencode flags make: "sm_80 sm_90 compute_90"."""
+    return " ".join(flag.rpartition("code=")[2] for flag in gencode)
 
 
 def _csrc() -> Path:
