@@ -320,6 +320,8 @@ def test_architectures_are_torchs_capped_by_nvcc(tmp_path: Path, monkeypatch: py
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
+    told = _build._architectures(_build.cuda_arch_flags(CUDA_TORCH, nvcc))
+    assert told == "sm_80 sm_90 compute_90"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a+PTX")
     assert _build.cuda_arch_flags(CUDA_TORCH, nvcc) == [
         "-gencode=arch=compute_86,code=sm_86",

@@ -239,7 +239,7 @@ def _build_cuda(torch: Torch, target: Path, scratch: Path, say: Callable[[str], 
     libraries = [f"-L{torch.root}/lib", "-lc10", "-lc10_cuda", "-ltorch_cpu", "-ltorch_cuda", "-ltorch"]
     command = [nvcc, "-shared", "-cudart", "shared", *archs, *map(str, objects), *libraries]
     _run([*command, "-o", str(target / file)], say, file)
-    return Library(file, architectures=" ".join(re.findall(r"code=(\w+)", " ".join(archs))))
+    return Library(file, architectures=_architectures(archs))
 
 
 def compile_cuda_objects(
@@ -281,9 +281,12 @@ def find_compiler(scratch: Path) -> list[str]:
     found = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     compiler = _words("CXX") or ([found] if found else [])
     remedy = (
-        "Install a C++20 compiler (Debian, Ubuntu: `apt-get install g++`; conda: `conda install gxx`; macOS: "
-        f"`xcode-select --install`), then run `{BUILD_COMMAND}`"
+        "Set CXX to a C++20 compiler, such as g++, or unset it"
+        if os.environ.get("CXX")
+        else "Install a C++20 compiler (Debian, Ubuntu: `apt-get install g++`; conda: `conda install gxx`; "
+        "macOS: `xcode-select --install`)"
     )
+    remedy += f", then run `{BUILD_COMMAND}`"
     if not compiler:
         raise BuildProblem("no C++ compiler was found (c++, g++, clang++ or $CXX)", remedy)
     probe = scratch / "probe.cpp"
@@ -358,7 +361,8 @@ def cuda_arch_flags(torch: Torch, nvcc: str) -> list[str]:
             parsed = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
             if parsed is None:
                 raise BuildProblem(
-                    f"TORCH_CUDA_ARCH_LIST has {arch!r}", "Give compute capabilities such as '8.0;9.0+PTX'"
+                    f"TORCH_CUDA_ARCH_LIST has {arch!r}",
+                    f"Give compute capabilities such as '8.0;9.0+PTX', then run `{BUILD_COMMAND}`",
                 )
             flags += _gencode(parsed.group(1) + parsed.group(2), ptx=parsed.group(3) is not None)
         return flags
@@ -375,6 +379,11 @@ def cuda_arch_flags(torch: Torch, nvcc: str) -> list[str]:
 def _gencode(arch: str, *, ptx: bool) -> list[str]:
     flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}"]
     return [*flags, f"-gencode=arch=compute_{arch},code=compute_{arch}"] if ptx else flags
+
+
+def _architectures(gencode: Sequence[str]) -> str:
+    """What -gencode flags make: "sm_80 sm_90 compute_90"."""
+    return " ".join(flag.rpartition("code=")[2] for flag in gencode)
 
 
 def _csrc() -> Path:

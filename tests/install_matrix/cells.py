@@ -92,8 +92,10 @@ def plain(environment: Environment, text: str, versions: dict[str, str]) -> str:
         if path:
             text = text.replace(str(path), name)
     text = re.sub(r"lib/python3\.\d+/", "lib/python/", text)
-    text = re.sub(r"(?<=CUDA )\d+(\.\d+)?", "<cuda>", text)
-    text = re.sub(r"cuda\d+\.\d+|cuda_none", "cuda<cuda>", text)
+    text = re.sub(re.escape(TORCH) + r"(\+\w+)?", "<torch of the build>", text)
+    cuda = versions.get("CUDA", "none")
+    text = text.replace(f"CUDA {cuda}", "CUDA <cuda>").replace(f"CUDA {cuda.split('.')[0]} ", "CUDA <major> ")
+    text = re.sub(r"(?<=yes, for )\w+$", "<instruction set>", text, flags=re.MULTILINE)
     return text.replace(_build.python_tag(), "<python>").rstrip() + "\n"
 
 
