@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m vaekerne
     parser.add_argument("--plots", type=Path, help="draw pictures into this folder (needs matplotlib)")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="an earlier --csv to compare with")
     options = parser.parse_args(arguments)
-    earlier = None
+    earlier: list[Row] | None = None
     if options.compare is not None:
         try:
             earlier = read_csv(options.compare)
