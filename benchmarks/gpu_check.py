@@ -108,9 +108,9 @@ def judge_sanitizer(report: Path) -> Judge:
             return (status, detail) if status != PASS else (FAIL, "the tool printed no summary")
         found = int(summary.group(1)) if summary else int(hazards.group(1)) if hazards else 0
         if found:
-            first = next((line.strip("= ") for line in output.splitlines()
-                          if re.match(r"=+ (Invalid|Error|Warning|Uninit|Barrier|Race|Divergent|Program)", line)),
-                         "see the log")  # fmt: skip
+            named = re.search(r"^=+ (?:Invalid|Error|Warning|Uninit|Barrier|Race|Divergent|Program).*$",
+                              output, re.MULTILINE)  # fmt: skip
+            first = named.group(0).strip("= ") if named else "see the log"
             return FAIL, f"{found} found: {first}"
         return status, detail if status != PASS else f"nothing found; {detail}"
 

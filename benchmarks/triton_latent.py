@@ -2,8 +2,8 @@
 
 One kernel samples and sums the KL over rows, a small one adds the partial sums and clamps them, and one
 kernel is the backward; the noise is drawn anew from a seed (Philox, as `tl.randint4x` has it), so none is
-stored. The seed is a number that the host counts up, which costs no launch; a captured graph therefore repeats
-its numbers.
+stored. The seed is a number that the host counts up, which costs no launch; a captured graph therefore
+repeats its numbers.
 
 A quad of normals belongs to four batch rows and one latent element, so neither direction depends on the
 tiles. Their sizes are tried out when a layer is first called. Covers the cases of `vaekernels.bench` without

@@ -152,6 +152,10 @@ class Recording:
 class CaptureFailed(Exception):
     """A capture broke off and took torch's generator with it: this process can draw no more numbers."""
 
+    def __init__(self, contender: str, reason: str) -> None:
+        super().__init__(f"{contender}: the capture failed: {reason}")
+        self.contender, self.reason = contender, reason
+
 
 class Stopwatch:
     """Records calls on one device and times them."""
@@ -187,7 +191,7 @@ class Stopwatch:
             try:
                 torch.randn(1, device=self.device)
             except RuntimeError:
-                raise CaptureFailed(str(error)) from error
+                raise CaptureFailed("", _line(error)) from error
             raise
         return Recording(captured.replay, kept, captured, before)
 
@@ -350,7 +354,7 @@ def device_rows(
     watch.synchronize()
     ones: dict[str, list[Tensor]] = {}
     for name, layer in layers.items():
-        with _tolerant(f"{case.op} {case.name}: {name}", say), watch.on_stream():
+        with _tolerant(case, "first call", name, say), watch.on_stream():
             ones[name] = warm_up(problems[0], layer)
     for direction in directions:
         for way in WAYS:
@@ -358,7 +362,7 @@ def device_rows(
             recordings: dict[str, Recording] = {}
             times: dict[str, list[float]] = {}
             for name in (COPY, *ones):
-                with _tolerant(f"{case.op} {case.name}, {direction}, {way.cache} {way.clock}: {name}", say):
+                with _tolerant(case, f"{direction}, {way.cache} {way.clock}", name, say):
                     if name == COPY:
                         recordings[name] = record_copy(watch, case, direction, calls, way)
                     else:
@@ -368,7 +372,7 @@ def device_rows(
                     if case.numel > LARGEST_TOGETHER:
                         times |= watch.seconds({name: recordings.pop(name)}, samples, way.cold)
             if recordings:
-                with _tolerant(f"{case.op} {case.name}, {direction}, {way.cache} {way.clock}", say):
+                with _tolerant(case, f"{direction}, {way.cache} {way.clock}", "all", say):
                     times |= watch.seconds(recordings, samples, way.cold)
             recordings.clear()
             rows += _rows(case, times, direction, way, known, calls)
@@ -376,15 +380,19 @@ def device_rows(
 
 
 @contextmanager
-def _tolerant(what: str, say: Callable[[str], None]) -> Iterator[None]:
+def _tolerant(case: Case, where: str, name: str, say: Callable[[str], None]) -> Iterator[None]:
     """One contender that fails, or does not fit the memory, does not end the others' measurements."""
     try:
         yield
     except CaptureFailed as error:
-        raise CaptureFailed(f"{what}: {error}") from error
+        raise CaptureFailed(name, f"{where}: {error.reason}") from error
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        say(f"{what}: {type(error).__name__}: {lines[0] if lines else ''}"[:300])
+        say(f"{case.op} {case.name}, {where}: {name}: {_line(error)}")
+
+
+def _line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:250]
 
 
 def wall_rows(
@@ -401,7 +409,7 @@ def wall_rows(
     problem = Problem.of(case, device)
     timers: dict[str, Timer] = {}
     for name, layer in layers.items():
-        with _tolerant(f"{case.op} {case.name}, wall: {name}", say):
+        with _tolerant(case, "wall", name, say):
             timer = Timer(problem, layer)
             timer.both(1)
             timers[name] = timer
