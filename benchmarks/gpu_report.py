@@ -198,8 +198,9 @@ def plot(rows: Sequence[GpuRow], path: Path, described: dict[str, str]) -> None:
         of = chosen(rows, dtype=dtype, cache="cold")
         _bars(grid[0][column], dtype, chosen(of, direction="both", clock="graph"))
         _shares(grid[1][column], chosen(of, contender=OURS, clock="queue"))
-    grid[0][0].legend(fontsize=8, frameon=False, loc="lower right")
-    grid[1][0].legend(fontsize=8, frameon=False, loc="lower right")
+    for axes in grid[:, 0]:
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8, frameon=False, loc="lower right")
     figure.supxlabel(", ".join(filter(None, described.values())), fontsize=7, color="#555555")
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)

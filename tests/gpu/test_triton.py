@@ -44,7 +44,7 @@ CASES = SMALL if INTERPRETED else SMALL + LARGE
 
 
 @pytest.fixture
-def device(request) -> str:
+def place(request) -> str:
     if not INTERPRETED:
         return request.getfixturevalue("cuda")
     import numpy as np
@@ -55,8 +55,8 @@ def device(request) -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op} {case.name}")
-def test_values_and_gradients(case, device):
-    problem = Problem.of(case, torch.device(device))
+def test_values_and_gradients(case, place):
+    problem = Problem.of(case, torch.device(place))
     layer = triton_latent.latent(case)
     outputs = layer(problem.inputs)
     leaves = [t for t in problem.inputs if t.requires_grad]
@@ -102,8 +102,8 @@ def assert_standard_normal(eps: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize("case", [SMALL[0], SMALL[7]], ids=["one", "many"])
-def test_each_call_draws_afresh(case, device):
-    problem = Problem.of(case, torch.device(device))
+def test_each_call_draws_afresh(case, place):
+    problem = Problem.of(case, torch.device(place))
     layer = triton_latent.latent(case)
     assert not torch.equal(layer(problem.inputs)[0], layer(problem.inputs)[0])
 

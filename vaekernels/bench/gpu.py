@@ -116,8 +116,12 @@ def count_launches(function: Calls) -> Counter[str]:
                 function()
                 torch.cuda.synchronize()
         profiler.export_chrome_trace(str(trace))
-        events: list[dict[str, Any]] = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
-    found = (str(event.get("cat", "")).lower() for event in events)
+        return launches_in(json.loads(trace.read_text(encoding="utf-8")))
+
+
+def launches_in(trace: dict[str, Any]) -> Counter[str]:
+    """From a trace in Chrome's format."""
+    found = (str(event.get("cat", "")).lower() for event in trace["traceEvents"])
     return Counter(kind for kind in found if kind in ("kernel", "gpu_memset", "gpu_memcpy"))
 
 
@@ -434,7 +438,8 @@ def _rows(
     rows = []
     for name, found in times.items():
         each = [1e6 * t / calls for t in found]
-        cuts = statistics.quantiles(each, n=10) if len(each) > 1 else [each[0]] * 9
+        # Inclusive: with few samples the usual method goes beyond the least of them, even below zero.
+        cuts = statistics.quantiles(each, n=10, method="inclusive") if len(each) > 1 else each * 9
         median = statistics.median(each)
         of = known.get(name, NO_FACTS)
         rows.append(
