@@ -198,9 +198,12 @@ def plot(rows: Sequence[GpuRow], path: Path, described: dict[str, str]) -> None:
         of = chosen(rows, dtype=dtype, cache="cold")
         _bars(grid[0][column], dtype, chosen(of, direction="both", clock="graph"))
         _shares(grid[1][column], chosen(of, contender=OURS, clock="queue"))
-    for axes in grid[:, 0]:
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=8, frameon=False, loc="lower right")
+    found: dict[str, Any] = {}
+    for axes in grid[0]:
+        handles, names = axes.get_legend_handles_labels()
+        found |= dict(zip(names, handles, strict=True))
+    if found:
+        figure.legend(list(found.values()), list(found), loc="outside upper center", ncols=5, frameon=False)
     figure.supxlabel(", ".join(filter(None, described.values())), fontsize=7, color="#555555")
     figure.savefig(path, bbox_inches="tight", metadata={"Date": None} if path.suffix == ".svg" else None)
     pyplot.close(figure)
@@ -229,6 +232,8 @@ def _bars(axes: Any, dtype: str, rows: Sequence[GpuRow]) -> None:
         axes.barh(places, factors, height=height, color=COLORS[name], label=name)
     axes.axvline(1, color="black", linewidth=1)
     axes.set_xscale("log")
+    axes.set_xticks(ticks := [0.5, 1, 2, 5, 10, 20, 50], [f"{tick:g}" for tick in ticks])
+    axes.set_xlim(left=0.4)
     axes.set_title(f"{dtype}, forward + backward", fontsize=10)
     axes.set_xlabel("device time over vaekernels' (left of 1: faster)", fontsize=9)
 
@@ -238,7 +243,7 @@ def _shares(axes: Any, rows: Sequence[GpuRow]) -> None:
     for i, (direction, color) in enumerate((("forward", "#0072B2"), ("backward", "#56B4E9"))):
         known = {label(r): r.copy_percent for r in rows if r.direction == direction and r.copy_percent}
         places = [cases.index(case) + (i - 0.5) * 0.4 for case in known]
-        axes.barh(places, list(known.values()), height=0.4, color=color, label=direction)
+        axes.barh(places, list(known.values()), height=0.4, color=color)
     axes.axvline(100, color="black", linewidth=1)
     axes.axvline(92, color="black", linewidth=0.8, linestyle=":")
-    axes.set_xlabel("vaekernels: % of a copy's bandwidth", fontsize=9)
+    axes.set_xlabel("vaekernels, forward (dark) and backward (light): % of a copy's bandwidth", fontsize=9)
