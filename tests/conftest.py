@@ -33,6 +33,9 @@ SHIM_MODULES = [
     "test_random",
 ]
 
+# Whose tests make all their tensors themselves, so that torch's default device brings them to another one.
+ON_DEFAULT_DEVICE = ["test_conventions", "test_known_bugs"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--device", help="run the tests that take a device, on this one, and no others")
@@ -55,7 +58,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`make test` runs every fourth case of each test on the shim, and none of ten million numbers."""
     if config.getoption("device"):
-        takes = [bool({"device", "cuda"} & set(getattr(item, "fixturenames", ()))) for item in items]
+        takes = [takes_device(item) for item in items]
         config.hook.pytest_deselected(items=[item for item, one in zip(items, takes, strict=True) if not one])
         items[:] = [item for item, one in zip(items, takes, strict=True) if one]
     cases: Counter[str] = Counter()
@@ -65,6 +68,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if cases[test] % 4 != 0 or "ten_million" in item.fixturenames:
                 item.add_marker(pytest.mark.slow)
             cases[test] += 1
+
+
+def takes_device(item: pytest.Item) -> bool:
+    if not isinstance(item, pytest.Function):
+        return False
+    if item.module.__name__ in ON_DEFAULT_DEVICE:
+        return "backend" in item.fixturenames
+    return bool({"device", "cuda"} & set(item.fixturenames))
 
 
 def is_shim(item: pytest.Function) -> bool:
@@ -84,12 +95,20 @@ def require_kernels(device: str) -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    device = request.node.callspec.params.get("device", "cpu")
-    if request.param == "kernels":
+    device = device_of(request.config)
+    if device != "cpu" and request.module.__name__ in ON_DEFAULT_DEVICE:
+        with torch.device(device):
+            yield from _backend(request.param, device, monkeypatch)
+    else:
+        yield from _backend(request.param, device, monkeypatch)
+
+
+def _backend(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if name == "kernels":
         require_kernels(device)
         yield "kernels"
         return
-    if request.param == "shim":
+    if name == "shim":
         require_kernels("cpu")  # whose schemas and autograd the shim's kernels serve
         shim_build.require()
         if torch.device(device).type != "cpu":
