@@ -4,7 +4,8 @@
 
 Against eager code, torch.compile in two modes, a Triton version written by hand and a plain copy of the same
 bytes. Uses the interpreter that runs it, with its torch, and downloads nothing. Writes gpu-bench.csv, .md and
-.svg to FOLDER, and with a GPU also to benchmarks/results/.
+.svg to FOLDER, and with a GPU also to benchmarks/results/. COMMIT in the environment names the commit where
+the folder is a copy without git.
 
 First some processes side by side compile everything (into torch's and Triton's caches) and count launches and
 memory; then one process after the other times the cases, alone on the GPU. A process that breaks down is
@@ -40,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SECONDS = 530.0  # a GPU is lent for ten minutes at a time
 WORKERS = 5
-SHARE_OF_FACTS = 0.35  # of the time, at most, for compiling and counting
+SHARE_OF_FACTS = 0.3  # of the time, at most, for compiling and counting
 DIRECTIONS = ("both", "forward", "backward")
 
 _CASES = [
@@ -158,6 +159,10 @@ class Writer:
 
 def count_facts(cases: Sequence[Case], device: torch.device, writer: Writer) -> None:
     """Compiles everything, and counts launches and memory."""
+    import torch._inductor.config as inductor
+
+    # What torch.compile's tuning finds while others use the GPU must not be kept.
+    inductor.autotune_local_cache = False
     for case in cases:
         torch.compiler.reset()
         problem = Problem.of(case, device)
@@ -227,6 +232,7 @@ def work(options: argparse.Namespace) -> int:
 def described(device: torch.device) -> dict[str, str]:
     """What a timing depends on besides the code."""
     found = machine(device) | {"cuda": torch.version.cuda or ""}
+    found["commit"] = os.environ.get("COMMIT") or found["commit"]
     if device.type == "cuda":
         found["kernels"] = "cuda" if _native.has_kernels("cuda") else "reference"
     if importlib.util.find_spec("triton") is not None:
@@ -243,12 +249,19 @@ def chosen_cases(options: argparse.Namespace) -> list[Case]:
     return [case for case in CASES if case.numel <= options.largest]
 
 
-def start_work(options: argparse.Namespace, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+def start_work(
+    options: argparse.Namespace, log: Path, *arguments: str, environment: dict[str, str] | None = None
+) -> subprocess.Popen[bytes]:
     command = [sys.executable, str(Path(__file__).resolve()), "--device", options.device, "--largest",
                str(options.largest), "--samples", str(options.samples), *arguments]  # fmt: skip
     with log.open("ab") as file:
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(environment or {})},
         )
 
 
@@ -272,10 +285,10 @@ def gather(options: argparse.Namespace, folder: Path) -> tuple[Record, list[str]
     log.write_bytes(b"")
     workers = min(WORKERS, os.cpu_count() or 1)
     facts = [folder / f"facts-{i}.jsonl" for i in range(workers)]
-    started = [
-        start_work(options, log, "--work", "facts", "--share", f"{i}/{workers}", "--write", str(path))
-        for i, path in enumerate(facts)
-    ]
+    started = []
+    for i, path in enumerate(facts):
+        given = ["--work", "facts", "--share", f"{i}/{workers}", "--write", str(path)]
+        started.append(start_work(options, log, *given, environment={"TORCHINDUCTOR_COMPILE_THREADS": "3"}))
     for i, process in enumerate(started):
         status = finish(process, begin + SHARE_OF_FACTS * options.seconds)
         if status != 0:
@@ -313,7 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"in all (default {SECONDS:.0f})")
     parser.add_argument("--device", default="cuda", help="cpu tries the program out (default: cuda)")
     parser.add_argument("--largest", type=int, default=2**28, help="leave out cases of more elements")
-    parser.add_argument("--samples", type=int, default=15, help="timings of each contender (default: 15)")
+    parser.add_argument("--samples", type=int, default=11, help="timings of each contender (default: 11)")
     parser.add_argument("--work", choices=("facts", "times"), help=argparse.SUPPRESS)
     parser.add_argument("--share", default="0/1", help=argparse.SUPPRESS)
     parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)

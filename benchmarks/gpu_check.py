@@ -4,7 +4,8 @@
 
 Uses the interpreter that runs it, with its torch, and downloads nothing. Every part runs in a process of its
 own and passes, fails, or is not possible here, with the reason. Exit status 1 if any part failed. Writes
-gpu-check.json and the parts' logs to FOLDER, and with a GPU also benchmarks/results/gpu-check.json.
+gpu-check.json and the parts' logs to FOLDER, and with a GPU also benchmarks/results/gpu-check.json. COMMIT in
+the environment names the commit where the folder is a copy without git.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ def probe() -> dict[str, Any]:
     smi = shutil.which("nvidia-smi")
     query = [str(smi), "--query-gpu=driver_version", "--format=csv,noheader"]
     facts["driver"] = _first_line(query) if smi else ""
-    facts["commit"] = _first_line(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]) or "unknown"
+    head = _first_line(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"])
+    facts["commit"] = os.environ.get("COMMIT") or head or "unknown"
     return facts | {"reason": reason}
 
 

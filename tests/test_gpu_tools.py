@@ -537,7 +537,7 @@ def test_the_processes_are_started_again_until_all_is_done_or_the_time_is_over(t
         [],
     ])  # fmt: skip
 
-    def start_work(options, log, *arguments):
+    def start_work(options, log, *arguments, environment=None):
         path = Path(arguments[arguments.index("--write") + 1])
         if arguments[1] == "times":
             writer = gpu_bench.Writer(path)
@@ -693,3 +693,121 @@ def test_rows_of_a_gpu_come_back_from_csv(tmp_path):
     path.write_text(path.read_text().replace("30.5", "thirty"))
     with pytest.raises(ValueError, match="line 3"):
         read_csv(path, gpu.GpuRow)
+
+
+# ---- the clock of the device, with a stand-in for CUDA's graphs and events --------------------------------
+
+
+class Machine:
+    """Notes what a GPU would be asked to do. A replay runs no Python, as a graph's does not."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.did: list[str] = []
+        self.broken = False
+        machine = self
+
+        class Graph:
+            def pool(self) -> tuple[int, int]:
+                return (id(self), 0)
+
+            def replay(self) -> None:
+                machine.did.append("replay")
+
+        class Capture:
+            def __init__(self, graph, pool=None, stream=None) -> None:
+                machine.did.append("capture" if pool is None else "capture into the pool before")
+
+            def __enter__(self) -> None: ...
+
+            def __exit__(self, *exception) -> None: ...
+
+        class Event:
+            def __init__(self, enable_timing) -> None: ...
+
+            def record(self) -> None:
+                machine.did.append("event")
+
+            def elapsed_time(self, other) -> float:
+                return 3.0
+
+        class OtherBytes:
+            def sum(self) -> None:
+                machine.did.append("flush")
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", Capture)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: gpu.nullcontext())
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.did.append("sleep"))
+        monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: self.did.append("stream put back"))
+        monkeypatch.setattr(torch.cuda, "default_stream", lambda device: None)
+        self.watch = gpu.Stopwatch(CPU)
+        self.watch.graphs, self.watch.stream, self.watch.other_bytes = True, None, OtherBytes()
+
+
+@pytest.fixture
+def stand_in(monkeypatch) -> Machine:
+    return Machine(monkeypatch)
+
+
+def test_a_cold_replay_is_timed_between_two_events_behind_a_flush_and_a_wait(stand_in):
+    recording = stand_in.watch.record(lambda: None, True)
+    stand_in.did.clear()
+    found = stand_in.watch.seconds({"a": recording, "b": recording}, 2, cold=True)
+    assert found == {"a": [3e-3, 3e-3], "b": [3e-3, 3e-3]}
+    once = ["flush", "sleep", "event", "replay", "event"]
+    assert stand_in.did == ["replay"] * 4 + once * 4  # two replays of each tell how long a launch takes
+    stand_in.did.clear()
+    stand_in.watch.seconds({"a": recording}, 1, cold=False)
+    assert stand_in.did == ["replay"] * 2 + once[1:]
+
+
+@pytest.mark.parametrize("way", gpu.WAYS, ids=lambda way: f"{way.cache} {way.clock}")
+@pytest.mark.parametrize("case", TINY[:4], ids=lambda case: case.name)
+def test_backward_is_captured_behind_its_forward_and_replayed_with_it(case, way, stand_in):
+    problems = [Problem.of(case, CPU) for _ in range(3)]
+    calls = {"forward": 0}
+    layer = fused(case)
+
+    def counted(inputs):
+        calls["forward"] += 1
+        return layer(inputs)
+
+    ones = gpu.warm_up(problems[0], counted)
+    calls["forward"] = 0
+    recording = gpu.record_layer(stand_in.watch, problems, counted, ones, "backward", 3, way)
+    # Plain calls are tried when they are recorded, the forward alone and with its backward.
+    assert calls["forward"] == (3 if way.clock == "graph" else 6)
+    if way.clock == "graph":
+        assert stand_in.did == ["capture", "capture into the pool before"]
+    stand_in.watch.seconds({"ours": recording}, 2, way.cold)
+    # A graph's replay is no Python; plain calls are made anew: two to time the launch, and two samples.
+    assert calls["forward"] == (3 if way.clock == "graph" else 6 + 3 * 4)
+    assert stand_in.did.count("event") == 4
+
+
+def test_all_directions_by_graphs(stand_in):
+    options = {"directions": ("both", "forward", "backward"), "known": {}, "say": print}
+    case = TINY[0]
+    layers = {"vaekernels": fused(case), "eager": eager(case)}
+    rows = gpu.device_rows(case, layers, stand_in.watch, samples=2, **options)
+    assert len(rows) == 3 * 3 * 3
+    for row in rows:
+        way = next(w for w in gpu.WAYS if (w.clock, w.cache) == (row.clock, row.cache))
+        assert row.median == pytest.approx(3000 / gpu.calls_of(case, row.direction, way))
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_a_capture_that_breaks_off(poisoned, stand_in, monkeypatch):
+    def broken():
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    def randn(*shape, device):
+        if poisoned:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+    monkeypatch.setattr(torch, "randn", randn)
+    with pytest.raises(gpu.CaptureFailed if poisoned else RuntimeError, match="not permitted"):
+        stand_in.watch.record(broken, True)
+    assert stand_in.did[-1] == "stream put back"

@@ -181,8 +181,10 @@ class Stopwatch:
 
     def record(self, calls: Calls, graph: bool, before: Recording | None = None) -> Recording:
         if not (self.graphs and graph):
-            if before is not None:
-                before.replay()
+            with self.on_stream():  # once, so that one that fails is found here
+                if before is not None:
+                    before.replay()
+                calls()
             return Recording(calls, None, before=before)
         captured = torch.cuda.CUDAGraph()
         pool = before.graph.pool() if before is not None and before.graph is not None else None
