@@ -29,7 +29,7 @@ from gpu_parts import FAIL, NOT_POSSIBLE, PASS, Clock, Judge, Outcome, Part, jud
 
 ROOT = gpu_build.ROOT
 RESULTS = ROOT / "benchmarks" / "results" / "gpu-check.json"
-SECONDS = 530.0  # for all parts: a GPU is lent for ten minutes at a time
+SECONDS = 530.0  # for all parts
 
 # Asked in a process of its own, so that this one never holds the GPU.
 PROBE = """
@@ -44,6 +44,11 @@ print(json.dumps({"python": platform.python_version(), "torch": torch.__version_
                   "gpus": gpus}))
 """
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+# The modules whose tests take a device; the others need packages that a GPU machine may lack.
+SUITE = (
+    "test_compile", "test_conventions", "test_gradients", "test_known_bugs", "test_properties", "test_random",
+    "test_saved", "test_short_way", "test_values",
+)  # fmt: skip
 SUITE_NEEDS = ("pytest", "numpy", "scipy", "hypothesis")
 
 
@@ -155,7 +160,7 @@ def parts(folder: Path, refused: str = "") -> list[Part]:
     sanitizer = find_sanitizer()
     listed = [
         tests_part(
-            "test suite", ["tests", "--ignore=tests/gpu"], folder, 420, lane="suite",
+            "test suite", [f"tests/{name}.py" for name in SUITE], folder, 420, lane="suite",
             options=["--device=cuda", *workers],
             # Eight processes that compile need no compile workers of their own.
             environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"},
@@ -182,7 +187,7 @@ def parts(folder: Path, refused: str = "") -> list[Part]:
         if tool == "memcheck":
             before += ["--report-api-errors", "no"]  # torch probes with calls that may fail
         listed.append(
-            gpu(tool, 150, "test_reduced.py", lane="sanitizers", before=before, environment=alone, tool=True)
+            gpu(tool, 110, "test_reduced.py", lane="sanitizers", before=before, environment=alone, tool=True)
             if not reason
             else Part(tool, [], 0, lane="sanitizers", refused=reason)
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ import gpu_report
 import pytest
 import shim_build
 import torch
-from conftest import require_kernels
+from conftest import ON_DEFAULT_DEVICE, require_kernels
 from gpu_parts import FAIL, NOT_POSSIBLE, PASS, Clock, Part
 
 import vaekernels as vk
@@ -255,6 +256,16 @@ def test_what_this_python_lacks_is_named():
     assert gpu_check.missing("torch", "no_such_module") == "this Python has no no_such_module"
 
 
+def test_the_suite_is_every_module_with_tests_that_take_a_device():
+    folder = Path(__file__).parent
+    takes = {
+        path.stem
+        for path in folder.glob("test_*.py")
+        if re.search(r"^def test_\w+\([^)]*\bdevice\b", path.read_text(), re.MULTILINE)
+    }
+    assert set(gpu_check.SUITE) == takes | set(ON_DEFAULT_DEVICE)
+
+
 def test_every_file_of_a_part_exists(tmp_path):
     for part in gpu_check.parts(tmp_path):
         for word in part.command:
@@ -305,6 +316,23 @@ def test_the_shim_gives_what_the_cpu_gives(name, shim):
         expected = gpu_problems.run(latent, dtype, "cpu", RNG)
         with shim.used():
             gpu_problems.assert_same(gpu_problems.run(latent, dtype, "cpu", RNG), expected, dtype)
+
+
+@pytest.mark.parametrize("name", gpu_problems.LATENTS)
+def test_each_problem_is_one_launch_each_way(name, shim):
+    """What test_launches.py asks torch's profiler on a GPU."""
+    latent = gpu_problems.LATENTS[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = gpu_problems.tensors(latent, dtype, "cpu")
+        with shim.used():
+            before = shim.launches()
+            outputs = gpu_problems.call(latent, inputs)
+            assert shim.launches() == before + 1
+            torch.autograd.grad(outputs, inputs, gpu_problems.cotangents(outputs))
+            assert shim.launches() == before + 2
+            with torch.no_grad(), shim.capturing():
+                gpu_problems.call(latent, inputs, rng=RNG)
+            assert shim.launches() <= before + 2 + 3
 
 
 def test_a_wrong_gradient_would_be_seen():
@@ -673,9 +701,9 @@ def test_pages_and_pictures_of_whatever_was_measured(tmp_path):
     for rows in (everything, everything[:1], [r for r in everything if r.contender == "eager"], []):
         text = gpu_report.page(rows, described, ["a case"])
         assert text.startswith("device made up, torch 2.11")
-        for picture in ("p.svg", "p.png") if rows else ():
-            gpu_report.plot(rows, tmp_path / picture, described)
-            assert (tmp_path / picture).stat().st_size > 1000
+        if len(rows) == 1 or rows is everything:
+            gpu_report.plot(rows, tmp_path / "p.svg", described)
+            assert (tmp_path / "p.svg").stat().st_size > 1000
     assert "| 128x32 float32 | 1 + 1; 1.0 |" in gpu_report.page(everything, described, [])
 
 

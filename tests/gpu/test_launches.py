@@ -21,7 +21,7 @@ def seen() -> None:
         pytest.skip("torch's profiler does not count the kernels of this GPU")
 
 
-@pytest.mark.parametrize("dtype", gpu_problems.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", gpu_problems.LATENTS)
 def test_one_kernel_each_way(name, dtype, cuda, seen):
     latent = gpu_problems.on(gpu_problems.LATENTS[name], cuda)
