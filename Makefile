@@ -7,15 +7,19 @@
 #   make install-matrix  installs the package in every way, in fresh environments (20 minutes, 10 GB, a registry)
 #   make instructions  counts the CPU kernels' instructions per element (needs valgrind)
 #   make sass          the CUDA kernels' instructions, counted (needs nvcc): benchmarks/results/sass.csv
+#   make gpu-check     everything that a GPU can tell about the kernels; installs and downloads nothing:
+#   make gpu-bench     it and the speed on a GPU use PYTHON's own torch (make gpu-check PYTHON=/usr/bin/python3)
 #   make lint | build | cuda-objects | clean
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow docs install-matrix bench instructions lint types cuda-objects sass build clean
+.PHONY: help demo test check-slow docs install-matrix bench instructions lint types cuda-objects sass
+.PHONY: gpu-check gpu-bench build clean
 
 PYTHON ?= python3
+OUT ?= build/gpu
 VENV := .venv
 PY := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/environment.stamp
@@ -83,6 +87,13 @@ instructions: $(BUILT)
 
 bench: $(BUILT)
 	$(PY) -m vaekernels bench --quick
+
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
+
+gpu-bench:
+	$(PYTHON) benchmarks/gpu_build.py
+	XDG_CACHE_HOME=$(CURDIR)/build/gpu/cache PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_bench.py --out $(OUT)
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -1,6 +1,6 @@
 """Fixtures: every test that takes `backend` runs on the compiled kernels and on the plain PyTorch reference.
 
-VAEKERNELS_TEST_DEVICES   devices to test, comma separated (default "cpu")
+--device DEVICE           the tests that take a device run on this one, and no others run (default: all; cpu)
 VAEKERNELS_REQUIRE_NATIVE 1: a test that needs compiled kernels fails where there are none, and is not skipped
 """
 
@@ -22,7 +22,6 @@ from vaekernels import _native
 # as long as one.
 torch.set_num_threads(1)
 
-DEVICES = [d for d in os.environ.get("VAEKERNELS_TEST_DEVICES", "cpu").split(",") if d]
 BACKENDS = ["kernels", "reference"]
 # Where "shim" comes third: the CUDA kernels, run on the CPU by the host shim.
 SHIM_MODULES = [
@@ -34,18 +33,34 @@ SHIM_MODULES = [
     "test_random",
 ]
 
+# Whose tests make all their tensors themselves, so that torch's default device brings them to another one.
+ON_DEFAULT_DEVICE = ["test_conventions", "test_known_bugs"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", help="run the tests that take a device, on this one, and no others")
+
+
+def device_of(config: pytest.Config) -> str:
+    return config.getoption("device") or "cpu"
+
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    device = device_of(metafunc.config)
     if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", DEVICES)
+        metafunc.parametrize("device", [device])
     if "backend" in metafunc.fixturenames:
-        shim = ["shim"] if metafunc.module.__name__ in SHIM_MODULES and "cpu" in DEVICES else []
+        shim = ["shim"] if metafunc.module.__name__ in SHIM_MODULES and device == "cpu" else []
         metafunc.parametrize("backend", BACKENDS + shim, indirect=True)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """`make test` runs every fourth case of each test on the shim, and none of ten million numbers."""
+    if config.getoption("device"):
+        takes = [takes_device(item) for item in items]
+        config.hook.pytest_deselected(items=[item for item, one in zip(items, takes, strict=True) if not one])
+        items[:] = [item for item, one in zip(items, takes, strict=True) if one]
     cases: Counter[str] = Counter()
     for item in items:
         if isinstance(item, pytest.Function) and is_shim(item):
@@ -53,6 +68,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if cases[test] % 4 != 0 or "ten_million" in item.fixturenames:
                 item.add_marker(pytest.mark.slow)
             cases[test] += 1
+
+
+def takes_device(item: pytest.Item) -> bool:
+    if not isinstance(item, pytest.Function):
+        return False
+    if item.module.__name__ in ON_DEFAULT_DEVICE:
+        return "backend" in item.fixturenames
+    return bool({"device", "cuda"} & set(item.fixturenames))
 
 
 def is_shim(item: pytest.Function) -> bool:
@@ -72,12 +95,20 @@ def require_kernels(device: str) -> None:
 
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    device = request.node.callspec.params.get("device", "cpu")
-    if request.param == "kernels":
+    device = device_of(request.config)
+    if device != "cpu" and request.module.__name__ in ON_DEFAULT_DEVICE:
+        with torch.device(device):
+            yield from _backend(request.param, device, monkeypatch)
+    else:
+        yield from _backend(request.param, device, monkeypatch)
+
+
+def _backend(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    if name == "kernels":
         require_kernels(device)
         yield "kernels"
         return
-    if request.param == "shim":
+    if name == "shim":
         require_kernels("cpu")  # whose schemas and autograd the shim's kernels serve
         shim_build.require()
         if torch.device(device).type != "cpu":
@@ -96,6 +127,17 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 def kernels() -> None:
     """For tests of the compiled library itself, on the CPU."""
     require_kernels("cpu")
+
+
+@pytest.fixture
+def cuda() -> str:
+    """For tests that nothing but a GPU can run."""
+    if torch.version.cuda is None:
+        pytest.skip(f"torch has no CUDA: {torch.__version__}")
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    require_kernels("cuda")
+    return "cuda"
 
 
 @pytest.fixture(autouse=True)

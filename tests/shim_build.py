@@ -211,7 +211,7 @@ class Library:
         self._library.shim_use(True)
         try:
             yield self
-            assert self._library.shim_dirty_counters() == 0, "a kernel left a counter that is not zero"
+            assert self.dirty_counters() == 0, "a kernel left a counter that is not zero"
         finally:
             self._library.shim_use(False)
 
@@ -227,6 +227,9 @@ class Library:
             yield
         finally:
             self._library.shim_capture(False)
+
+    def dirty_counters(self) -> int:
+        return int(self._library.shim_dirty_counters())
 
     def launches(self) -> int:
         return int(self._library.shim_launches())

@@ -365,6 +365,14 @@ DRAWING = {
 }
 
 
+def generator_states(device: str) -> list[bytes]:
+    """Of the CPU and of the device."""
+    states = [torch.get_rng_state()]
+    if torch.device(device).type == "cuda":
+        states.append(torch.cuda.get_rng_state(device))
+    return [state.numpy().tobytes() for state in states]
+
+
 @pytest.mark.parametrize("op", DRAWING)
 def test_manual_seed_reproduces_a_run_and_calls_differ(op, device, backend):
     draw, m = DRAWING[op], torch.zeros(6, 8, device=device)
@@ -398,18 +406,18 @@ def test_kernels_and_reference_take_the_same_state(device, monkeypatch):
 @pytest.mark.parametrize("op", DRAWING)
 def test_a_state_passed_in_leaves_the_generator_alone_and_is_not_changed(op, device, backend):
     draw, m, rng = DRAWING[op], torch.zeros(6, 8, device=device), state(1, 4, device)
-    before = torch.get_rng_state()
+    before = generator_states(device)
     assert torch.equal(draw(m, rng=rng), draw(m, rng=rng))
-    assert torch.equal(torch.get_rng_state(), before)
+    assert generator_states(device) == before
     assert rng.tolist() == [1, 4]
 
 
 def test_the_kl_alone_draws_nothing(device, backend):
     mu = torch.zeros(6, 8, device=device)
-    before = torch.get_rng_state()
+    before = generator_states(device)
     vk.gaussian_kl(mu, mu, free_bits=0.1)
     vk.gaussian_kl_packed(mu)
-    assert torch.equal(torch.get_rng_state(), before)
+    assert generator_states(device) == before
 
 
 def test_the_stream_is_frozen(device, backend):

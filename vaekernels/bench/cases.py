@@ -58,6 +58,8 @@ class Case:
     num_samples: int | None = None
     free_bits: float | None = FREE_BITS  # per dimension, on the batch mean
     batch_dims: int = 1
+    group_dims: int | None = None  # the axis that indexes free-bits groups; None: each latent element is one
+    mask: bool = False  # weights of the batch rows, zeros and ones, as the last of the inputs
 
     @property
     def name(self) -> str:
@@ -68,6 +70,10 @@ class Case:
             parts.append("learned prior")
         if self.num_samples is not None:
             parts.append(f"K={self.num_samples}")
+        if self.group_dims is not None:
+            parts.append("per channel")
+        if self.mask:
+            parts.append("masked")
         return " ".join(parts)
 
     @property
@@ -121,7 +127,11 @@ class Problem:
             inputs += [draw(case.shape, 1.0), draw(case.shape, 0.5)]
         z_shape = case.shape if case.num_samples is None else (case.num_samples, *case.shape)
         grads = [draw(z_shape, 1.0)] if case.samples else []
-        return Problem(case, [t.requires_grad_() for t in inputs], grads)
+        inputs = [t.requires_grad_() for t in inputs]
+        if case.mask:
+            rows = case.shape[: case.batch_dims]
+            inputs.append((torch.rand(rows, generator=generator, device=device) < 0.75).float())
+        return Problem(case, inputs, grads)
 
 
 _SHAPES = [(16, 8), (128, 32), (1024, 128), (2048, 512), (8192, 512), (32768, 512), (131072, 512)]
@@ -176,11 +186,14 @@ def fused(case: Case) -> Layer:
         options["free_bits"] = case.free_bits
     if case.has_kl and case.batch_dims != 1:
         options["batch_dims"] = case.batch_dims
+    if case.has_kl and case.group_dims is not None:
+        options["group_dims"] = case.group_dims
     function: Any = getattr(vk, f"{case.op}_packed" if case.packed else case.op)
 
     def layer(inputs: list[Tensor]) -> list[Tensor]:
-        given = [inputs[0], 1, *inputs[1:]] if case.packed else inputs
-        out = function(*given, **options)
+        tensors, more = (inputs[:-1], {"weight": inputs[-1]}) if case.mask else (inputs, {})
+        given = [tensors[0], 1, *tensors[1:]] if case.packed else tensors
+        out = function(*given, **options, **more)
         return list(out[:2]) if case.op == "sample_kl" else [out]
 
     return layer
@@ -190,7 +203,7 @@ def eager(case: Case) -> Layer:
     """The lines that the op replaces, as most code bases have them."""
 
     def layer(inputs: list[Tensor]) -> list[Tensor]:
-        mu, logvar, *prior = (*inputs[0].chunk(2, 1), *inputs[1:]) if case.packed else inputs
+        mu, logvar, prior, weight = _parts(case, inputs)
         out = []
         if case.samples:
             std = torch.exp(0.5 * logvar)
@@ -205,7 +218,7 @@ def eager(case: Case) -> Layer:
                 kl = 0.5 * (lp - logvar + (logvar.exp() + (mu - mp).pow(2)) / lp.exp() - 1)
             else:
                 kl = -0.5 * (1 + logvar - mu.pow(2) - logvar.exp())
-            out.append(_loss(case, kl))
+            out.append(_loss(case, kl, weight))
         return out
 
     return layer
@@ -215,7 +228,7 @@ def distributions(case: Case) -> Layer:
     """`torch.distributions`: Normal.rsample and kl_divergence."""
 
     def layer(inputs: list[Tensor]) -> list[Tensor]:
-        mu, logvar, *prior = (*inputs[0].chunk(2, 1), *inputs[1:]) if case.packed else inputs
+        mu, logvar, prior, weight = _parts(case, inputs)
         q = Normal(mu, torch.exp(0.5 * logvar), validate_args=False)
         out = []
         if case.samples:
@@ -225,7 +238,7 @@ def distributions(case: Case) -> Layer:
                 p = Normal(prior[0], torch.exp(0.5 * prior[1]), validate_args=False)
             else:
                 p = Normal(mu.new_zeros(()), mu.new_ones(()), validate_args=False)
-            out.append(_loss(case, kl_divergence(q, p)))
+            out.append(_loss(case, kl_divergence(q, p), weight))
         return out
 
     return layer
@@ -246,11 +259,26 @@ def diffusers(case: Case) -> Layer:
 def serves_diffusers(case: Case) -> bool:
     """Whether `diffusers` can compute the case, installed or not."""
     plain = case.packed and len(case.shape) == 4 and case.num_samples is None and not case.prior
+    plain = plain and not case.mask and case.group_dims is None
     return plain and not (case.has_kl and case.free_bits is not None)
 
 
-def _loss(case: Case, kl: Tensor) -> Tensor:
-    rate = kl.flatten(0, case.batch_dims - 1).mean(0)
+def _parts(case: Case, inputs: list[Tensor]) -> tuple[Tensor, Tensor, list[Tensor], Tensor | None]:
+    """mu, logvar, the prior's two where it is learned, and the mask."""
+    tensors, weight = (inputs[:-1], inputs[-1]) if case.mask else (inputs, None)
+    mu, logvar, *prior = (*tensors[0].chunk(2, 1), *tensors[1:]) if case.packed else tensors
+    return mu, logvar, prior, weight
+
+
+def _loss(case: Case, kl: Tensor, weight: Tensor | None) -> Tensor:
+    if case.group_dims is not None:
+        kl = kl.sum([axis for axis in range(case.batch_dims, kl.dim()) if axis != case.group_dims])
+    rows = kl.flatten(0, case.batch_dims - 1)
+    if weight is None:
+        rate = rows.mean(0)
+    else:
+        w = weight.flatten()
+        rate = (w.view(-1, *[1] * (rows.dim() - 1)) * rows).sum(0) / w.sum()
     return (rate if case.free_bits is None else rate.clamp(min=case.free_bits)).sum()
 
 

@@ -7,10 +7,10 @@ import io
 import platform
 import statistics
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -61,7 +61,9 @@ def _output(command: list[str]) -> str:
 
 def write_csv(path: Path, rows: Sequence[Row], described: dict[str, str]) -> None:
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*(f.name for f in fields(Row)), *described], lineterminator="\n")
+    writer = csv.DictWriter(
+        text, [*(f.name for f in fields(rows[0] if rows else Row)), *described], lineterminator="\n"
+    )
     writer.writeheader()
     for row in rows:
         values = {k: round(v, 2) if isinstance(v, float) else v for k, v in asdict(row).items()}
@@ -69,24 +71,31 @@ def write_csv(path: Path, rows: Sequence[Row], described: dict[str, str]) -> Non
     write_atomically(path, text.getvalue())
 
 
-def read_csv(path: Path) -> list[Row]:
+R = TypeVar("R", bound=Row)
+# The types that fields of a row have, as their annotations are written.
+_CELLS: dict[str, Callable[[str], Any]] = {
+    "str": str,
+    "int": int,
+    "float": float,
+    "int | None": lambda cell: int(cell) if cell else None,
+    "float | None": lambda cell: float(cell) if cell else None,
+}
+
+
+def read_csv(path: Path, kind: type[R] = Row) -> list[R]:  # type: ignore[assignment]
     """The rows of a file that `write_csv` wrote. ValueError names what is wrong with another one."""
-    kinds = {"numel": int, "threads": int, "rounds": int, "p20": float, "median": float, "p80": float}
-    sizes = ("peak_bytes", "saved_bytes")
+    columns = {f.name: _CELLS[str(f.type)] for f in fields(kind)}
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        missing = [f.name for f in fields(Row) if f.name not in (reader.fieldnames or [])]
+        missing = [name for name in columns if name not in (reader.fieldnames or [])]
         if missing:
             raise ValueError(f"{path} has no column {missing[0]!r}; it must be a file written by --csv")
         rows = []
         for line, cells in enumerate(reader, start=2):
-            values: dict[str, Any] = {f.name: cells[f.name] for f in fields(Row)}
             try:
-                values |= {name: kind(values[name]) for name, kind in kinds.items()}
-                values |= {name: int(values[name]) if values[name] else None for name in sizes}
+                rows.append(kind(**{name: cell(cells[name]) for name, cell in columns.items()}))
             except ValueError as error:
                 raise ValueError(f"{path}, line {line}: {error}") from error
-            rows.append(Row(**values))
     return rows
 
 
