@@ -3,13 +3,15 @@
 #   make test          build, lint, type check, CUDA objects where nvcc is, tests
 #   make check-slow    the tests that are too slow for `make test`; results in benchmarks/results/
 #   make bench         the speed table
+#   make instructions  counts the CPU kernels' instructions per element (needs valgrind)
+#   make sass          the CUDA kernels' instructions, counted (needs nvcc): benchmarks/results/sass.csv
 #   make lint | build | cuda-objects | clean
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow bench lint types cuda-objects build clean
+.PHONY: help demo test check-slow bench instructions lint types cuda-objects sass build clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -59,9 +61,15 @@ types: $(ENVIRONMENT)
 cuda-objects: $(ENVIRONMENT)
 	$(PY) vaekernels/_build.py cuda-objects build/cuda-objects
 
+sass: $(ENVIRONMENT)
+	$(PY) tests/sass.py
+
 check-slow: $(BUILT)
 	mkdir -p benchmarks/results
 	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -m slow -rA --no-header --color=no | tee benchmarks/results/check-slow.txt
+
+instructions: $(BUILT)
+	$(PY) tests/instruction_counts.py
 
 bench: $(BUILT)
 	$(PY) -m vaekernels bench --quick

@@ -82,6 +82,13 @@ struct Posterior {
   bool inside;
 };
 
+// The same where the tensor holds the log-variance y and no bounds are set.
+template <class R>
+VK_FN Posterior<R> posterior_of_log_variance(R y) {
+  const Exp<R> e = exp_parts_of_half(y);
+  return {R(0.5) * y, e.exp, e.excess, e.growth, true};
+}
+
 // The posterior's scale after the bounds, with the parts of its exponential.
 template <Param P, class R>
 VK_FN Posterior<R> posterior_of(const Scale<R>& scale, const Bounds<R>& bounds, const ExpRange& range = {}) {
@@ -92,9 +99,15 @@ VK_FN Posterior<R> posterior_of(const Scale<R>& scale, const Bounds<R>& bounds, 
   return {x, e.exp, e.excess, e.growth, inside};
 }
 
+// Twice the KL: the kernels that add up many of them halve the sum.
+template <class R>
+VK_FN R twice_kl_standard(R mu, R excess) {
+  return mu * mu + excess;
+}
+
 template <class R>
 VK_FN R kl_standard(R mu, R excess) {
-  return R(0.5) * (mu * mu + excess);
+  return R(0.5) * twice_kl_standard(mu, excess);
 }
 
 // The terms of the KL to a Gaussian prior. `distance` is squared only after it was scaled, so that a distant
@@ -113,9 +126,22 @@ VK_FN Prior<R> prior_of(R mu, R x, R prior_mu, const Scale<R>& prior, const ExpR
   return {(mu - prior_mu) * root, root, e.excess, e.growth};
 }
 
+// The same where the tensors hold log-variances.
+template <class R>
+VK_FN Prior<R> prior_of_log_variance(R mu, R y, R prior_mu, R prior_y) {
+  const R root = exp_parts_of_half(-prior_y).exp;
+  const Exp<R> e = exp_parts_of_half(y - prior_y);
+  return {(mu - prior_mu) * root, root, e.excess, e.growth};
+}
+
+template <class R>
+VK_FN R twice_kl_prior(const Prior<R>& p) {
+  return p.distance * p.distance + p.excess;
+}
+
 template <class R>
 VK_FN R kl_prior(const Prior<R>& p) {
-  return R(0.5) * (p.distance * p.distance + p.excess);
+  return R(0.5) * twice_kl_prior(p);
 }
 
 // e^(2t) - 1 for gradients. Of tensors that hold sd from the quotient itself, while neither end is so far out
@@ -130,20 +156,27 @@ VK_FN R prior_growth(const Posterior<R>& q, const Scale<R>& prior, const Prior<R
   return p.growth;
 }
 
-// dKL/ds against N(0, I). Where the tensor holds sd this is (sd - 1/sd) d sd/ds, in an order that neither
-// cancels near sd = 1 nor overflows before the result does.
+// dKL/ds against N(0, I), or dKL/dx where the tensor holds a logarithm. Where it holds sd this is (sd - 1/sd)
+// d sd/ds, in an order that neither cancels near sd = 1 nor overflows before the result does.
 template <Param P, class R>
 VK_FN R kl_slope_standard(const Scale<R>& scale, const Posterior<R>& q) {
   if constexpr (kHoldsSd<P>) return (scale.sd - R(1)) * ((scale.sd + R(1)) * scale.log_slope);
-  return q.growth * scale.log_slope;
+  return q.growth;
+}
+
+// The same against a Gaussian prior, given the growth of t.
+template <Param P, class R>
+VK_FN R kl_slope_prior(const Scale<R>& scale, R growth) {
+  return kHoldsSd<P> ? growth * scale.log_slope : growth;
 }
 
 // The gradient with respect to s: `noise` = grad_z * eps is the gradient with respect to sd, `c` the gradient
-// of the loss with respect to the element's KL, `kl_slope` = dKL/ds.
+// of the loss with respect to the element's KL, `kl_slope` as above.
 template <Param P, class R>
 VK_FN R scale_gradient(const Scale<R>& scale, const Posterior<R>& q, R noise, R c, R kl_slope) {
-  const R slope = kHoldsSd<P> ? scale.slope : q.sd * scale.log_slope;
-  return keep_if(q.inside, noise * slope + c * kl_slope);
+  const R gradient =
+      kHoldsSd<P> ? noise * scale.slope + c * kl_slope : (noise * q.sd + c * kl_slope) * scale.log_slope;
+  return keep_if(q.inside, gradient);
 }
 
 // The gradients of one element, given sum = sum over samples of grad_z and noise = sum of grad_z * eps.
@@ -153,32 +186,49 @@ struct ElementGradients {
 };
 
 template <Param P, class R>
+VK_FN ElementGradients<R> gradients_sample(const Scale<R>& scale, const Posterior<R>& q, R sum, R noise) {
+  const R gradient = kHoldsSd<P> ? noise * scale.slope : noise * q.sd * scale.log_slope;
+  return {sum, keep_if(q.inside, gradient), R(0), R(0)};
+}
+
+template <Param P, class R>
 VK_FN ElementGradients<R> gradients_sample(R s, const Bounds<R>& bounds, R sum, R noise,
                                            const ExpRange& range = {}) {
   const Scale<R> scale = scale_of<P>(s);
-  return {sum, scale_gradient<P>(scale, posterior_of<P>(scale, bounds, range), noise, R(0), R(0)), R(0),
-          R(0)};
+  return gradients_sample<P>(scale, posterior_of<P>(scale, bounds, range), sum, noise);
+}
+
+template <Param P, class R>
+VK_FN ElementGradients<R> gradients_standard(const Scale<R>& scale, const Posterior<R>& q, R mu, R sum,
+                                             R noise, R c) {
+  return {sum + c * mu, scale_gradient<P>(scale, q, noise, c, kl_slope_standard<P>(scale, q)), R(0), R(0)};
 }
 
 template <Param P, class R>
 VK_FN ElementGradients<R> gradients_standard(R mu, R s, const Bounds<R>& bounds, R sum, R noise, R c,
                                              const ExpRange& range = {}) {
   const Scale<R> scale = scale_of<P>(s);
-  const Posterior<R> q = posterior_of<P>(scale, bounds, range);
-  return {sum + c * mu, scale_gradient<P>(scale, q, noise, c, kl_slope_standard<P>(scale, q)), R(0), R(0)};
+  return gradients_standard<P>(scale, posterior_of<P>(scale, bounds, range), mu, sum, noise, c);
 }
 
 // cq and cp: c for the posterior and for the prior, which differ under KL balancing.
+template <Param P, class R>
+VK_FN ElementGradients<R> gradients_prior(const Scale<R>& scale, const Scale<R>& prior_scale,
+                                          const Posterior<R>& q, const Prior<R>& p, R sum, R noise, R cq,
+                                          R cp) {
+  const R pull = p.distance * p.precision_root;
+  const R growth = prior_growth<P>(q, prior_scale, p);
+  return {sum + cq * pull, scale_gradient<P>(scale, q, noise, cq, kl_slope_prior<P>(scale, growth)),
+          -(cp * pull), -(cp * ((growth + p.distance * p.distance) * prior_scale.log_slope))};
+}
+
 template <Param P, class R>
 VK_FN ElementGradients<R> gradients_prior(R mu, R s, R prior_mu, R prior_s, const Bounds<R>& bounds, R sum,
                                           R noise, R cq, R cp, const ExpRange& range = {}) {
   const Scale<R> scale = scale_of<P>(s), prior_scale = scale_of<P>(prior_s);
   const Posterior<R> q = posterior_of<P>(scale, bounds, range);
   const Prior<R> p = prior_of<P>(mu, q.x, prior_mu, prior_scale, range);
-  const R pull = p.distance * p.precision_root;
-  const R growth = prior_growth<P>(q, prior_scale, p);
-  return {sum + cq * pull, scale_gradient<P>(scale, q, noise, cq, growth * scale.log_slope), -(cp * pull),
-          -(cp * ((growth + p.distance * p.distance) * prior_scale.log_slope))};
+  return gradients_prior<P>(scale, prior_scale, q, p, sum, noise, cq, cp);
 }
 
 // Free bits, f(x; lambda): what the loss counts of a rate x. The gate is open, x >= lambda, where the

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+import shim_build
 import torch
 
 import vaekernels as vk
@@ -22,13 +24,39 @@ torch.set_num_threads(1)
 
 DEVICES = [d for d in os.environ.get("VAEKERNELS_TEST_DEVICES", "cpu").split(",") if d]
 BACKENDS = ["kernels", "reference"]
+# Where "shim" comes third: the CUDA kernels, run on the CPU by the host shim.
+SHIM_MODULES = [
+    "test_values",
+    "test_gradients",
+    "test_conventions",
+    "test_known_bugs",
+    "test_properties",
+    "test_random",
+]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", DEVICES)
     if "backend" in metafunc.fixturenames:
-        metafunc.parametrize("backend", BACKENDS, indirect=True)
+        shim = ["shim"] if metafunc.module.__name__ in SHIM_MODULES and "cpu" in DEVICES else []
+        metafunc.parametrize("backend", BACKENDS + shim, indirect=True)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` runs every fourth case of each test on the shim, and none of ten million numbers."""
+    cases: Counter[str] = Counter()
+    for item in items:
+        if isinstance(item, pytest.Function) and is_shim(item):
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % 4 != 0 or "ten_million" in item.fixturenames:
+                item.add_marker(pytest.mark.slow)
+            cases[test] += 1
+
+
+def is_shim(item: pytest.Function) -> bool:
+    return hasattr(item, "callspec") and item.callspec.params.get("backend") == "shim"
 
 
 def require_kernels(device: str) -> None:
@@ -48,6 +76,14 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     if request.param == "kernels":
         require_kernels(device)
         yield "kernels"
+        return
+    if request.param == "shim":
+        require_kernels("cpu")  # whose schemas and autograd the shim's kernels serve
+        shim_build.require()
+        if torch.device(device).type != "cpu":
+            pytest.skip("the shim serves tensors on the CPU")
+        with shim_build.library().used():
+            yield "shim"
         return
     monkeypatch.setattr(_native, "has_kernels", lambda device_type: False)
     monkeypatch.setattr(_native, "C", None)

@@ -10,8 +10,9 @@ import torch
 
 from vaekernels.training import data as datasets
 from vaekernels.training.config import DataConfig
-from vaekernels.training.data import Batches, Text, docstrings
+from vaekernels.training.data import Arrays, Batches, Text, docstrings
 from vaekernels.training.data.base import BOS, EOS, PAD, UNK, Data, digest, encode_sentences, split
+from vaekernels.training.data.binarize import binarized
 from vaekernels.training.errors import DataError
 
 SOURCE = '''"""The module says what it is for. And more."""
@@ -121,7 +122,7 @@ def test_without_sources_synthetic_text_stands_in_and_is_announced(
     library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (library / "many.py").unlink()
-    monkeypatch.setattr("vaekernels.training.data.synthetic._SENTENCES", 300)
+    monkeypatch.setattr("vaekernels.training.data.synthetic_text._SENTENCES", 300)
     said: list[str] = []
     data = datasets.load(DataConfig("docstrings"), said.append)
     assert data.name == "synthetic-text"
@@ -147,16 +148,37 @@ def test_split_is_fixed_and_disjoint() -> None:
     assert heldout.tolist() != list(range(100))
 
 
-def test_digits_are_binary_and_whole() -> None:
+def test_digits_are_whole() -> None:
     pytest.importorskip("sklearn", reason="digits need vaekernels[train]")
     data = datasets.load(DataConfig("digits"), quiet)
+    assert isinstance(data, Arrays) and data.levels == 17
     assert len(data.train) == 1618 and len(data.heldout) == 179
-    assert data.train.shape[1] == 64 and set(data.train.unique().tolist()) == {0.0, 1.0}
+    assert data.shape == (1, 8, 8) and data.dims == 64
+    assert data.train.dtype == torch.uint8 and data.train.max() == 16
+    assert data.described == "8x8 images, 1 channel, 17 levels"
     assert data.sha256 == datasets.load(DataConfig("digits"), quiet).sha256
 
 
+def test_binarized_data_are_the_same_in_every_run_and_keep_the_mean() -> None:
+    grey = torch.arange(5, dtype=torch.uint8).repeat_interleave(4000).view(-1, 1)
+    data = Arrays("grey", grey, grey[::2], "0" * 64, levels=5)
+    sampled, cut = binarized(data, "sample"), binarized(data, "threshold")
+    assert sampled.levels == cut.levels == 2 and sampled.described == "vectors of 1 numbers, 2 levels"
+    assert cut.train.view(5, -1).float().mean(dim=1).tolist() == [0, 0, 1, 1, 1]
+    means = sampled.train.view(5, -1).float().mean(dim=1)
+    # 0 and 1 exactly at the ends; 5 standard errors of a share of 4000 between
+    torch.testing.assert_close(means, torch.linspace(0, 1, 5), rtol=0, atol=5 * 0.5 / 4000**0.5)
+    assert means[0] == 0 and means[4] == 1
+    again = binarized(data, "sample")
+    assert torch.equal(again.train, sampled.train) and again.sha256 == sampled.sha256
+    assert len({data.sha256, sampled.sha256, cut.sha256}) == 3
+    assert binarized(cut, "sample") is cut, "zeros and ones stay what they are"
+    with pytest.raises(DataError, match=r"data.binarize is for images of grey levels, 'some' is sentences"):
+        binarized(some_text(), "threshold")
+
+
 def test_synthetic_text_is_reproducible_and_depends_on_its_latent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vaekernels.training.data.synthetic._SENTENCES", 400)
+    monkeypatch.setattr("vaekernels.training.data.synthetic_text._SENTENCES", 400)
     state = torch.get_rng_state()
     data = datasets.load(DataConfig("synthetic-text"), quiet)
     assert torch.equal(torch.get_rng_state(), state), "loading data must not touch the default generator"
@@ -165,19 +187,69 @@ def test_synthetic_text_is_reproducible_and_depends_on_its_latent(monkeypatch: p
     assert (data.train[:, -1] == EOS).all() and data.train[:, :-1].min() > UNK
     # z shifts the logits by up to 5 * |z|, so few words dominate; without z nearly all 1000 occur
     assert data.train[:, :-1].unique().numel() < 700
+    # and the sentence tells z: those that share most words have a z nearby
+    assert isinstance(data, Text) and data.factors is not None
+    z = torch.cat([data.factors.train, data.factors.heldout])
+    assert data.factors.train.shape == (360, 2) and data.factors.heldout.shape == (40, 2)
+    assert z.abs().mean().item() == pytest.approx(2.0, abs=0.2), "around (+-2, +-2)"
+    words = torch.cat([data.train, data.heldout])[:, :-1]
+    shared = (words[:, None] == words[None]).sum(dim=2).triu(diagonal=1)
+    pairs = shared.flatten().topk(100).indices
+    distance = (z[pairs // len(z)] - z[pairs % len(z)]).norm(dim=1).mean()
+    assert distance < 0.5 * torch.pdist(z).mean()
 
 
-def test_batches_hold_every_example_once_with_equal_lengths() -> None:
+def test_sprites_are_all_combinations_and_all_different() -> None:
+    data = datasets.load(DataConfig("sprites"), quiet)
+    assert isinstance(data, Arrays) and data.factors is not None and data.levels == 2
+    x = torch.cat([data.train, data.heldout])
+    factors = torch.cat([data.factors.train, data.factors.heldout])
+    assert x.shape == (4608, 1, 32, 32)
+    assert len(x.flatten(1).unique(dim=0)) == len(factors.unique(dim=0)) == 4608
+    assert factors.max(dim=0).values.tolist() == [2, 2, 7, 7, 7]
+    # a shape's centre of mass is where its factors say: x and y steps of 2 pixels from 9
+    grid = torch.arange(32) + 0.5
+    mass = x[:, 0].double()
+    for axis, factor in ((2, 3), (1, 4)):
+        centre = (mass.sum(dim=3 - axis) * grid).sum(dim=1) / mass.sum(dim=(1, 2))
+        torch.testing.assert_close(centre, 9 + 2 * factors[:, factor].double(), rtol=0, atol=0.6)
+    areas = [mass[factors[:, 1] == scale].sum(dim=(1, 2)).mean().item() for scale in range(3)]
+    assert areas[1] / areas[0] == pytest.approx((1.0 / 0.7) ** 2, rel=0.05)
+    assert areas[2] / areas[1] == pytest.approx(1.3**2, rel=0.05)
+
+
+def test_batches_hold_every_example_once_and_are_of_equal_size() -> None:
     data = some_text()
     batches = Batches(data, batch_size=8, seed=3)
     order = batches.order(0)
-    assert len(order) == len(batches)
+    assert len(order) == len(batches) == 13
+    assert {len(batch) for batch in order} == {7, 8}
     assert sorted(torch.cat(order).tolist()) == list(range(len(data.train)))
+    mixed = 0
     for batch in order:
         x = batches.take(batch)
-        assert len(x) <= 8
-        assert (x != PAD).all(), "a batch is cut to the length its sentences share"
-        assert (x[:, -1] == EOS).all() and BOS not in x
+        assert BOS not in x and (x[:, -1] == EOS).any(), "a batch is cut to the longest of its sentences"
+        mixed += len(data.lengths(x).unique()) > 1
+    assert mixed <= 4, "five lengths: at most four batches hold two of them"
+
+
+def test_batches_of_images_are_whole() -> None:
+    x = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1)
+    batches = Batches(Arrays("a", x, x, "", levels=256), batch_size=20, seed=0)
+    assert [len(batch) for batch in batches.order(0)] in ([17, 17, 16], [17, 16, 17], [16, 17, 17])
+    batch = batches.order(0)[0]
+    assert torch.equal(batches.take(batch), x[batch])
+
+
+def test_the_extra_stream_is_endless_and_not_that_of_the_epochs() -> None:
+    data = some_text()
+    batches = Batches(data, batch_size=8, seed=3)
+    first = [batches.extra(i).tolist() for i in range(2 * len(batches))]
+    assert sorted(row for batch in first[: len(batches)] for row in batch) == list(range(100))
+    assert first[: len(batches)] != [batch.tolist() for batch in batches.order(0)]
+    assert first[: len(batches)] != first[len(batches) :]
+    again = Batches(data, batch_size=8, seed=3)
+    assert again.extra(20).tolist() == first[20]
 
 
 def test_the_order_is_a_function_of_seed_and_epoch() -> None:
@@ -193,10 +265,12 @@ def test_the_order_is_a_function_of_seed_and_epoch() -> None:
 
 
 def test_unknown_data_set_lists_the_known() -> None:
-    with pytest.raises(
-        DataError, match="unknown data set 'mnist'; known: docstrings, digits, synthetic-text"
-    ):
+    with pytest.raises(DataError) as raised:
         datasets.load(DataConfig("mnist"), quiet)
+    assert str(raised.value) == (
+        "unknown data set 'mnist'; known: docstrings, synthetic-text, digits, sprites, idx:PATH, text:PATH, "
+        "images:PATH, npz:PATH"
+    )
 
 
 def some_text() -> Data:

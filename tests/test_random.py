@@ -46,9 +46,9 @@ def triples(count: int = 10_000) -> list[tuple[int, int, int]]:
 
 
 def words_of(backend: str, rng: torch.Tensor, n: int, first_quad: int = 0) -> torch.Tensor:
-    if backend == "kernels":
-        return torch.ops.vaekernels._philox_words(rng, n, first_quad)
-    return reference.philox_words(rng, n, first_quad)
+    if backend == "reference":
+        return reference.philox_words(rng, n, first_quad)
+    return torch.ops.vaekernels._philox_words(rng, n, first_quad)
 
 
 # --- words --------------------------------------------------------------------------------------------------

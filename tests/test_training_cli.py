@@ -1,4 +1,4 @@
-"""The commands `train` and `demo`."""
+"""The command `train`."""
 
 from __future__ import annotations
 
@@ -17,24 +17,18 @@ pytest.importorskip("rich", reason="the trainer needs vaekernels[train]")
 
 import torch
 from tiny_runs import (
-    log_of,
+    epochs_of,
     tiny_data,  # noqa: F401 (the fixture)
     tiny_images,
 )
 from typer.testing import CliRunner
 
-from vaekernels.collapse import Estimate
 from vaekernels.training import data as datasets
-from vaekernels.training import demo
 from vaekernels.training.cli import app
-from vaekernels.training.config import (
-    DataConfig,
-    ModelConfig,
-)
-from vaekernels.training.data.base import Data
-from vaekernels.training.evaluate import evaluate
-from vaekernels.training.loop import CHECKPOINT, CONFIG, METRICS
-from vaekernels.training.models import ELBO, build
+from vaekernels.training.config import DataConfig
+from vaekernels.training.data import Data
+from vaekernels.training.latents import ELBO
+from vaekernels.training.run_folder import CHECKPOINT, CONFIG, METRICS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning"),
@@ -45,6 +39,7 @@ pytestmark = [
 # --- the command line
 
 SMALL = ["--epochs", "2", "--latent-dim", "3", "--batch-size", "32", "--device", "cpu"]
+SMALL += ["--set", "engine.tensorboard=false"]
 
 
 def call(*arguments: str, status: int = 0) -> str:
@@ -60,11 +55,12 @@ def test_train_prints_and_keeps_the_evaluation(name: str) -> None:
     )
     assert "weight: 0 to 0.5" in output and "effective beta = 0.5" in output
     assert "free bits: 0.2 nats per dimension (0.6 in all)" in output
+    assert "sum over" in output and "likelihood" in output
     assert "rate (KL, unclamped)" in output and "active units" in output and "dims 0-2" in output
     assert max(map(len, output.splitlines())) <= 80
     metrics = json.loads(Path("run", METRICS).read_text())
     assert metrics["settings"]["objective"]["free_bits"] == 0.2
-    assert metrics["settings"]["effective_beta"] == 0.5
+    assert metrics["effective_beta"] == 0.5
     assert len(metrics["data"]["sha256"]) == 64
     heldout = metrics["heldout"]
     assert len(heldout["rate_per_dim"]) == 3
@@ -79,15 +75,13 @@ def test_train_prints_and_keeps_the_evaluation(name: str) -> None:
 def test_train_then_resume() -> None:
     call("train", "digits", *SMALL, "--run-dir", "run")
     call("train", "--resume", "run", "--epochs", "3")
-    assert [line["epoch"] for line in log_of(Path("run"))] == [1, 2, 3]
+    assert epochs_of(Path("run")) == [1, 2, 3]
     message = call("train", "--resume", "run", "--beta", "2", "--seed", "5", status=2)
     assert (
         "objective.beta = 1.0, not 2.0, engine.seed = 0, not 5; a resumed run keeps its settings" in message
     )
     assert "already holds a run" in call("train", "digits", *SMALL, "--run-dir", "run", status=1)
-    assert "data.name = 'digits', not 'docstrings'" in call(
-        "train", "docstrings", "--resume", "run", status=2
-    )
+    assert "leave out the preset and --config" in call("train", "docstrings", "--resume", "run", status=2)
 
 
 def test_ctrl_c_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,20 +99,48 @@ def test_ctrl_c_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
         "train", "digits", *SMALL, "--run-dir", "run", status=130
     )
     call("train", "--resume", "run")
-    assert len(log_of(Path("run"))) == 2
+    assert epochs_of(Path("run")) == [1, 2]
 
 
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["mnist"], 1, "error: unknown data set 'mnist'; known: docstrings, digits"),
-        ([], 1, "error: name a data set: docstrings, digits"),
+        (["mnist"], 2, "error: unknown preset 'mnist'; known: docstrings, "),
+        (["docstring"], 2, "error: unknown preset 'docstring'; did you mean docstrings?"),
+        ([], 2, "error: name a preset: docstrings, "),
+        (
+            ["digits", "--set", "objective.bta=1"],
+            2,
+            "error: unknown setting objective.bta; did you mean objective.beta?",
+        ),
+        (["digits", "--set", "beta"], 2, "error: --set takes TABLE.KEY=VALUE"),
+        (["digits", "--config", "no.toml"], 2, "error: cannot read no.toml: No such file or directory"),
+        (
+            ["digits", "--config", "bad.toml"],
+            2,
+            "error: bad.toml: unknown setting modle; did you mean model?",
+        ),
+        (
+            ["digits", "--beta", "2", "--set", "objective.pi_target=4"],
+            2,
+            "error: objective.beta has no meaning with",
+        ),
+        (
+            ["digits", "--set", "model.kind=gru"],
+            2,
+            "error: model.kind 'gru' is for text, data 'digits' is 4x4 images",
+        ),
+        (["idx:no/such"], 1, "error: cannot read no/such: No such file or directory"),
         (["digits", "--beta", "-1"], 2, "error: beta must be at least 0, got -1.0"),
-        (["digits", "--clamp", "row"], 2, "error: clamp must be one of batch, sample; got 'row'"),
+        (
+            ["digits", "--clamp", "row", "--free-bits", "1"],
+            2,
+            "error: clamp must be one of batch, sample; got 'row'",
+        ),
         (["digits", "--free-bits", "nan"], 2, "error: free_bits must be finite, got nan"),
         (["digits", "--threads", "0"], 2, "error: threads must be at least 1, got 0"),
         (["digits", "--device", "gpu"], 2, "error: device must be one of auto, cpu, cuda, mps; got 'gpu'"),
-        (["--resume", "nowhere"], 1, "error: no run in nowhere (it has no config.json)"),
+        (["--resume", "nowhere"], 1, "error: no run in nowhere (it has no config.toml)"),
         (
             ["digits", "--resume", "a", "--run-dir", "b"],
             2,
@@ -129,6 +151,7 @@ def test_ctrl_c_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_bad_arguments_are_one_clear_line(arguments: list[str], status: int, message: str) -> None:
     Path("file").write_text("")
+    Path("bad.toml").write_text("modle.kind = 'mlp'")
     output = call("train", *arguments, status=status)
     assert output.startswith(message) and len(output.splitlines()) == 1
     assert not Path("runs").exists()
@@ -140,7 +163,7 @@ def test_bad_arguments_are_one_clear_line(arguments: list[str], status: int, mes
         (lambda path: path.unlink(), "no checkpoint at"),
         (lambda path: path.write_bytes(path.read_bytes()[:1000]), "is damaged or no checkpoint"),
         (lambda path: path.write_bytes(b"hello"), "is damaged or no checkpoint"),
-        (lambda path: torch.save({"model": {}}, path), "is not a vaekernels checkpoint of format 1"),
+        (lambda path: torch.save({"model": {}}, path), "is not a vaekernels checkpoint of format 2"),
         (lambda path: torch.save(Path("evil"), path), "is damaged or no checkpoint"),
     ],
 )
@@ -163,50 +186,55 @@ def test_a_checkpoint_of_other_data_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_checkpoint_of_another_shape_is_refused() -> None:
     call("train", "digits", *SMALL, "--run-dir", "run")
-    config = json.loads(Path("run", CONFIG).read_text())
-    config["model"]["hidden"] = 7
-    Path("run", CONFIG).write_text(json.dumps(config))
-    assert "does not fit run/config.json" in call("train", "--resume", "run", status=1).replace("\n", " ")
+    path = Path("run", CHECKPOINT)
+    state = torch.load(path, weights_only=True)
+    del state["model"]["decoder.net.0.weight"]
+    torch.save(state, path)
+    assert "does not fit run/config.toml" in call("train", "--resume", "run", status=1).replace("\n", " ")
 
 
-def test_demo_compares_two_runs_side_by_side() -> None:
-    output = call("demo", "--epochs", "1", "--run-dir", "demo")
-    for part in (
-        "beta 1",
-        "free bits 0.25",
-        "active units",
-        "Δ_shuffle",
-        "NELBO",
-        "distinct among 200 prior samples",
-    ):
-        assert part in output
-    assert max(map(len, output.splitlines())) <= 80
-    assert (Path("demo", "beta-1", METRICS)).is_file() and (Path("demo", "free-bits-0.25", METRICS)).is_file()
-    both = [json.loads(Path("demo", run, CONFIG).read_text()) for run in ("beta-1", "free-bits-0.25")]
-    assert [config["objective"].pop("free_bits") for config in both] == [None, 0.25]
-    assert both[0] == both[1], "the two runs differ in free bits alone"
+def test_a_config_changed_under_the_run_is_refused() -> None:
+    call("train", "digits", *SMALL, "--run-dir", "run")
+    path = Path("run", CONFIG)
+    path.write_text(path.read_text().replace("latent_dim = 3", "latent_dim = 4"))
+    assert "model.latent_dim = 3, not 4" in call("train", "--resume", "run", status=2)
+    path.write_text("[data")
+    assert "error: run/config.toml is not a TOML file" in call("train", "--resume", "run", status=2)
 
 
-def test_unknown_demo_lists_the_known() -> None:
-    assert "error: unknown demo 'mnist'; known: docstrings" in call("demo", "mnist", status=2)
+def test_settings_come_from_preset_file_options_and_set_in_this_order() -> None:
+    lines = "model.kind = 'row-gru'", "model.latent_dim = 5", "optim.lr = 0.01", "objective.beta = 3"
+    Path("mine.toml").write_text("\n".join([*lines, "objective.free_bits = 1"]))
+    arguments = ["--config", "mine.toml", *SMALL, "--beta", "2", "--set", "objective.free_bits=0.5"]
+    call("train", "digits", *arguments, "--run-dir", "run")
+    settings = json.loads(Path("run", METRICS).read_text())["settings"]
+    assert settings["data"]["name"] == "digits" and settings["model"]["likelihood"] == "bernoulli"
+    assert settings["model"]["kind"] == "row-gru" and settings["optim"]["lr"] == 0.01
+    assert settings["model"]["latent_dim"] == 3, "an option is over the file"
+    assert (settings["objective"]["beta"], settings["objective"]["free_bits"]) == (2.0, 0.5)
+    # the file a run keeps is a config like any other
+    call("train", "--config", "run/config.toml", "--run-dir", "again")
+    assert Path("again", CONFIG).read_text() == Path("run", CONFIG).read_text()
+    first, second = (json.loads(Path(run, METRICS).read_text())["heldout"] for run in ("run", "again"))
+    assert first == second
 
 
-def test_the_closing_words_follow_the_figures() -> None:
-    delta = Estimate
-    data = datasets.load(DataConfig("docstrings"), lambda text: None)
-    base = evaluate(build(ModelConfig(latent_dim=3, hidden=8, embedding=4), data), data.heldout)
+def test_a_reduction_mismatch_is_warned_about() -> None:
+    output = call("train", "digits", *SMALL, "--set", "objective.reconstruction=mean", "--run-dir", "run")
+    assert "so effective beta = 16" in output.replace("\n", " ")
+    assert "warning: the reconstruction is a mean over 16 data dims" in output.replace("\n", " ")
 
-    def outcome(title: str, value: float, nelbo: float, samples: list[str]) -> demo.Outcome:
-        measured = replace(base, delta_shuffle=delta(value, value - 0.01, value + 0.01), nelbo=nelbo)
-        return demo.Outcome(title, measured, 1.0, [], samples)
 
-    dead, alive = outcome("beta 1", 0.0, 50.0, ["a"] * 3), outcome("free bits", 5.0, 52.0, ["a", "b", "c"])
-    cured = demo.conclusion(dead, alive)
-    assert cured.startswith("The first model has collapsed.")
-    assert "its decoder ignores z" in cured and "its decoder uses z" in cured
-    assert "3 prior samples give 1 distinct sentence." in cured
-    assert cured.endswith("The cure costs likelihood: its NELBO is 2.00 nats per sentence worse.")
-    assert demo.conclusion(dead, dead).endswith(
-        "have not cured it in this run. The NELBO changes by +0.00 nats per sentence."
+def test_own_files_train_from_the_command_line() -> None:
+    Path("corpus.txt").write_text("\n".join(f"word {i % 7} and word {i % 5}" for i in range(60)))
+    output = call("train", "text:corpus.txt", *SMALL, "--set", "model.hidden=8")
+    assert "text:corpus.txt: 54 + 6 held-out sentences" in output.replace("\n", " ")
+    (run,) = Path("runs").iterdir()
+    assert run.name.startswith("text-corpus.txt-") and (run / METRICS).is_file()
+
+
+def test_a_folder_that_cannot_be_written_is_one_line() -> None:
+    Path("file").write_text("")
+    assert call("train", "digits", *SMALL, "--run-dir", "file/run", status=1) == (
+        "error: cannot make file/run: Not a directory\n"
     )
-    assert demo.conclusion(alive, alive).startswith("The first model has not collapsed in this run.")

@@ -14,6 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from vaekernels.training import data as datasets
+from vaekernels.training import settings as texts
 from vaekernels.training.config import (
     Config,
     DataConfig,
@@ -22,8 +23,10 @@ from vaekernels.training.config import (
     ObjectiveConfig,
     OptimConfig,
 )
-from vaekernels.training.data.base import SPECIALS, Data, Images, Text, digest, encode_sentences, split
-from vaekernels.training.loop import CHECKPOINT, LOG, Trainer
+from vaekernels.training.data import Arrays, Data, Text
+from vaekernels.training.data.base import SPECIALS, digest, encode_sentences, split
+from vaekernels.training.loop import Trainer
+from vaekernels.training.run_folder import CHECKPOINT, LOG
 
 
 def tiny_text(config: DataConfig, say: Callable[[str], None]) -> Data:
@@ -37,9 +40,9 @@ def tiny_text(config: DataConfig, say: Callable[[str], None]) -> Data:
 
 
 def tiny_images(config: DataConfig, say: Callable[[str], None]) -> Data:
-    x = (torch.rand(120, 16, generator=torch.Generator().manual_seed(7)) < 0.3).float()
+    x = (torch.rand(120, 1, 4, 4, generator=torch.Generator().manual_seed(7)) < 0.3).to(torch.uint8)
     train, heldout = split(x)
-    return Images(config.name, train, heldout, digest(x), (4, 4))
+    return Arrays(config.name, train, heldout, digest(x), levels=2)
 
 
 @pytest.fixture
@@ -49,18 +52,21 @@ def tiny_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     monkeypatch.setitem(datasets.DATASETS, "digits", tiny_images)
     monkeypatch.chdir(tmp_path)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors this small only wait for other threads
     yield
     torch.set_num_threads(threads)
 
 
-def settings(name: str = "docstrings", **objective: Any) -> Config:
-    return Config(
+def settings(name: str = "docstrings", given: str = "", **objective: Any) -> Config:
+    """``given``: more settings, as ``model.kind=conv strategy.aggressive=true``."""
+    config = Config(
         DataConfig(name),
         ModelConfig(latent_dim=3, hidden=8, embedding=4),
         ObjectiveConfig(**objective),
-        OptimConfig(epochs=3, batch_size=8),
-        EngineConfig(device="cpu"),
+        optim=OptimConfig(epochs=3, batch_size=8),
+        engine=EngineConfig(device="cpu", tensorboard=False),
     )
+    return texts.changed(config, texts.parse_set(given.split()))
 
 
 def trainer(config: Config, run: Path, *, resume: bool = False) -> Trainer:
@@ -70,14 +76,14 @@ def trainer(config: Config, run: Path, *, resume: bool = False) -> Trainer:
 
 def stop_at(run: Trainer, step: int, stop: Callable[[], None] | None = None) -> None:
     """Makes ``run`` be stopped during its step number ``step``."""
-    forward = run.elbo.forward
+    forward = run.model.forward
 
     def counted(*arguments: Any) -> Any:
-        if run.progress.step + 1 == step:
+        if run.progress.step + 1 == step and run.model.training:
             (stop or run.request_stop)()
         return forward(*arguments)
 
-    run.elbo.forward = counted  # type: ignore[method-assign]
+    run.model.forward = counted  # type: ignore[method-assign]
 
 
 def same(a: object, b: object) -> bool:
@@ -98,5 +104,10 @@ def checkpoint_of(run: Path) -> dict[str, Any]:
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of the log, without what the clock says."""
     lines = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def epochs_of(run: Path) -> list[int]:
+    return [line["epoch"] for line in log_of(run) if line["kind"] == "epoch"]

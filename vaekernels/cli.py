@@ -23,10 +23,22 @@ import torch
 
 from vaekernels import _build, _native
 
-TRAIN_MODULES = ("lightning_fabric", "typer", "rich", "matplotlib", "sklearn", "tensorboard", "jinja2")
+TRAIN_MODULES = (
+    "lightning_fabric",
+    "typer",
+    "rich",
+    "matplotlib",
+    "sklearn",
+    "tensorboard",
+    "jinja2",
+    "numpy",
+    "PIL",
+    *(() if sys.version_info >= (3, 11) else ("tomli",)),
+)
 TRAIN_COMMANDS = {
-    "train": "train a VAE on a data set every machine has",
-    "demo": "a VAE that collapses, and the same one cured, side by side",
+    "train": "train a VAE on a data set every machine has, or on your own",
+    "diagnose": "is the latent of a trained run used, and if not, why",
+    "demo": "VAEs that collapse, and the same ones cured, side by side",
 }
 
 

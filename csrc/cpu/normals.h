@@ -159,28 +159,20 @@ struct Halves {
 // Where in a vector of W quads one of them is.
 constexpr int lane_of(int quad, int W) { return quad % (W / 4) * 4 + quad / (W / 4); }
 
-// The round keys as vectors. The first two counter words, and for most calls the upper word of the quad's
-// index, are the same for all quads: half of the first two rounds is then the same too, and folded in here.
+// quad_keys of a call, as vectors.
 template <int W>
 struct VectorKeys {
   using Q = typename Lanes<W>::Q;
-  Q round[2 * kPhiloxRounds];
+  Q first, second[2], round[2 * (kPhiloxRounds - 2)];
 
-  VK_FN VectorKeys(const PhiloxKeys& keys, uint32_t upper) {
-    uint32_t k[2 * kPhiloxRounds];
-    std::memcpy(k, keys.round, sizeof(k));
-    const uint64_t a = static_cast<uint64_t>(kPhiloxM0) * keys.c0;
-    const uint64_t b = static_cast<uint64_t>(kPhiloxM1) * (static_cast<uint32_t>(a >> 32) ^ upper ^ k[1]);
-    k[0] ^= keys.c1;
-    k[2] ^= static_cast<uint32_t>(b >> 32);
-    k[3] ^= static_cast<uint32_t>(a);
-    k[4] ^= static_cast<uint32_t>(b);
-    for (int i = 0; i < 2 * kPhiloxRounds; ++i) round[i] = Q{} + k[i];
+  explicit VK_FN VectorKeys(const QuadKeys& keys)
+      : first(Q{} + keys.first), second{Q{} + keys.second[0], Q{} + keys.second[1]} {
+    for (int i = 0; i < 2 * (kPhiloxRounds - 2); ++i) round[i] = Q{} + keys.round[i];
   }
 };
 
-// The words of N W quads whose index, all but its upper 32 bits, begins with `first`. The rounds of all N go
-// on side by side, since each alone waits for its products.
+// The words of N W quads from `first` on, all of them below 2^32. The rounds of all N go on side by side,
+// since each alone waits for its products.
 template <int N, int W>
 VK_FN void philox_vectors(const VectorKeys<W>& keys, uint32_t first, typename Lanes<W>::U (*words)[4]) {
   using L = Lanes<W>;
@@ -194,17 +186,17 @@ VK_FN void philox_vectors(const VectorKeys<W>& keys, uint32_t first, typename La
     for (int i = 0; i < W / 2; ++i)
       quad[i] = static_cast<uint64_t>(v / 2 * W + W / 4 * (v % 2 * 2 + i % 2) + i / 2);
     const Q b = L::multiply(quad + first, m1);
-    const Q a = L::multiply((b >> 32) ^ keys.round[0], m0);
-    c0[v] = b ^ keys.round[2];
-    c2[v] = (a >> 32) ^ keys.round[3];
+    const Q a = L::multiply((b >> 32) ^ keys.first, m0);
+    c0[v] = b ^ keys.second[0];
+    c2[v] = (a >> 32) ^ keys.second[1];
     c3[v] = a;
   }
 #pragma GCC unroll 8
-  for (int r = 2; r < kPhiloxRounds; ++r) {
+  for (int r = 0; r < kPhiloxRounds - 2; ++r) {
 #pragma GCC unroll 8
     for (int v = 0; v < 2 * N; ++v) {
       const Q a = L::multiply(c0[v], m0), b = L::multiply(c2[v], m1);
-      c0[v] = r == 2 ? (b >> 32) ^ keys.round[4] : L::xor3(b >> 32, c1[v], keys.round[2 * r]);
+      c0[v] = r == 0 ? (b >> 32) ^ keys.round[0] : L::xor3(b >> 32, c1[v], keys.round[2 * r]);
       c2[v] = L::xor3(a >> 32, c3[v], keys.round[2 * r + 1]);
       c1[v] = b;
       c3[v] = a;
@@ -226,9 +218,8 @@ using WordVectors = typename Lanes<W>::U[kMostQuads / W][4];
 
 template <int W>
 VK_FN void fill_words(const PhiloxKeys& keys, uint64_t first_quad, int quads, WordVectors<W>& words) {
-  const uint64_t last_quad = first_quad + static_cast<uint64_t>(quads) - 1;
-  if (first_quad >> 32 == last_quad >> 32) {
-    const VectorKeys<W> vector_keys(keys, static_cast<uint32_t>(first_quad >> 32));
+  if ((first_quad + static_cast<uint64_t>(quads) - 1) >> 32 == 0 && first_quad >> 32 == 0) {
+    const VectorKeys<W> vector_keys(quad_keys(keys));
     for (int v = 0; v < quads / W; v += kSideBySide)
       philox_vectors<kSideBySide>(
           vector_keys, static_cast<uint32_t>(first_quad) + static_cast<uint32_t>(v * W), &words[v]);

@@ -1,17 +1,37 @@
-// A quad of elements: its normals, its samples and KL, its gradients.
+// A quad of elements on the general paths: its normals, its samples and KL, its gradients.
 //
-// Quads come in two kinds. Plain ones (float32 arithmetic, a scale given by its logarithm, N(0, I), normals
-// that begin with a quad, sums over the batch) are what most calls consist of, and are unrolled. All others
-// go element by element through one copy of their code: the arrays turn by one place per round, so that every
-// index is a constant and nothing leaves the registers.
+// Elements go one by one through one copy of their code: the arrays turn by one place per round, so that
+// every index is a constant and nothing leaves the registers.
 #pragma once
 
-#include <type_traits>
-
-#include "../gaussian.h"
-#include "../philox.h"
+#include "launch.cuh"
 
 namespace vk::cuda {
+
+// Shared memory that the round keys take. Reading them there costs 1.5 instructions per element and keeps no
+// registers.
+template <bool Sample>
+inline constexpr int kKeyBytes = Sample ? (sizeof(PhiloxKeys) + 15) / 16 * 16 : 0;
+
+template <bool Sample>
+__device__ __forceinline__ const PhiloxKeys& keys_for(const Keys& keys, unsigned char* shared) {
+  PhiloxKeys* copy = reinterpret_cast<PhiloxKeys*>(shared);
+  if constexpr (Sample) {
+    if (threadIdx.x == 0)
+      *copy = keys.state == nullptr
+                  ? keys.host
+                  : philox_keys(static_cast<uint64_t>(keys.state[0]), static_cast<uint64_t>(keys.state[1]));
+    __syncthreads();
+  }
+  return *copy;
+}
+
+// Keeps what lies in shared memory there: the compiler would move it into registers for the whole loop.
+__device__ __forceinline__ void forget_shared() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" ::: "memory");
+#endif
+}
 
 // Drops x[0], moves the others down and puts `last` behind them.
 template <class R, int N>
@@ -86,34 +106,25 @@ __device__ __forceinline__ Sampled<R> sampled(R mu, R s, R prior_mu, R prior_s, 
 }
 
 // In: the second tensor's elements in sd; out: the standard deviations, and the KL where it is wanted.
-template <bool Plain, bool HasKL, class R>
+template <bool HasKL, class R>
 __device__ __forceinline__ void sample_and_kl(Param param, R slope, const Bounds<R>& bounds, bool prior,
                                               R (&mu)[4], R (&sd)[4], R (&prior_mu)[4], R (&prior_s)[4],
                                               R (&kl)[4]) {
-  if constexpr (Plain) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const Sampled<R> e = sampled<Param::log_std, HasKL>(mu[j], sd[j] * slope, R(0), R(0), false, bounds);
-      sd[j] = e.sd;
-      kl[j] = e.kl;
-    }
-  } else {
 #pragma unroll 1
-    for (int j = 0; j < 4; ++j) {
-      Sampled<R> e;
-      if (by_logarithm(param))
-        e = sampled<Param::log_std, HasKL>(mu[0], sd[0] * slope, prior_mu[0], prior_s[0] * slope, prior,
-                                           bounds);
-      else if (param == Param::std)
-        e = sampled<Param::std, HasKL>(mu[0], sd[0], prior_mu[0], prior_s[0], prior, bounds);
-      else
-        e = sampled<Param::softplus, HasKL>(mu[0], sd[0], prior_mu[0], prior_s[0], prior, bounds);
-      turn(mu, mu[0]);
-      turn(sd, e.sd);
-      turn(prior_mu, prior_mu[0]);
-      turn(prior_s, prior_s[0]);
-      turn(kl, e.kl);
-    }
+  for (int j = 0; j < 4; ++j) {
+    Sampled<R> e;
+    if (by_logarithm(param))
+      e = sampled<Param::log_std, HasKL>(mu[0], sd[0] * slope, prior_mu[0], prior_s[0] * slope, prior,
+                                         bounds);
+    else if (param == Param::std)
+      e = sampled<Param::std, HasKL>(mu[0], sd[0], prior_mu[0], prior_s[0], prior, bounds);
+    else
+      e = sampled<Param::softplus, HasKL>(mu[0], sd[0], prior_mu[0], prior_s[0], prior, bounds);
+    turn(mu, mu[0]);
+    turn(sd, e.sd);
+    turn(prior_mu, prior_mu[0]);
+    turn(prior_s, prior_s[0]);
+    turn(kl, e.kl);
   }
 }
 
@@ -135,43 +146,60 @@ __device__ __forceinline__ ElementGradients<R> gradients(R mu, R s, R prior_mu, 
 }
 
 // In: the elements; out: their gradients. sum, noise and c as in gaussian.h.
-template <bool Plain, bool HasKL, class R>
+template <bool HasKL, class R>
 __device__ __forceinline__ void quad_gradients(Param param, R slope, const Shares<R>& shares, bool prior,
                                                R (&mu)[4], R (&s)[4], R (&prior_mu)[4], R (&prior_s)[4],
                                                R (&sum)[4], R (&noise)[4], R (&c)[4]) {
-  if constexpr (Plain) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const ElementGradients<R> e = gradients<Param::log_std, HasKL>(mu[j], s[j] * slope, R(0), R(0), false,
-                                                                     shares, sum[j], noise[j], c[j]);
-      mu[j] = e.mu;
-      s[j] = e.scale * slope;
-    }
-  } else {
 #pragma unroll 1
-    for (int j = 0; j < 4; ++j) {
-      ElementGradients<R> e;
-      if (by_logarithm(param)) {
-        e = gradients<Param::log_std, HasKL>(mu[0], s[0] * slope, prior_mu[0], prior_s[0] * slope, prior,
-                                             shares, sum[0], noise[0], c[0]);
-        e.scale *= slope;
-        e.prior_scale *= slope;
-      } else if (param == Param::std) {
-        e = gradients<Param::std, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, sum[0],
-                                         noise[0], c[0]);
-      } else {
-        e = gradients<Param::softplus, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, sum[0],
-                                              noise[0], c[0]);
-      }
-      turn(mu, e.mu);
-      turn(s, e.scale);
-      turn(prior_mu, e.prior_mu);
-      turn(prior_s, e.prior_scale);
-      turn(sum, sum[0]);
-      turn(noise, noise[0]);
-      turn(c, c[0]);
+  for (int j = 0; j < 4; ++j) {
+    ElementGradients<R> e;
+    if (by_logarithm(param)) {
+      e = gradients<Param::log_std, HasKL>(mu[0], s[0] * slope, prior_mu[0], prior_s[0] * slope, prior,
+                                           shares, sum[0], noise[0], c[0]);
+      e.scale *= slope;
+      e.prior_scale *= slope;
+    } else if (param == Param::std) {
+      e = gradients<Param::std, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, sum[0], noise[0],
+                                       c[0]);
+    } else {
+      e = gradients<Param::softplus, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, sum[0],
+                                            noise[0], c[0]);
     }
+    turn(mu, e.mu);
+    turn(s, e.scale);
+    turn(prior_mu, e.prior_mu);
+    turn(prior_s, e.prior_scale);
+    turn(sum, sum[0]);
+    turn(noise, noise[0]);
+    turn(c, c[0]);
   }
 }
+
+// What a general kernel is compiled for, besides the type.
+template <Layout L, bool HasKL, bool Sample>
+struct GeneralKernel {};
+
+// Calls launch(GeneralKernel<...>()) of the kernel for a call.
+template <Layout L, class Launch>
+void choose_general(bool has_kl, bool sample, const Launch& launch) {
+  if (!has_kl)
+    launch(GeneralKernel<L, false, true>());
+  else if (sample)
+    launch(GeneralKernel<L, true, true>());
+  else
+    launch(GeneralKernel<L, true, false>());
+}
+
+template <class Launch>
+void choose_general(Layout layout, bool has_kl, bool sample, const Launch& launch) {
+  if (layout == Layout::column)
+    choose_general<Layout::column>(has_kl, sample, launch);
+  else
+    choose_general<Layout::row>(has_kl, sample, launch);
+}
+
+// The type that a general kernel's elements have in memory.
+template <class R>
+using general_t = std::conditional_t<sizeof(R) == 8, double, AnyFloat>;
 
 }  // namespace vk::cuda

@@ -7,9 +7,6 @@
 
 namespace vk::cuda {
 
-// Shared memory of a block that reduces: a flag, then numbers.
-inline constexpr int kFlagBytes = 16;
-
 // A threshold that may not be one (negative, NaN) makes the value NaN: device memory cannot be checked
 // beforehand.
 template <class R>
@@ -170,8 +167,9 @@ __device__ void finish_loss(const ForwardArgs<R>& a, R* shared) {
 }
 
 // What is left to do once a block has its sums in sums[0 .. width): hand them on, and finish what it
-// completes. `clamped`: this thread's share of a loss of clamped elements.
-template <class R>
+// completes. `clamped`: this thread's share of a loss of clamped elements. Cells: whether single ones may
+// matter (Geometry::cells); without them it makes do with 48 registers.
+template <bool Cells, class R>
 __device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile, int part, R clamped,
                                           int* flag, R* sums) {
   const int width = a.g.width(), parts = a.g.parts();
@@ -185,13 +183,13 @@ __device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile,
       if (threadIdx.x == 0) a.weights[block] = weight;
     }
   }
-  if (a.clamps_elements()) {
+  if (Cells && a.clamps_elements()) {
     const R share = block_sum(behind, clamped);
     if (threadIdx.x == 0) a.losses[block] = share;
   }
 
   bool last = a.one_block();
-  if (a.finishes_rows()) {
+  if (Cells && a.finishes_rows()) {
     const int64_t set = a.g.folded ? part : part / a.g.splits;
     const unsigned writers = static_cast<unsigned>(a.row_writers());
     if (writers == 1 || (counting && block_arrives_last(a.counters + 1 + set, writers, flag))) {
@@ -214,6 +212,23 @@ __device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile,
     __syncthreads();
     finish_loss(a, sums);
   }
+}
+
+// The end of a block's work: adds up what its threads found, by column or (row) one number for each thread.
+template <Layout L, bool Cells, int kSums, class R>
+__device__ __forceinline__ void hand_in(const ForwardArgs<R>& a, const Place& p, const R (&sum)[kSums],
+                                        R clamped, unsigned char* room) {
+  int* flag = reinterpret_cast<int*>(room);
+  R* sums = reinterpret_cast<R*>(room + kFlagBytes);
+  const int width = a.g.width();
+  const int height = L == Layout::column ? a.g.ty() : a.g.tx();  // threads that share a group
+  const int line = p.tz * height + (L == Layout::column ? p.ty : p.tx);
+#pragma unroll
+  for (int j = 0; j < kSums; ++j)
+    sums[line * width + (L == Layout::column ? p.tx * kSums + j : p.ty)] = sum[j];
+  __syncthreads();
+  sum_rows(sums, width, height * a.g.tz());
+  finish_block<Cells>(a, p.tile, p.part, clamped, flag, sums);
 }
 
 // Does for a captured launch what the last blocks do otherwise, with as many threads: a block for each tile

@@ -1,21 +1,23 @@
-// The forward kernels: z, the KL, or both in one pass over mu and the scale.
+// The forward kernels for any problem, and the choice of the kernel: z, the KL, or both in one pass over mu
+// and the scale.
+#include "element.cuh"
 #include "finish.cuh"
 
 namespace vk::cuda {
 namespace {
 
 // Free bits on a quad of cells that are single elements, the first of them in `group`: returns the sum of
-// their values and adds their open bits to `open` from bit `at` on.
+// their values and sets their open bits in `open`.
 template <class R>
 __device__ __forceinline__ R clamp_quad(const ForwardArgs<R>& a, int64_t group, int valid, const R (&kl)[4],
-                                        int at, unsigned& open) {
+                                        unsigned& open) {
   R sum = 0;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
     if (j >= valid) break;
     if (a.clamp == Clamp::sample) {
       const FreeBits<R> bits = free_bits_of(a, group + j);
-      open |= static_cast<unsigned>(bits.open(kl[j])) << (at + j);
+      open |= static_cast<unsigned>(bits.open(kl[j])) << j;
       sum += bits.value(kl[j], a.penalty);
     } else {
       sum += kl[j];
@@ -24,16 +26,16 @@ __device__ __forceinline__ R clamp_quad(const ForwardArgs<R>& a, int64_t group, 
   return sum;
 }
 
-// Writes what clamp_quad found for a vector of N columns of row b, if there is one. Called by whole warps.
-template <int N, class R>
+// Writes what clamp_quad found for four columns of row b, if there is one. Called by whole warps.
+template <class R>
 __device__ __forceinline__ void write_cells(const ForwardArgs<R>& a, const Place& p, int64_t b, bool exists,
                                             int valid, R sum, unsigned open) {
   if (a.clamp == Clamp::sample) {
     if (a.masks != nullptr) {
-      if (valid > 0) a.masks[b * a.g.vectors() + p.i / N] = static_cast<uint8_t>(open);
+      if (valid > 0) a.masks[b * a.g.vectors() + p.i / 4] = static_cast<uint8_t>(open);
     } else {
-      // Rows are whole bytes. Two neighbours share one where a vector is half as long.
-      if constexpr (N == 4) open |= __shfl_xor_sync(0xFFFFFFFFu, open, 1) << 4;
+      // Rows are whole bytes, each shared by two neighbours.
+      open |= __shfl_xor_sync(0xFFFFFFFFu, open, 1) << 4;
       if (valid > 0 && p.i % 8 == 0) a.open[(b * a.groups + p.i) / 8] = static_cast<uint8_t>(open);
     }
   }
@@ -43,7 +45,7 @@ __device__ __forceinline__ void write_cells(const ForwardArgs<R>& a, const Place
   }
 }
 
-// Where a thread's vector is in the tensors, and what its KL counts.
+// Where a thread's quad is in the tensors, and what its KL counts.
 template <class R>
 struct Position {
   const char *mu, *scale, *prior_mu, *prior_scale;
@@ -53,135 +55,91 @@ struct Position {
   R weight;
 };
 
-// One vector: reads it, draws K samples, and adds its KL to `sum` (by column; or all of it to sum[0]).
-template <class T, Layout L, bool HasKL, bool Sample, bool Plain, int kSums>
-__device__ __forceinline__ void forward_vector(const ForwardArgs<compute_t<T>>& a, const PhiloxKeys& keys,
-                                               const Place& p, const Position<compute_t<T>>& at,
-                                               compute_t<T> (&sum)[kSums], compute_t<T>& clamped) {
+// One quad: reads it, draws K samples, and adds its KL to `sum` (by column; or all of it to sum[0]).
+template <class T, Layout L, bool HasKL, bool Sample, int kSums>
+__device__ __forceinline__ void forward_quad(const ForwardArgs<compute_t<T>>& a, const PhiloxKeys& keys,
+                                             const Place& p, const Position<compute_t<T>>& at,
+                                             compute_t<T> (&sum)[kSums], compute_t<T>& clamped) {
   using R = compute_t<T>;
-  constexpr int N = kVector<T>;
-  const bool prior = !Plain && HasKL && a.prior_mu.data != nullptr;
-  Vector<T> mu_words, scale_words, prior_mu_words{}, prior_scale_words{};
-  mu_words.load(at.mu, a.mu.i, Plain || a.mu.wide, at.valid, a.dtype);
-  scale_words.load(at.scale, a.scale.i, Plain || a.scale.wide, at.valid, a.dtype);
+  const bool prior = HasKL && a.prior_mu.data != nullptr;
+  Quad<T> mu_quad, scale_quad, prior_mu_quad{}, prior_scale_quad{};
+  mu_quad.load(at.mu, a.mu.i, a.mu.wide, at.valid, a.dtype);
+  scale_quad.load(at.scale, a.scale.i, a.scale.wide, at.valid, a.dtype);
   if (prior) {
-    prior_mu_words.load(at.prior_mu, a.prior_mu.i, Plain || a.prior_mu.wide, at.valid, a.dtype);
-    prior_scale_words.load(at.prior_scale, a.prior_scale.i, Plain || a.prior_scale.wide, at.valid, a.dtype);
+    prior_mu_quad.load(at.prior_mu, a.prior_mu.i, a.prior_mu.wide, at.valid, a.dtype);
+    prior_scale_quad.load(at.prior_scale, a.prior_scale.i, a.prior_scale.wide, at.valid, a.dtype);
   }
-  const bool cells = !Plain && HasKL && L == Layout::column && a.g.cells == Cells::elements;
-  R row_value = 0, total = 0;
-  unsigned open = 0;
-  int64_t storage = at.storage;
-  int k = 0;
-  do {
-    Vector<T> z{};
-    auto quad = [&](int q) {
+  R kl[4] = {};
+  auto& mu = mu_quad.value;
+  auto& sd = scale_quad.value;
+  sample_and_kl<HasKL>(a.param, a.slope, a.bounds, prior, mu, sd, prior_mu_quad.value, prior_scale_quad.value,
+                       kl);
+  if constexpr (HasKL) {
+    if (a.reduction == Reduction::elementwise) {
+      Quad<R> out;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) out.value[j] = kl[j];
+      out.store(reinterpret_cast<char*>(a.kl + at.storage), sizeof(R), a.kl_wide, at.valid, a.dtype);
+    }
+    if constexpr (L == Layout::column) {
+      if (at.exists) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[j] += at.weight * kl[j];
+      }
+      if (a.g.cells == Cells::elements) {
+        unsigned open = 0;
+        const R row_value = clamp_quad(a, p.i, at.valid, kl, open);
+        clamped += at.weight * row_value;
+        write_cells(a, p, at.batch_row, at.exists, at.valid, row_value, open);
+      }
+    } else {
+      R total = 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) total += j < at.valid ? kl[j] : R(0);
+      sum[0] += at.weight * total;
+    }
+  }
+  if constexpr (Sample) {
+    int64_t storage = at.storage;
+    for (int k = 0; k < a.K; ++k) {
       forget_shared();
-      R mu[4], sd[4], kl[4] = {}, prior_mu[4] = {}, prior_s[4] = {};
-      mu_words.front(mu);
-      scale_words.front(sd);
-      if (prior) {
-        prior_mu_words.front(prior_mu);
-        prior_scale_words.front(prior_s);
-      }
-      sample_and_kl<Plain, HasKL>(a.param, a.slope, a.bounds, prior, mu, sd, prior_mu, prior_s, kl);
-      if constexpr (HasKL) {
-        if (k == 0) {
-          const int valid = at.valid - 4 * q;
-          if (!Plain && a.reduction == Reduction::elementwise) {
-            R* to = a.kl + storage + 4 * q;
-            if (a.kl_wide && valid >= 4) {
-              Vector<R> out;
-              out.set_front(kl);
-              out.store(reinterpret_cast<char*>(to), sizeof(R), true, 4, a.dtype);
-            } else {
+      R eps[4];
+      normals(keys, static_cast<uint64_t>(storage), a.g.aligned, eps);
+      Quad<T> z;
 #pragma unroll
-              for (int j = 0; j < 4; ++j)
-                if (j < valid) to[j] = kl[j];
-            }
-          }
-          if constexpr (L == Layout::column) {
-            if (Plain || at.exists) {
-#pragma unroll
-              for (int j = 0; j < 4; ++j) sum[j] += at.weight * kl[j];
-            }
-            if (cells) row_value += clamp_quad(a, p.i + 4 * q, valid, kl, 4 * q, open);
-          } else if (valid >= 4) {
-            total += (kl[0] + kl[1]) + (kl[2] + kl[3]);
-          } else {
-#pragma unroll
-            for (int j = 0; j < 4; ++j) total += j < valid ? kl[j] : R(0);
-          }
-        }
-        if constexpr (L == Layout::column && N > 4) {
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const R front = sum[j];
-            sum[j] = sum[j + 4];
-            sum[j + 4] = front;
-          }
-        }
-      }
-      if constexpr (Sample) {
-        R eps[4];
-        normals(keys, static_cast<uint64_t>(storage) + 4 * q, Plain || a.g.aligned, eps);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) eps[j] = mu[j] + sd[j] * eps[j];
-        z.set_front(eps);
-        z.turn();
-      }
-      mu_words.turn();
-      scale_words.turn();
-      if (prior) {
-        prior_mu_words.turn();
-        prior_scale_words.turn();
-      }
-    };
-#pragma unroll 1
-    for (int q = 0; q < N / 4; ++q) quad(q);
-    if constexpr (Sample)
-      z.store(a.z + storage * element_size<T>(a.dtype), element_size<T>(a.dtype), Plain || a.z_wide, at.valid,
-              a.dtype);
-    storage += a.numel;
-  } while (Sample && ++k < a.K);
-  if constexpr (HasKL && L == Layout::row) sum[0] += at.weight * total;
-  if (cells) {
-    clamped += at.weight * row_value;
-    write_cells<N>(a, p, at.batch_row, at.exists, at.valid, row_value, open);
+      for (int j = 0; j < 4; ++j) z.value[j] = mu[j] + sd[j] * eps[j];
+      z.store(static_cast<char*>(a.z.data) + storage * a.z.i, a.z.i, a.z.wide, at.valid, a.dtype);
+      storage += a.numel;
+    }
   }
 }
 
-template <class T, Layout L, bool HasKL, bool Sample, Path P>
-__global__ void __launch_bounds__(P == Path::general ? kBlock : kSmallBlock, P == Path::general ? 1 : 2)
+template <class T, Layout L, bool HasKL, bool Sample>
+__global__ void __launch_bounds__(kBlock, 1)
     forward_kernel(const __grid_constant__ ForwardArgs<compute_t<T>> a) {
   using R = compute_t<T>;
-  constexpr int N = kVector<T>;
-  constexpr int kSums = HasKL && L == Layout::column ? N : 1;
+  constexpr int kSums = HasKL && L == Layout::column ? 4 : 1;
   VK_SHARED(shared);
-  const PhiloxKeys& keys = keys_for<Sample ? P : Path::host>(a.keys, shared);
-  unsigned char* room = shared + key_bytes<Sample, P>();
-  int* flag = reinterpret_cast<int*>(room);
+  const PhiloxKeys& keys = keys_for<Sample>(a.keys, shared);
+  unsigned char* room = shared + kKeyBytes<Sample>;
   R* sums = reinterpret_cast<R*>(room + kFlagBytes);
   const Geometry& g = a.g;
-  const Place p = place_of<L, N>(g);
-  const bool scratch = P == Path::general && HasKL && g.cells == Cells::scratch;
+  const Place p = place_of<L, 4>(g);
+  const bool scratch = HasKL && g.cells == Cells::scratch;
   const int height = L == Layout::column ? g.ty() : g.tx();  // threads that share a cell
   R* totals = sums + max(g.threads() * kSums, g.width() + g.threads());
   if (scratch)
     for (int c = threadIdx.x; c < g.width(); c += blockDim.x) totals[c] = 0;
-  if (a.rng_out != nullptr && blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) {
-    a.rng_out[0] = static_cast<int64_t>(a.seed);
-    a.rng_out[1] = static_cast<int64_t>(a.offset);
-  }
+  leave_state(a);
 
-  const bool prior = P == Path::general && HasKL && a.prior_mu.data != nullptr;
-  const int64_t storage_step = L == Layout::column ? g.ty() * g.I : static_cast<int64_t>(g.tx()) * N;
+  const bool prior = HasKL && a.prior_mu.data != nullptr;
+  const int64_t storage_step = L == Layout::column ? g.ty() * g.I : static_cast<int64_t>(g.tx()) * 4;
   R sum[kSums] = {};
   R clamped = 0;
   for (int64_t row = p.b_begin; row < p.b_end; row += g.tz()) {
     const int64_t b = row + p.tz;
     // Where neighbours exchange numbers, all threads make the same steps, some of them without elements.
-    const bool together = P == Path::general && HasKL && g.cells == Cells::elements;
+    const bool together = HasKL && g.cells == Cells::elements;
     const bool idle = b >= p.b_end || (L == Layout::column && p.tail == 0);
     const int steps =
         together ? static_cast<int>((p.to - p.from + g.ty() - 1) >> g.log_ty) : (idle ? 0 : p.steps);
@@ -198,11 +156,11 @@ __global__ void __launch_bounds__(P == Path::general ? kBlock : kSmallBlock, P =
     const bool weighted = HasKL && a.weight != nullptr && !scratch;
     if (weighted && !g.folded && steps > 0) at.weight = a.weight[b];
     for (int step = 0; step < steps; ++step) {
-      at.valid = P != Path::general || step < p.full ? N : p.tail;
+      at.valid = step < p.full ? 4 : p.tail;
       at.exists = !together || (b < p.b_end && at.batch_row < p.to);
       if (together && (idle || !at.exists)) at.valid = 0;
       if (weighted && g.folded && at.exists) at.weight = a.weight[at.batch_row];
-      forward_vector<T, L, HasKL, Sample, P != Path::general>(a, keys, p, at, sum, clamped);
+      forward_quad<T, L, HasKL, Sample>(a, keys, p, at, sum, clamped);
       at.mu += a.mu.step;
       at.scale += a.scale.step;
       if (prior) {
@@ -219,7 +177,7 @@ __global__ void __launch_bounds__(P == Path::general ? kBlock : kSmallBlock, P =
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < kSums; ++j) {
-          const int cell = L == Layout::column ? p.tz * width + p.tx * N + j : p.tz * width + p.ty;
+          const int cell = L == Layout::column ? p.tz * width + p.tx * 4 + j : p.tz * width + p.ty;
           sums[(L == Layout::column ? p.ty : p.tx) * cells + cell] = sum[j];
           sum[j] = 0;
         }
@@ -238,21 +196,14 @@ __global__ void __launch_bounds__(P == Path::general ? kBlock : kSmallBlock, P =
   }
 
   if constexpr (HasKL) {
-    const int width = g.width();
     __syncthreads();
     if (scratch) {
-      for (int c = threadIdx.x; c < width; c += blockDim.x) sums[c] = totals[c];
+      for (int c = threadIdx.x; c < g.width(); c += blockDim.x) sums[c] = totals[c];
       __syncthreads();
+      finish_block<true>(a, p.tile, p.part, clamped, reinterpret_cast<int*>(room), sums);
     } else {
-#pragma unroll
-      for (int j = 0; j < kSums; ++j) {
-        const int line = p.tz * height + (L == Layout::column ? p.ty : p.tx);
-        sums[line * width + (L == Layout::column ? p.tx * N + j : p.ty)] = sum[j];
-      }
-      __syncthreads();
-      sum_rows(sums, width, height * g.tz());
+      hand_in<L, true>(a, p, sum, clamped, room);
     }
-    finish_block(a, p.tile, p.part, clamped, flag, sums);
   }
 }
 
@@ -282,7 +233,7 @@ ForwardArgs<R> arguments(const Forward& call) {
   Axes mu = axes_of(call.mu, call), scale = axes_of(call.scale, call);
   Axes prior_mu = axes_of(call.prior_mu, call), prior_scale = axes_of(call.prior_scale, call);
   const bool prior = call.has_kl && call.prior_mu.data != nullptr;
-  const bool plain = !prior && !(call.has_kl && call.reduction == Reduction::elementwise);
+  const bool plain = !(call.has_kl && call.reduction == Reduction::elementwise);
   const Purpose purpose{call.has_kl, has_sample(call), call.has_kl, plain,
                         has_sample(call) ? call.z : nullptr};
   if (prior)
@@ -301,6 +252,8 @@ ForwardArgs<R> arguments(const Forward& call) {
     a.prior_scale = source_of(prior_scale, g, call.dtype);
   }
   a.bounds = bounds_of<R>(call);
+  a.log_variance = log_variance_of(call);
+  a.special = a.log_variance.adjusts || (call.has_kl && call.weight != nullptr);
   if (has_sample(call)) a.keys = keys_of(call);
   a.dtype = call.dtype;
   a.param = call.param;
@@ -309,13 +262,16 @@ ForwardArgs<R> arguments(const Forward& call) {
   a.penalty = call.penalty;
   a.reduction = call.reduction;
   a.group_sums = call.group_sums;
-  a.z_wide = is_wide_dense(call.z, g, call.K, size_of(call.dtype));
+  a.z = dense_source(call.z, g, call.dtype);
+  a.z.wide = is_wide_dense(call.z, g, call.K, size_of(call.dtype));
+  a.in = stride32_of(a.mu, g, 16);
+  a.prior_in = stride32_of(a.prior_mu, g, 16);
+  a.quads = stride32_of(a.z, g, 4 * size_of(call.dtype));
   a.kl_wide = is_wide_dense(call.kl, g, 1, sizeof(R));
   a.free_bits = static_cast<R>(call.free_bits);
   a.row_size = static_cast<R>(call.row_size());
   a.seed = call.seed;
   a.offset = call.offset;
-  a.z = static_cast<char*>(call.z);
   a.rng_out = call.rng_out;
   a.kl = static_cast<R*>(call.kl);
   a.kl_per_group = static_cast<R*>(call.kl_per_group);
@@ -343,53 +299,18 @@ size_t take_scratch(ForwardArgs<R>& a, void* base) {
   return room.used();
 }
 
-template <class T, Layout L, bool HasKL, bool Sample, Path P>
-void launch(const ForwardArgs<compute_t<T>>& a, cudaStream_t stream) {
-  using R = compute_t<T>;
-  const Geometry& g = a.g;
-  size_t shared = key_bytes<Sample, P>();
-  if (HasKL) {
-    const int sums = L == Layout::column ? kVector<T> : 1;
-    int numbers = std::max(g.threads() * sums, g.width() + g.threads());
-    if (g.cells == Cells::scratch) numbers += g.width();
-    shared += kFlagBytes + static_cast<size_t>(numbers) * sizeof(R);
+template <class R>
+void launch_kernel(const ForwardArgs<R>& a, bool has_kl, bool sample, cudaStream_t stream) {
+  if constexpr (sizeof(R) == 4) {
+    if (a.g.plain) return forward_plain(a, has_kl, sample, stream);
   }
-  const auto kernel = forward_kernel<T, L, HasKL, Sample, P>;
-  VK_LAUNCH(kernel, grid_of(g), g.threads(), shared, stream, a);
-}
-
-// T: the element type of a plain kernel.
-template <class T, Layout L, bool HasKL, bool Sample>
-void launch_plain(const ForwardArgs<float>& a, cudaStream_t stream) {
-  if constexpr (Sample) {
-    if (a.keys.state != nullptr) return launch<T, L, HasKL, Sample, Path::device>(a, stream);
-  }
-  launch<T, L, HasKL, Sample, Path::host>(a, stream);
-}
-
-template <Layout L, bool HasKL, bool Sample, class R>
-void launch_path(const ForwardArgs<R>& a, cudaStream_t stream) {
-  if constexpr (sizeof(R) == 8) {
-    launch<double, L, HasKL, Sample, Path::general>(a, stream);
-  } else if (!a.g.plain) {
-    launch<AnyFloat, L, HasKL, Sample, Path::general>(a, stream);
-  } else if (a.dtype == DType::f32) {
-    launch_plain<float, L, HasKL, Sample>(a, stream);
-  } else if (a.dtype == DType::bf16) {
-    launch_plain<bf16, L, HasKL, Sample>(a, stream);
-  } else {
-    launch_plain<f16, L, HasKL, Sample>(a, stream);
-  }
-}
-
-template <Layout L, class R>
-void launch_layout(const ForwardArgs<R>& a, bool has_kl, bool sample, cudaStream_t stream) {
-  if (!has_kl)
-    launch_path<L, false, true>(a, stream);
-  else if (sample)
-    launch_path<L, true, true>(a, stream);
-  else
-    launch_path<L, true, false>(a, stream);
+  choose_general(a.g.layout, has_kl, sample,
+                 [&]<Layout L, bool HasKL, bool Sample>(GeneralKernel<L, HasKL, Sample>) {
+                   const auto kernel = forward_kernel<general_t<R>, L, HasKL, Sample>;
+                   size_t shared = kKeyBytes<Sample>;
+                   if (HasKL) shared += reduction_bytes<R>(a.g, L == Layout::column ? 4 : 1);
+                   VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
+                 });
 }
 
 template <class R>
@@ -399,10 +320,7 @@ void launch_forward(const Forward& call, void* scratch, unsigned* counters, bool
   const Geometry& g = a.g;
   if (call.has_kl) take_scratch(a, scratch);
   a.counters = capturing || a.one_block() ? nullptr : counters;
-  if (g.layout == Layout::column)
-    launch_layout<Layout::column>(a, call.has_kl, has_sample(call), stream);
-  else
-    launch_layout<Layout::row>(a, call.has_kl, has_sample(call), stream);
+  launch_kernel(a, call.has_kl, has_sample(call), stream);
   if (!call.has_kl || !capturing || a.one_block()) return;
   const int64_t open = a.open_tiles() + a.open_sets();
   const size_t shared = static_cast<size_t>(g.width() + g.threads()) * sizeof(R);

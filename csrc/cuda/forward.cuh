@@ -10,20 +10,22 @@ struct ForwardArgs {
   Geometry g;
   int64_t rows, groups, numel;  // rows: of the batch
   int K;
-  Source mu, scale, prior_mu, prior_scale;
+  Source mu, scale, prior_mu, prior_scale, z;
+  Stride32 in, prior_in, quads;  // for plain kernels, of mu and the scale, of the prior, and of z in quads
   Bounds<R> bounds;
+  LogVariance log_variance;
   Keys keys;
   DType dtype;
   Param param;
   Clamp clamp;
   Penalty penalty;
   Reduction reduction;
-  bool group_sums, z_wide, kl_wide;
+  bool group_sums, kl_wide;
+  bool special;           // for plain kernels: the log-variance is adjusted, or batch rows are weighted
   R slope;                // of the logarithm of sd, for the parameterizations that hold it
   R free_bits, row_size;  // row_size: latent elements of a batch row
   uint64_t seed, offset;  // for rng_out
 
-  char* z;
   int64_t* rng_out;
   R *kl, *kl_per_group, *gate;
   uint8_t* open;
@@ -66,5 +68,27 @@ struct ForwardArgs {
     return finishes_rows() && row_writers() > 1 ? g.row_sets() : 0;
   }
 };
+
+// Leaves the state of a drawing form, once.
+template <class R>
+__device__ __forceinline__ void leave_state(const ForwardArgs<R>& a) {
+  if (a.rng_out == nullptr || blockIdx.x != 0 || blockIdx.y != 0 || threadIdx.x != 0) return;
+  a.rng_out[0] = static_cast<int64_t>(a.seed);
+  a.rng_out[1] = static_cast<int64_t>(a.offset);
+}
+
+// Launches the kernels of plain.cuh.
+void forward_plain(const ForwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream);
+
+// Shared memory of a block that reduces: a flag, then numbers.
+inline constexpr int kFlagBytes = 16;
+
+// For blocks whose threads hold `sums` numbers each.
+template <class R>
+size_t reduction_bytes(const Geometry& g, int sums) {
+  int numbers = std::max(g.threads() * sums, g.width() + g.threads());
+  if (g.cells == Cells::scratch) numbers += g.width();
+  return kFlagBytes + static_cast<size_t>(numbers) * sizeof(R);
+}
 
 }  // namespace vk::cuda

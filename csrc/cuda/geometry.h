@@ -40,7 +40,7 @@ struct Geometry {
   bool folded = false;  // column: O counts batch rows, B is 1
   Cells cells = Cells::none;
   bool aligned = true;  // no quad of normals is split between vectors
-  bool plain = false;   // the quads are what element.cuh calls plain, all vectors whole and all tensors wide
+  bool plain = false;   // for the kernels of plain.cuh, which says what that is
   int64_t B = 1, O = 1, I = 1;
   int vector = 4;  // elements per thread and step: a quad, or the two that 16 bytes of a 16-bit type hold
 
@@ -59,13 +59,20 @@ struct Geometry {
     return folded ? splits : chunks;
   }  // batch rows that are finished together
   VK_FN int64_t vectors() const { return (I + vector - 1) / vector; }
+  // How far a thread gets in a tensor by one step of its loop, in elements.
+  int64_t step_of(const Axes& a) const {
+    return layout == Layout::column ? ty() * a.o : static_cast<int64_t>(tx()) * vector * a.i;
+  }
 };
 
 inline constexpr int kBlock = 256;
 // A problem of so many vectors is the work of one, larger block: a second one would cost more than it saves.
 inline constexpr int kSmall = 1024, kSmallBlock = 512;
-// Blocks that share the sums: one wave of 256 threads with 64 registers on 132 multiprocessors.
-inline constexpr int64_t kReducingBlocks = 528;
+// Blocks that share the sums: one wave of 256 threads with 48 registers on 132 multiprocessors.
+inline constexpr int64_t kReducingBlocks = 660;
+
+// Plain kernels count the quads of z and a tensor's 16-byte vectors in 32 bits.
+inline constexpr int64_t kMostPlain = int64_t{1} << 32;
 
 VK_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -133,26 +140,27 @@ struct Purpose {
   bool kl = false;       // groups matter
   bool sample = false;   // normals are drawn
   bool reduces = false;  // blocks add up what they found
-  bool plain = false;  // nothing that Geometry::plain does not settle itself keeps the quads from being plain
+  bool plain =
+      false;  // nothing that Geometry::plain does not settle itself keeps the vectors from being plain
   const void* dense = nullptr;  // z or its gradient
 };
 
+// The layout, and B, O and I.
 template <size_t N>
-Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>& tensors) {
-  const auto [kl, sample, reduces, plain, dense] = purpose;
+Geometry view_of(const Problem& p, const Purpose& purpose, const Tensors<N>& tensors) {
   Geometry g;
   const bool column = p.S == 1 || p.groups_inner;
   g.B = p.B;
   g.O = p.S == 1 ? 1 : (column ? p.S : p.G);
   g.I = column ? p.G : p.S;
-  const bool cells = kl && (p.clamp == Clamp::sample || p.reduction == Reduction::none);
+  const bool cells = purpose.kl && (p.clamp == Clamp::sample || p.reduction == Reduction::none);
   const bool rows_alike = !cells && p.weight == nullptr;
 
-  if (!kl || (p.G == 1 && rows_alike)) {
+  if (!purpose.kl || (p.G == 1 && rows_alike)) {
     // No element is told from another: the longest rows that the strides allow.
     if (tensors.merge_inner(g) && tensors.merge_outer(g)) tensors.merge_inner(g);
-    g.layout = kl || g.I >= 512 ? Layout::row : Layout::column;
-    if (kl && g.O != 1) {  // O counts batch rows here, which a row kernel takes for groups
+    g.layout = purpose.kl || g.I >= 512 ? Layout::row : Layout::column;
+    if (purpose.kl && g.O != 1) {  // O counts batch rows here, which a row kernel takes for groups
       g.B = g.O;
       g.O = 1;
       for (Axes* a : tensors.axes) {
@@ -165,16 +173,15 @@ Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>&
     g.folded = p.S == 1;
     if (g.folded || rows_alike) tensors.merge_outer(g);
   }
-  if (cells && reduces) g.cells = g.folded ? Cells::elements : Cells::scratch;
-
+  if (cells && purpose.reduces) g.cells = g.folded ? Cells::elements : Cells::scratch;
   g.aligned = (g.B * g.O == 1 || g.I % 4 == 0) && (p.K <= 1 || p.numel() % 4 == 0);
-  g.plain = plain && p.dtype != DType::f64 && (p.param == Param::logvar || p.param == Param::log_std) &&
-            g.cells == Cells::none && g.I % (16 / size_of(p.dtype)) == 0 &&
-            is_wide_dense(dense, g, p.K, size_of(p.dtype));
-  for (const Axes* a : tensors.axes) g.plain = g.plain && is_wide(*a, g, size_of(p.dtype));
-  if (g.plain && p.dtype != DType::f32) g.vector = 8;
+  return g;
+}
 
-  // The block. One block takes a small problem whole, if that spares it the counters.
+// How many vectors a thread moves at a time, and how many threads lie along I, O and B.
+inline void set_block(Geometry& g, const Problem& p, bool reduces) {
+  g.vector = g.plain ? 16 / size_of(p.dtype) : 4;
+  // One block takes a small problem whole, if that spares it the counters.
   const int64_t vectors = g.vectors();
   const bool one_block = reduces && g.B * g.O * vectors <= kSmall;
   const int most = ceil_log2(one_block && g.plain ? kSmallBlock : kBlock, 10);
@@ -183,18 +190,19 @@ Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>&
     // Narrower tiles where wide ones would leave more than a quarter of the last one idle.
     while (g.log_tx > 3 && (ceil_div(vectors, g.tx()) * g.tx() - vectors) * 4 > vectors) --g.log_tx;
     g.log_ty = ceil_log2(g.O, most - g.log_tx);
-    g.log_tz = std::max(ceil_log2(g.B, most - g.log_tx - g.log_ty), 5 - g.log_tx - g.log_ty);
     g.tiles = ceil_div(vectors, g.tx());
   } else {
     g.log_tx = ceil_log2(vectors, most);
     g.log_ty = ceil_log2(g.O, most - g.log_tx);
-    g.log_tz = std::max(ceil_log2(g.B, most - g.log_tx - g.log_ty), 5 - g.log_tx - g.log_ty);
     g.tiles = ceil_div(g.O, g.ty());
   }
+  g.log_tz = std::max(ceil_log2(g.B, most - g.log_tx - g.log_ty), 5 - g.log_tx - g.log_ty);
   g.tiles = std::max<int64_t>(g.tiles, 1);
+}
 
-  // The parts of a tile. Few parts make long loops, many make a long last sum: the balance lies near the
-  // root.
+// The parts of a tile. Few parts make long loops, many make a long last sum: the balance lies near the root.
+inline void set_parts(Geometry& g, bool reduces) {
+  const bool one_block = reduces && g.B * g.O * g.vectors() <= kSmall;
   const int64_t along = g.layout == Layout::column ? g.O : g.I;
   const int64_t step = g.layout == Layout::column ? g.ty() : static_cast<int64_t>(g.tx()) * g.vector;
   const int64_t steps = std::max<int64_t>(1, ceil_div(along, step));
@@ -214,6 +222,31 @@ Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>&
   const int64_t splits = std::clamp<int64_t>(parts / g.chunks, 1, steps);
   g.split_length = ceil_div(ceil_div(steps, splits) * step, round) * round;
   g.splits = static_cast<int>(std::max<int64_t>(1, ceil_div(along, g.split_length)));
+}
+
+// Whether every vector of `a`, and of what is laid out like it, has a 32-bit index and can be moved whole.
+inline bool is_plain(const Axes& a, const Geometry& g, int size) {
+  return is_wide(a, g, size) && ((g.B - 1) * a.b + (g.O - 1) * a.o + g.I) * size / 16 <= kMostPlain;
+}
+
+inline bool laid_out_alike(const Axes& a, const Axes& b, const Geometry& g) {
+  return (g.O == 1 || a.o == b.o) && (g.B == 1 || a.b == b.b);
+}
+
+// `tensors`: means and scales by turns.
+template <size_t N>
+Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>& tensors) {
+  Geometry g = view_of(p, purpose, tensors);
+  const int size = size_of(p.dtype);
+  g.plain = purpose.plain && p.dtype != DType::f64 && (!purpose.sample || p.K == 1) &&
+            (p.param == Param::logvar || p.param == Param::log_std) && g.cells == Cells::none &&
+            g.I * size % 16 == 0 && p.numel() / 4 < kMostPlain &&
+            is_plain({purpose.dense, g.O * g.I, g.I, 1}, g, size);
+  for (size_t i = 0; i < N; ++i) g.plain = g.plain && is_plain(*tensors.axes[i], g, size);
+  for (size_t i = 0; i < N; i += 2)
+    g.plain = g.plain && laid_out_alike(*tensors.axes[i], *tensors.axes[i + 1], g);
+  set_block(g, p, purpose.reduces);
+  set_parts(g, purpose.reduces);
   return g;
 }
 

@@ -1,5 +1,4 @@
-// What forward.cu and backward.cu share: the launch, shared memory, and a call's tensors as a kernel reads
-// them.
+// What the kernels share: the launch, shared memory, and a call's tensors as a kernel reads them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +6,6 @@
 #include <type_traits>
 
 #include "../philox.h"
-#include "element.cuh"
 #include "geometry.h"
 #include "latent.h"
 #include "vector.cuh"
@@ -22,54 +20,17 @@
 
 namespace vk::cuda {
 
-// Which code a kernel runs; element.cuh says what plain is.
-enum class Path {
-  host,     // plain quads, round keys as kernel parameters
-  device,   // plain quads, round keys from a state in device memory
-  general,  // anything
-};
-
+// Round keys that the host could compute, or the state that they follow from.
 struct Keys {
   PhiloxKeys host;
+  QuadKeys quads;
   const int64_t* state;
 };
 
 inline Keys keys_of(const Problem& p) {
-  if (p.host_state) return {philox_keys(p.seed, p.offset), nullptr};
-  return {{}, p.rng};
-}
-
-inline constexpr int kKeyBytes = 96;
-static_assert(sizeof(PhiloxKeys) <= kKeyBytes);
-
-// Shared memory that the keys take.
-template <bool Sample, Path P>
-VK_FN constexpr int key_bytes() {
-  return Sample && P != Path::host ? kKeyBytes : 0;
-}
-
-// The round keys as the kernel reads them: parameters, or a copy in shared memory, where reading them
-// costs 1.5 instructions per element and keeps no registers.
-template <Path P>
-__device__ __forceinline__ const PhiloxKeys& keys_for(const Keys& keys, unsigned char* shared) {
-  if constexpr (P == Path::host) {
-    return keys.host;
-  } else {
-    PhiloxKeys* copy = reinterpret_cast<PhiloxKeys*>(shared);
-    if (threadIdx.x == 0)
-      *copy = keys.state == nullptr
-                  ? keys.host
-                  : philox_keys(static_cast<uint64_t>(keys.state[0]), static_cast<uint64_t>(keys.state[1]));
-    __syncthreads();
-    return *copy;
-  }
-}
-
-// Keeps what lies in shared memory there: the compiler would move it into registers for the whole loop.
-__device__ __forceinline__ void forget_shared() {
-#if defined(__CUDA_ARCH__)
-  asm volatile("" ::: "memory");
-#endif
+  if (!p.host_state) return {{}, {}, p.rng};
+  const PhiloxKeys keys = philox_keys(p.seed, p.offset);
+  return {keys, quad_keys(keys), nullptr};
 }
 
 // A tensor as [B, O, I], all distances in bytes; `step` is what a thread adds per step of its loop. `wide`:
@@ -99,10 +60,27 @@ inline Source source_of(const Axes& a, const Geometry& g, DType dtype) {
   s.b = a.b * size;
   s.o = a.o * size;
   s.i = a.i * size;
-  if (a.data != nullptr)
-    s.step = g.layout == Layout::column ? g.ty() * s.o : static_cast<int64_t>(g.tx()) * g.vector * s.i;
+  if (a.data != nullptr) s.step = g.step_of(a) * size;
   s.wide = is_wide(a, g, size);
   return s;
+}
+
+// The same for z, or what is dense like it, also where there is none.
+inline Source dense_source(const void* data, const Geometry& g, DType dtype) {
+  const Axes axes{data, g.O * g.I, g.I, 1};
+  Source s = source_of(axes, g, dtype);
+  s.step = g.step_of(axes) * size_of(dtype);
+  return s;
+}
+
+// The distances of a source in `unit` bytes, where 32 bits hold them all; i is that of a whole vector.
+struct Stride32 {
+  uint32_t b, o, i, step, row;
+};
+
+inline Stride32 stride32_of(const Source& s, const Geometry& g, int64_t unit) {
+  const auto units = [unit](int64_t bytes) { return static_cast<uint32_t>(bytes / unit); };
+  return {units(s.b), units(s.o), units(16), units(s.step), units(g.tz() * s.b)};
 }
 
 // The part of the problem that a block owns, and the place of a thread in it.
@@ -154,6 +132,20 @@ __device__ __forceinline__ Place place_of(const Geometry& g) {
 template <class R>
 Bounds<R> bounds_of(const Problem& p) {
   return {static_cast<R>(0.5 * p.lo), static_cast<R>(0.5 * p.hi)};
+}
+
+// From an element of the second tensor to the log-variance, if its logarithm is what that tensor holds.
+struct LogVariance {
+  bool adjusts;  // it is not simply the element
+  float slope;   // 1 for a log-variance, 2 for a log_std
+  Bounds<float> bounds;
+};
+
+inline LogVariance log_variance_of(const Problem& p) {
+  const float lo = static_cast<float>(p.lo), hi = static_cast<float>(p.hi);
+  const bool bounded =
+      lo > -std::numeric_limits<float>::infinity() || hi < std::numeric_limits<float>::infinity();
+  return {bounded || p.param == Param::log_std, p.param == Param::log_std ? 2.f : 1.f, {lo, hi}};
 }
 
 inline dim3 grid_of(const Geometry& g) {

@@ -30,10 +30,6 @@ struct Compute<double> {
 template <class T>
 using compute_t = typename Compute<T>::type;
 
-// Elements that one thread handles at a time: whole quads of normals, and whole 16-byte words in memory.
-template <class T>
-inline constexpr int kVector = std::is_same_v<T, bf16> || std::is_same_v<T, f16> ? 8 : 4;
-
 template <class To, class From>
 __device__ __forceinline__ To bits_as(const From& x) {
   static_assert(sizeof(To) == sizeof(From));
@@ -42,140 +38,106 @@ __device__ __forceinline__ To bits_as(const From& x) {
   return y;
 }
 
-// The same number, of which the compiler knows nothing: multiples of a stride that it knew it would compute
-// ahead of a loop and keep in registers.
-__device__ __forceinline__ int64_t opaque(int64_t x) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("" : "+l"(x));
-#endif
-  return x;
+// Two neighbours of a 16-bit type, from and to the word that they share.
+template <class T>
+__device__ __forceinline__ void unpack(uint32_t word, float& first, float& second) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    first = bits_as<float>(word << 16);
+    second = bits_as<float>(word & 0xFFFF0000u);
+  } else {
+    const float2 two = __half22float2(bits_as<__half2>(word));
+    first = two.x;
+    second = two.y;
+  }
+}
+template <class T>
+__device__ __forceinline__ uint32_t pack(float first, float second) {
+  if constexpr (std::is_same_v<T, bf16>)
+    return bits_as<uint32_t>(__floats2bfloat162_rn(first, second));
+  else
+    return bits_as<uint32_t>(__floats2half2_rn(first, second));
 }
 
-// A vector of elements as it lies in memory. It is worked on by quads, from the front; `turn` brings the next
-// quad to the front, so that every index is a constant and nothing leaves the registers. In an unrolled loop
-// it costs nothing.
+// Elements in 16 bytes.
+template <class T>
+inline constexpr int kVector = 16 / sizeof(T);
+
+// 16 bytes of a float, bf16 or f16 tensor, from a multiple of 16 bytes.
 template <class T>
 struct Vector {
-  static constexpr int kWords = kVector<T> * sizeof(T) / 4, kQuad = sizeof(T);  // in 32-bit words
-  uint32_t word[kWords];
+  uint4 words;
 
-  __device__ __forceinline__ void turn() {
-#pragma unroll
-    for (int i = 0; i < kWords - kQuad; i += kQuad)
-#pragma unroll
-      for (int j = 0; j < kQuad; ++j) {
-        const uint32_t front = word[i + j];
-        word[i + j] = word[i + j + kQuad];
-        word[i + j + kQuad] = front;
-      }
+  __device__ __forceinline__ void load(const char* data) {
+    words = __ldg(reinterpret_cast<const uint4*>(data));
   }
+  __device__ __forceinline__ void store(char* data) const { *reinterpret_cast<uint4*>(data) = words; }
 
-  __device__ __forceinline__ void front(compute_t<T> (&out)[4]) const {
+  // Quad q of the one or two.
+  __device__ __forceinline__ void get(int q, float (&out)[4]) const {
+    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      if constexpr (sizeof(T) == 4) {
-        out[i] = bits_as<float>(word[i]);
-      } else if constexpr (sizeof(T) == 8) {
-        if (i % 2 == 0) out[i / 2] = bits_as<double>(word[i] | static_cast<uint64_t>(word[i + 1]) << 32);
-      } else if constexpr (std::is_same_v<T, bf16>) {
-        out[2 * i] = bits_as<float>(word[i] << 16);
-        out[2 * i + 1] = bits_as<float>(word[i] & 0xFFFF0000u);
-      } else {
-        const float2 two = __half22float2(bits_as<__half2>(word[i]));
-        out[2 * i] = two.x;
-        out[2 * i + 1] = two.y;
-      }
-    }
-  }
-
-  __device__ __forceinline__ void set_front(const compute_t<T> (&in)[4]) {
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
+    for (int i = 0; i < 4; ++i) {
       if constexpr (sizeof(T) == 4)
-        word[i] = bits_as<uint32_t>(in[i]);
-      else if constexpr (sizeof(T) == 8)
-        word[i] = static_cast<uint32_t>(bits_as<uint64_t>(in[i / 2]) >> (32 * (i % 2)));
-      else if constexpr (std::is_same_v<T, bf16>)
-        word[i] = bits_as<uint32_t>(__floats2bfloat162_rn(in[2 * i], in[2 * i + 1]));
-      else
-        word[i] = bits_as<uint32_t>(__floats2half2_rn(in[2 * i], in[2 * i + 1]));
+        out[i] = bits_as<float>(word[i]);
+      else if (i % 2 == 0)
+        unpack<T>(word[2 * q + i / 2], out[i], out[i + 1]);
     }
   }
 
-  // From `data`, `stride` bytes apart, of which `valid` exist; the others read as 0. `wide`: the elements are
-  // dense and data is a multiple of 16 bytes.
-  __device__ __forceinline__ void load(const char* data, int64_t stride, bool wide, int valid, DType) {
-    if (wide && valid == kVector<T>) {
-      const uint4* from = reinterpret_cast<const uint4*>(data);
-#pragma unroll
-      for (int i = 0; i < kWords / 4; ++i) {
-        const uint4 four = __ldg(from + i);
-        word[4 * i] = four.x;
-        word[4 * i + 1] = four.y;
-        word[4 * i + 2] = four.z;
-        word[4 * i + 3] = four.w;
-      }
-      return;
-    }
-    stride = opaque(stride);
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) {
-      const T x = i < valid ? *reinterpret_cast<const T*>(data + i * stride) : T(0.f);
-      if constexpr (sizeof(T) == 2) {
-        const uint32_t bits = static_cast<uint32_t>(bits_as<uint16_t>(x)) << (16 * (i % 2));
-        word[i / 2] = i % 2 == 0 ? bits : word[i / 2] | bits;
-      } else if constexpr (sizeof(T) == 4) {
-        word[i] = bits_as<uint32_t>(x);
-      } else {
-        word[2 * i] = static_cast<uint32_t>(bits_as<uint64_t>(x));
-        word[2 * i + 1] = static_cast<uint32_t>(bits_as<uint64_t>(x) >> 32);
-      }
-    }
-  }
-
-  __device__ __forceinline__ void store(char* data, int64_t stride, bool wide, int valid, DType) const {
-    if (wide && valid == kVector<T>) {
-      uint4* to = reinterpret_cast<uint4*>(data);
-#pragma unroll
-      for (int i = 0; i < kWords / 4; ++i)
-        to[i] = make_uint4(word[4 * i], word[4 * i + 1], word[4 * i + 2], word[4 * i + 3]);
-      return;
-    }
-    stride = opaque(stride);
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) {
-      if (i >= valid) break;
-      T* to = reinterpret_cast<T*>(data + i * stride);
-      if constexpr (sizeof(T) == 2)
-        *to = bits_as<T>(static_cast<uint16_t>(word[i / 2] >> (16 * (i % 2))));
-      else if constexpr (sizeof(T) == 4)
-        *to = bits_as<float>(word[i]);
-      else
-        *to = bits_as<double>(word[2 * i] | static_cast<uint64_t>(word[2 * i + 1]) << 32);
+  __device__ __forceinline__ void set(int q, const float (&in)[4]) {
+    if constexpr (sizeof(T) == 4) {
+      words = make_uint4(bits_as<uint32_t>(in[0]), bits_as<uint32_t>(in[1]), bits_as<uint32_t>(in[2]),
+                         bits_as<uint32_t>(in[3]));
+    } else {
+      (q == 0 ? words.x : words.z) = pack<T>(in[0], in[1]);
+      (q == 0 ? words.y : words.w) = pack<T>(in[2], in[3]);
     }
   }
 };
 
-// One quad; 16-bit types move 8 bytes at a time.
-template <>
-struct Vector<AnyFloat> {
-  float value[4];
+// Four elements from `data`, `stride` bytes apart, of which `valid` exist; the others read as 0 and are not
+// written. `wide`: they are dense, and data is a multiple of 16 bytes.
+template <class R>
+struct Quad {
+  R value[4];
 
-  __device__ __forceinline__ void turn() {}
-  __device__ __forceinline__ void front(float (&out)[4]) const {
+  __device__ __forceinline__ void load(const char* data, int64_t stride, bool wide, int valid, DType) {
+    if (wide && valid == 4) {
+      uint4 words[sizeof(R) / 4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) out[i] = value[i];
-  }
-  __device__ __forceinline__ void set_front(const float (&in)[4]) {
+      for (int i = 0; i < static_cast<int>(sizeof(R) / 4); ++i)
+        words[i] = __ldg(reinterpret_cast<const uint4*>(data) + i);
+      memcpy(value, words, sizeof(value));
+      return;
+    }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) value[i] = in[i];
+    for (int i = 0; i < 4; ++i) value[i] = i < valid ? *reinterpret_cast<const R*>(data + i * stride) : R(0);
   }
+
+  __device__ __forceinline__ void store(char* data, int64_t stride, bool wide, int valid, DType) const {
+    if (wide && valid == 4) {
+      uint4 words[sizeof(R) / 4];
+      memcpy(words, value, sizeof(value));
+#pragma unroll
+      for (int i = 0; i < static_cast<int>(sizeof(R) / 4); ++i) reinterpret_cast<uint4*>(data)[i] = words[i];
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (i < valid) *reinterpret_cast<R*>(data + i * stride) = value[i];
+  }
+};
+
+// 16-bit types move 8 bytes at a time.
+template <>
+struct Quad<AnyFloat> {
+  float value[4];
 
   __device__ __forceinline__ void load(const char* data, int64_t stride, bool wide, int valid, DType dtype) {
     if (dtype == DType::f32) {
-      Vector<float> v;
-      v.load(data, stride, wide, valid, dtype);
-      v.front(value);
+      Quad<float> quad;
+      quad.load(data, stride, wide, valid, dtype);
+      memcpy(value, quad.value, sizeof(value));
       return;
     }
     uint32_t word[2];
@@ -190,24 +152,27 @@ struct Vector<AnyFloat> {
         word[i / 2] = i % 2 == 0 ? bits : word[i / 2] | bits << 16;
       }
     }
-    if (dtype == DType::bf16)
-      front_of<bf16>(word);
-    else
-      front_of<f16>(word);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (dtype == DType::bf16)
+        unpack<bf16>(word[i], value[2 * i], value[2 * i + 1]);
+      else
+        unpack<f16>(word[i], value[2 * i], value[2 * i + 1]);
+    }
   }
 
   __device__ __forceinline__ void store(char* data, int64_t stride, bool wide, int valid, DType dtype) const {
     if (dtype == DType::f32) {
-      Vector<float> v;
-      v.set_front(value);
-      v.store(data, stride, wide, valid, dtype);
+      Quad<float> quad;
+      memcpy(quad.value, value, sizeof(value));
+      quad.store(data, stride, wide, valid, dtype);
       return;
     }
     uint32_t word[2];
-    if (dtype == DType::bf16)
-      words_of<bf16>(word);
-    else
-      words_of<f16>(word);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+      word[i] = dtype == DType::bf16 ? pack<bf16>(value[2 * i], value[2 * i + 1])
+                                     : pack<f16>(value[2 * i], value[2 * i + 1]);
     if (wide && valid == 4) {
       *reinterpret_cast<uint2*>(data) = make_uint2(word[0], word[1]);
       return;
@@ -217,22 +182,6 @@ struct Vector<AnyFloat> {
       if (i < valid)
         *reinterpret_cast<uint16_t*>(data + i * stride) =
             static_cast<uint16_t>(word[i / 2] >> (16 * (i % 2)));
-  }
-
- private:
-  template <class T>
-  __device__ __forceinline__ void front_of(const uint32_t (&word)[2]) {
-    Vector<T> v;
-    v.word[0] = word[0];
-    v.word[1] = word[1];
-    v.front(value);
-  }
-  template <class T>
-  __device__ __forceinline__ void words_of(uint32_t (&word)[2]) const {
-    Vector<T> v;
-    v.set_front(value);
-    word[0] = v.word[0];
-    word[1] = v.word[1];
   }
 };
 

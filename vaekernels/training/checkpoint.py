@@ -3,44 +3,60 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+import torch.distributed as dist
 from lightning_fabric import Fabric
 
+from vaekernels._files import write_atomically
+from vaekernels.training.data import Data
 from vaekernels.training.errors import CheckpointError
 
-__all__ = ["load", "random_state", "restore_random_state", "save", "write_atomically"]
+__all__ = [
+    "load",
+    "misfit",
+    "random_states",
+    "require_same_data",
+    "restore_random_states",
+    "save",
+    "write_text",
+]
 
-FORMAT = 1
+FORMAT = 2
 
 
 def save(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
     """Write ``state`` to ``path`` so that at every moment the file there is the old one or the new one,
-    whole."""
+    whole. All processes take part; the first one writes."""
     temporary = path.with_name(path.name + ".tmp")
+    failed: CheckpointError | None = None
     try:
         fabric.save(temporary, {"format": FORMAT, **state})
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if fabric.is_global_zero:
+            _into_place(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise CheckpointError(
+        failed = CheckpointError(
             f"cannot write {path}: {error.strerror or error}; nothing there was overwritten"
-        ) from error
+        )
+        failed.__cause__ = error
+    if fabric.broadcast(failed is not None):
+        raise failed or CheckpointError(f"cannot write {path}; nothing there was overwritten")
 
 
-def load(fabric: Fabric, path: Path) -> dict[str, Any]:
+def load(path: Path) -> dict[str, Any]:
     """The state written by :func:`save`, on the CPU. CheckpointError if there is none or it cannot be
     read."""
     if not path.is_file():
         raise CheckpointError(
-            f"no checkpoint at {path}; --resume takes the directory of a run that has saved one"
+            f"no checkpoint at {path}; the run was stopped before it had saved one, or this is no run"
         )
     try:
-        state: dict[str, Any] = fabric.load(path, weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises a dozen types for damaged files
         first_line = str(error).split("\n", 1)[0]
         raise CheckpointError(
@@ -51,29 +67,75 @@ def load(fabric: Fabric, path: Path) -> dict[str, Any]:
     return state
 
 
-def random_state(noise: torch.Generator) -> dict[str, Any]:
-    """Every random state a run depends on: the noise of z and torch's default generators. (The order of the
-    data is a function of seed and epoch; Python's and NumPy's generators are not used.)"""
-    state: dict[str, Any] = {"noise": noise.get_state(), "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
+def require_same_data(state: dict[str, Any], path: Path, data: Data) -> None:
+    """CheckpointError unless the run of the checkpoint was trained on ``data``."""
+    trained_on = str(state.get("data"))
+    if trained_on != data.sha256:
+        raise CheckpointError(
+            f"{path} was trained on other {data.name} data (sha256 {trained_on[:12]}, here "
+            f"{data.sha256[:12]}): docstrings, for one, differ between versions of Python"
+        )
 
 
-def restore_random_state(state: dict[str, Any], noise: torch.Generator) -> bool:
-    """Undo :func:`random_state`. False if the noise was drawn on another kind of device, whose states do not
-    fit ``noise``: that one is then left as it is."""
-    torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
+def misfit(path: Path, config: Path, error: Exception) -> CheckpointError:
+    """What to say, in one line, of a checkpoint whose content is not what its config makes expect."""
+    return CheckpointError(f"{path} does not fit {config}: {' '.join(str(error).split())}")
+
+
+def random_states(fabric: Fabric, noise: torch.Generator) -> list[dict[str, Any]]:
+    """Every random state a run depends on, of every process: the noise of z, and the default generators of
+    torch, NumPy and Python. (The order of the data is a function of seed and epoch.)"""
+    kind, keys, *rest = np.random.get_state(legacy=True)
+    version, words, gauss = random.getstate()
+    state = {
+        "noise": noise.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(fabric.device) if fabric.device.type == "cuda" else None,
+        "numpy": (kind, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest),
+        "python": (version, torch.tensor(words, dtype=torch.int64), gauss),
+    }
+    if fabric.world_size == 1:
+        return [state]
+    states: list[dict[str, Any]] = [{}] * fabric.world_size
+    dist.all_gather_object(states, state)
+    return states
+
+
+def restore_random_states(fabric: Fabric, states: list[dict[str, Any]], noise: torch.Generator) -> bool:
+    """Undo :func:`random_states`. False if the run had another number of processes or another kind of device,
+    whose noise cannot go on here: nothing is restored then."""
+    if len(states) != fabric.world_size:
+        return False
+    state = states[fabric.global_rank]
     if state["noise"].shape != noise.get_state().shape:
         return False
     noise.set_state(state["noise"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and fabric.device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], fabric.device)
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
     return True
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace the text file at ``path``."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, encoding="utf-8")
+def write_text(path: Path, text: str) -> None:
+    """Replace the text file at ``path``, whole. CheckpointError if that fails, with the old one in place."""
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
+def _into_place(temporary: Path, path: Path) -> None:
+    """Rename once the content is on the disk, and see that the new name is as well."""
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

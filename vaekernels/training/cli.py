@@ -1,4 +1,4 @@
-"""The commands ``train`` and ``demo``."""
+"""The commands ``train``, ``diagnose`` and ``demo``."""
 
 from __future__ import annotations
 
@@ -6,28 +6,27 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from lightning_fabric import Fabric
 from rich.console import Console
 
-from vaekernels.training import config as configs
+from vaekernels.training import combinations, describe, diagnosis, display, engine, presets, settings
 from vaekernels.training import data as datasets
 from vaekernels.training import demo as demos
-from vaekernels.training import display
 from vaekernels.training.config import Config
-from vaekernels.training.errors import CheckpointError, ConfigError, DataError, Interrupted, TrainingError
-from vaekernels.training.loop import CONFIG, Trainer
+from vaekernels.training.data import Data
+from vaekernels.training.errors import ConfigError, Interrupted, TrainingError
+from vaekernels.training.loop import Trainer
+from vaekernels.training.run_folder import RunFolder
+from vaekernels.training.runs import open_run
 
 __all__ = ["app"]
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-
-# May differ between a run and its resumption: they do not change which run it is.
-_RESUMABLE = ("optim.epochs", "engine.device", "engine.threads")
 
 _Float = float | None
 _Int = int | None
@@ -46,8 +45,25 @@ def _main() -> None:
 
 @app.command()
 def train(
-    dataset: Annotated[
-        _Str, typer.Argument(help=f"One of: {', '.join(datasets.DATASETS)}.", show_default=False)
+    preset: Annotated[
+        _Str,
+        typer.Argument(
+            help=f"One of: {', '.join(presets.PRESETS)}; or your own data, as "
+            f"{', '.join(f'{kind}:PATH' for kind in datasets.OWN)}.",
+            show_default=False,
+        ),
+    ] = None,
+    config: Annotated[
+        _Path, typer.Option(help="Settings from a TOML file, over those of PRESET.", show_default=False)
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="TABLE.KEY=VALUE",
+            help="One setting, over all others; repeat.",
+            show_default=False,
+        ),
     ] = None,
     free_bits: Annotated[
         _Float,
@@ -99,7 +115,7 @@ def train(
         typer.Option(
             "--run-dir",
             "--out",
-            help="Where the run is kept (default: runs/DATASET-TIME).",
+            help="Where the run is kept (default: runs/PRESET-TIME).",
             show_default=False,
         ),
     ] = None,
@@ -112,41 +128,53 @@ def train(
     device: Annotated[
         _Str, typer.Option(help="auto | cpu | cuda | mps (default: auto).", show_default=False)
     ] = None,
+    devices: Annotated[
+        _Int, typer.Option(help="Processes, one per device (default: 1).", show_default=False)
+    ] = None,
     precision: Annotated[
         _Str, typer.Option(help="32-true | bf16-mixed (default: 32-true).", show_default=False)
     ] = None,
     threads: _Threads = None,
 ) -> None:
-    """Train a VAE on DATASET and evaluate it on held-out data: is the latent used?"""
+    """Train a VAE and evaluate it on held-out data: is the latent used?
+
+    PRESET and --config are read first, then the options, then --set. Every setting, and what is against what:
+    docs/train.md.
+    """
     with _reported():
         if resume is not None and run_dir is not None:
             raise ConfigError("--resume goes on in the directory of the run; leave out --run-dir")
-        given: dict[str, dict[str, Any]] = {
-            "data": {"name": dataset},
+        options: dict[str, dict[str, Any]] = {
             "model": {"latent_dim": latent_dim},
-            "objective": {
-                "beta": beta,
-                "anneal_epochs": anneal,
-                "free_bits": free_bits,
-                "clamp": clamp,
-                "group": group,
-            },
+            "objective": {"beta": beta, "free_bits": free_bits, "clamp": clamp, "group": group},
             "optim": {"epochs": epochs, "batch_size": batch_size, "lr": lr},
-            "engine": {"seed": seed, "device": device, "precision": precision, "threads": threads},
+            "engine": {
+                "seed": seed,
+                "device": device,
+                "devices": devices,
+                "precision": precision,
+                "threads": threads,
+            },
         }
-        settings = _new_settings(dataset, given) if resume is None else _resumed_settings(resume, given)
-        directory = resume or run_dir or _default_run_dir(settings.data.name)
-        console = Console()
-        _set_threads(settings)
-        data = datasets.load(settings.data, console.print)
-        trainer = Trainer(settings, data, directory, console, resume=resume is not None)
-        console.print(
-            f"{data.name}: {len(data.train)} + {len(data.heldout)} held-out {data.described}", highlight=False
-        )
-        console.print(
-            display.describe_objective(settings.objective, settings.model.latent_dim, trainer.anneal_steps),
-            highlight=False,
-        )
+        given = {
+            table: {key: value for key, value in values.items() if value is not None}
+            for table, values in options.items()
+        }
+        if anneal:
+            given["objective"] |= {"anneal": "linear", "anneal_epochs": anneal}
+        base = _base(preset, config) if resume is None else _resumed(RunFolder(resume), preset, config)
+        chosen = settings.changed(settings.changed(base, given), settings.parse_set(sets or ()))
+        if resume is not None:
+            RunFolder(resume).require_same(base, chosen)
+        combinations.check(chosen)
+        _set_threads(chosen)
+        fabric = engine.launch(chosen.engine)
+        console = _console(fabric)
+        # The first process names the folder: the clocks of the others may differ.
+        directory = resume or run_dir or Path(fabric.broadcast(str(_default_run_dir(chosen.data.name))))
+        data = datasets.load(chosen.data, console.print)
+        trainer = Trainer(chosen, data, directory, console, resume=resume is not None, fabric=fabric)
+        _announce(trainer, data, console)
         evaluation = trainer.fit()
         for table in display.evaluation_tables(evaluation):
             console.print(table)
@@ -154,18 +182,54 @@ def train(
 
 
 @app.command()
+def diagnose(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a trained run.")],
+    n: Annotated[int, typer.Option("-n", help="How many examples of each split are used.")] = 2048,
+    k: Annotated[int, typer.Option("-k", help="Contrast codes of I_dec; samples of the IWAE bound.")] = 32,
+    seed: Annotated[int, typer.Option(help="Of everything random in the diagnosis.")] = 0,
+    budget: Annotated[
+        _Float,
+        typer.Option(
+            metavar="SECONDS", help="Measure no more after this time (default: no limit).", show_default=False
+        ),
+    ] = None,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="Look at the training data as well: is it overfit?")
+    ] = True,
+    device: Annotated[
+        _Str, typer.Option(help="auto | cpu | cuda | mps (default: that of the run).", show_default=False)
+    ] = None,
+    threads: _Threads = None,
+) -> None:
+    """Is the latent of RUN used, and if not, why? Writes report.json and report.html into RUN."""
+    with _reported():
+        for name, value, least in (("-n", n, 4), ("-k", k, 2)):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        if budget is not None and not budget > 0:
+            raise ConfigError(f"--budget must be greater than 0, got {budget:g}")
+        if threads is not None:
+            torch.set_num_threads(threads)
+        opened = open_run(run, lambda text: print(text, file=sys.stderr), device=device)
+        report = diagnosis.diagnose(opened, n=n, k=k, seed=seed, budget_s=budget, train=train)
+        print(report)
+        page = diagnosis.save(report, run, diagnosis.extras(opened))
+        print(f"\nwith pictures: {page}")
+
+
+@app.command()
 def demo(
     name: Annotated[str, typer.Argument(help=f"One of: {', '.join(demos.DEMOS)}.")] = "docstrings",
     epochs: Annotated[
-        _Int, typer.Option(help="Passes over the data (default: 8).", show_default=False)
+        _Int, typer.Option(help="Passes over the data (default: 8; digits 60 and 100).", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of both runs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of all runs.")] = 0,
     run_dir: Annotated[
         _Path,
         typer.Option(
             "--run-dir",
             "--out",
-            help="Where the runs are kept (default: runs/demo-NAME-TIME).",
+            help="Where the runs and the page are kept (default: runs/demo-NAME-TIME).",
             show_default=False,
         ),
     ] = None,
@@ -174,58 +238,70 @@ def demo(
         typer.Option(help="CPU threads of torch. On a busy machine more than one slows it down."),
     ] = 1,
 ) -> None:
-    """Show posterior collapse and its cure: two trainings side by side."""
+    """Show posterior collapse and its cures: models trained, diagnosed and compared, in a few minutes."""
     with _reported():
         if name not in demos.DEMOS:
-            raise ConfigError(f"unknown demo {name!r}; known: {', '.join(demos.DEMOS)}")
-        settings = configs.preset(name)
-        optim = settings.optim if epochs is None else replace(settings.optim, epochs=epochs)
-        settings = replace(settings, optim=optim, engine=replace(settings.engine, seed=seed, threads=threads))
-        _set_threads(settings)
-        demos.DEMOS[name](settings, run_dir or _default_run_dir(f"demo-{name}"), Console())
+            raise ConfigError(f"unknown demo {name!r}; {settings.nearest(name, demos.DEMOS)}")
+        over: dict[str, dict[str, Any]] = {"engine": {"seed": seed, "threads": threads, "tensorboard": False}}
+        if epochs is not None:
+            over["optim"] = {"epochs": epochs}
+        torch.set_num_threads(threads)
+        demos.show(name, over, run_dir or _default_run_dir(f"demo-{name}"), Console())
 
 
-def _new_settings(dataset: str | None, given: dict[str, dict[str, Any]]) -> Config:
-    if dataset is None:
-        raise DataError(f"name a data set: {', '.join(datasets.DATASETS)}")
-    datasets.check_known(dataset)
-    return _changed(configs.preset(dataset), given)
+def _announce(trainer: Trainer, data: Data, console: Console) -> None:
+    config = trainer.config
+    latent_dim, data_dims = trainer.model.latent_dim, data.dims
+    console.print(
+        f"{data.name}: {len(data.train)} + {len(data.heldout)} held-out {data.described}", highlight=False
+    )
+    parameters = sum(p.numel() for p in trainer.model.parameters())
+    console.print(
+        f"{config.model.kind} VAE, {config.model.likelihood} likelihood, {parameters:,} parameters",
+        highlight=False,
+    )
+    steps = len(trainer.batches)
+    for line in describe.describe(config, latent_dim=latent_dim, data_dims=data_dims, steps_per_epoch=steps):
+        console.print(line, highlight=False)
+    if warning := describe.mismatch(config.objective, latent_dim=latent_dim, data_dims=data_dims):
+        console.print(warning, highlight=False, style="yellow")
 
 
-def _resumed_settings(run: Path, given: dict[str, dict[str, Any]]) -> Config:
-    if not (run / CONFIG).is_file():
-        raise CheckpointError(f"no run in {run} (it has no {CONFIG}); --resume takes the directory of a run")
-    saved = configs.load(run / CONFIG)
-    settings = _changed(saved, given)
-    changed = {
-        key: values for key, values in configs.differences(saved, settings).items() if key not in _RESUMABLE
-    }
-    if changed:
-        listed = ", ".join(f"{key} = {old!r}, not {new!r}" for key, (old, new) in changed.items())
-        raise ConfigError(
-            f"the run in {run} has {listed}; a resumed run keeps its settings, so start a new one"
-        )
-    return settings
+def _base(preset: str | None, config: Path | None) -> Config:
+    """The settings of the preset, with those of the file over them."""
+    if preset is None and config is None:
+        raise ConfigError(f"name a preset: {', '.join(presets.PRESETS)}; or your own data, or --config FILE")
+    if preset is None:
+        assert config is not None
+        return settings.load(config)
+    found = presets.find(preset)
+    if config is None:
+        return found
+    tables = settings.read_toml(config)
+    try:
+        return settings.changed(found, tables)
+    except ConfigError as error:
+        raise ConfigError(f"{config}: {error}") from error
 
 
-def _changed(settings: Config, given: dict[str, dict[str, Any]]) -> Config:
-    """``settings`` with those options that were given."""
-    tables = {
-        table: replace(
-            getattr(settings, table), **{key: value for key, value in options.items() if value is not None}
-        )
-        for table, options in given.items()
-    }
-    return replace(settings, **tables)
+def _resumed(folder: RunFolder, preset: str | None, config: Path | None) -> Config:
+    if preset is not None or config is not None:
+        raise ConfigError("--resume takes the settings of the run; leave out the preset and --config")
+    return folder.settings()
 
 
 def _default_run_dir(name: str) -> Path:
-    return Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.rstrip("/").rpartition("/")[2])
+    return Path("runs") / f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _set_threads(settings: Config) -> None:
-    if settings.engine.threads is not None:
-        torch.set_num_threads(settings.engine.threads)
+def _console(fabric: Fabric) -> Console:
+    return Console(quiet=not fabric.is_global_zero)
+
+
+def _set_threads(config: Config) -> None:
+    if config.engine.threads is not None:
+        torch.set_num_threads(config.engine.threads)
 
 
 @contextmanager

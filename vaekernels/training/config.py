@@ -1,19 +1,18 @@
-"""Settings of a run: frozen, typed, checked when made, saved as ``config.json`` in the run directory.
+"""Settings of a run: frozen, typed, checked when made.
 
-A field's constraint stands next to its default, and its name is the key in the file, so that a message about
-a setting names what the user wrote.
+A field's constraint stands next to its default, and its name is the key in a file and on the command line, so
+that a message about a setting names what the user wrote. What two settings say to each other is checked in
+:mod:`vaekernels.training.combinations`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import types
 import typing
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from vaekernels.training.errors import ConfigError
 
@@ -24,14 +23,9 @@ __all__ = [
     "ModelConfig",
     "ObjectiveConfig",
     "OptimConfig",
+    "StrategyConfig",
     "differences",
-    "from_mapping",
-    "load",
-    "preset",
-    "to_json",
 ]
-
-T = TypeVar("T")
 
 
 def _at_least(least: float, default: Any = dataclasses.MISSING) -> Any:
@@ -90,40 +84,125 @@ class _Checked:
 
 @dataclass(frozen=True)
 class DataConfig(_Checked):
-    """Which data. ``vocabulary`` counts the four special tokens and concerns text only."""
+    """Which data.
+
+    ``name``: one of the named data sets, or the user's own: ``idx:PATH``, ``text:PATH``, ``images:DIR``,
+    ``npz:PATH``. ``array``: which array of an npz file. ``binarize``: grey levels become 0 and 1, at half of
+    the largest ("threshold"), or each once and for all with its grey as the probability of a 1 ("sample",
+    Salakhutdinov & Murray 2008). Text only: ``vocabulary``, the words known, the four
+    special tokens included; ``max_tokens``, the longest line of a text file that is kept.
+    """
 
     name: str
+    array: str = "x"
+    binarize: Literal["no", "threshold", "sample"] = "no"
     vocabulary: int = _at_least(5, 2000)
+    max_tokens: int = _at_least(1, 100)
 
 
 @dataclass(frozen=True)
 class ModelConfig(_Checked):
-    """Sizes. ``embedding`` concerns text only."""
+    """The model, and what it does against collapse by its construction.
 
+    ``kind``: "auto" is "gru" for text, "mlp" else. ``likelihood`` (images and vectors): "auto" is "bernoulli"
+    for data of two values, "discretized-logistic" for more, "gaussian" for real numbers. ``sigma``: the
+    standard deviation of the Gaussian likelihood (None: learned). ``embedding``: text only. ``top_dim``: the
+    upper layer of the ladder (None: half of ``latent_dim``). ``latent_channels``: of the convolutional model,
+    a latent per position, [B, C, H/4, W/4], in place of a vector (None).
+
+    ``delta``: the log-variance is bounded so that every dimension has at least this rate (delta-VAE, Razavi
+    et al. 2019; usual 0.15). ``batch_norm``: mu is batch-normalised to this fixed scale (BN-VAE, Zhu et al.
+    2020; usual 0.7). ``word_dropout``: this share of the decoder's input words is hidden in training (Bowman
+    et al. 2016; usual 0.25 to 0.75).
+    """
+
+    kind: Literal["auto", "mlp", "conv", "ladder", "row-gru", "linear", "gru", "lstm"] = "auto"
+    likelihood: Literal["auto", "bernoulli", "gaussian", "discretized-logistic", "categorical"] = "auto"
+    sigma: float | None = _above(0, None)
     latent_dim: int = _at_least(1, 16)
     hidden: int = _at_least(1, 128)
     embedding: int = _at_least(1, 64)
+    top_dim: int | None = _at_least(1, None)
+    latent_channels: int | None = _at_least(1, None)
+    delta: float | None = _above(0, None)
+    batch_norm: float | None = _above(0, None)
+    word_dropout: float = _between(0, 1, 0.0)
 
 
 @dataclass(frozen=True)
 class ObjectiveConfig(_Checked):
-    """loss = NLL + weight * KL, the NLL summed over data dimensions, the KL over latent ones.
+    """loss = NLL + weight * KL, the NLL summed over data dimensions, the KL over latent ones; or one of the
+    three objectives that set the weight by themselves.
 
-    ``anneal_epochs``: the weight rises linearly from 0 to ``beta`` over this many epochs, then stays (0:
-    ``beta`` from the start). ``free_bits``: nats per group (None: off); ``group``: "dim" a group per latent
-    dimension, "all" one group; ``clamp``: before ("sample") or after ("batch") the mean over the batch.
+    ``beta``: the weight (Higgins et al. 2017). ``anneal``: how it gets there; ``anneal_epochs``: in how many
+    epochs (None: linear and cosine 10, cyclical the whole run, warmup 1 at weight 0; logistic goes by
+    ``logistic_rate`` and ``logistic_midpoint``, in steps). ``cycles``, ``cycle_ramp``: of cyclical.
+
+    ``free_bits``: nats per group below which the KL is pushed no further; ``group``: "dim", every latent
+    dimension, "channel", every channel of a latent with positions, "all", one group for each latent layer;
+    ``clamp``: before ("sample") or after ("batch") the mean over the batch; ``penalty``: max(t, KL), max(0,
+    KL - t) or KL where it is at least t; ``free_bits_decay_epochs``: the floor falls to 0 in a line.
+
+    ``kl_balance``: share of the KL's gradient that goes to the learned prior of a ladder (Hafner et al.
+    2020). ``layer_balance``: while the weight rises, every layer's KL counts in proportion to itself (Vahdat
+    & Kautz 2020).
+
+    ``capacity``: gamma * |rate - C| with C from 0 to this in ``capacity_epochs`` (Burgess et al. 2018);
+    ``capacity_gamma`` None: 1 for text, 1000 else; ``clamp`` "sample" takes | | per example. ``pi_target``:
+    the rate a PI controller holds (Shao et al. 2020). ``geco_target``: the NLL that GECO holds (Rezende &
+    Viola 2018).
+
+    ``reconstruction``, ``kl``: "mean" divides the term by its number of dimensions, which changes what beta
+    means; the effective beta is printed.
     """
 
     beta: float = _at_least(0, 1.0)
-    anneal_epochs: float = _at_least(0, 0.0)
+    anneal: Literal["none", "linear", "logistic", "cosine", "cyclical", "warmup"] = "none"
+    anneal_epochs: float | None = _above(0, None)
+    cycles: int = _at_least(1, 4)
+    cycle_ramp: float = field(default=0.5, metadata={"above": 0, "most": 1})
+    logistic_rate: float = _above(0, 0.0025)
+    logistic_midpoint: float = _at_least(0, 2500.0)
     free_bits: float | None = _at_least(0, None)
     clamp: Literal["batch", "sample"] = "batch"
-    group: Literal["dim", "all"] = "dim"
+    penalty: Literal["floor", "hinge", "mask"] = "floor"
+    group: Literal["dim", "channel", "all"] = "dim"
+    free_bits_decay_epochs: float | None = _above(0, None)
+    kl_balance: float | None = _between(0, 1, None)
+    layer_balance: bool = False
+    capacity: float | None = _at_least(0, None)
+    capacity_epochs: float = _above(0, 10.0)
+    capacity_gamma: float | None = _above(0, None)
+    pi_target: float | None = _at_least(0, None)
+    pi_kp: float = _at_least(0, 0.01)
+    pi_ki: float = _at_least(0, 0.001)
+    pi_max: float = _above(0, 1.0)
+    geco_target: float | None = None
+    geco_speed: float = _above(0, 0.001)
+    reconstruction: Literal["sum", "mean"] = "sum"
+    kl: Literal["sum", "mean"] = "sum"
+
+
+@dataclass(frozen=True)
+class StrategyConfig(_Checked):
+    """What is trained when. Unless told otherwise everything, in every step.
+
+    ``aggressive``: until the mutual information on held-out data falls, every step of the decoder follows
+    up to ``inner_steps`` steps of the encoder alone, which end when the loss, a mean over ``check_every`` of
+    them, stops falling (He et al. 2019). ``pretrain_epochs``: so many epochs at weight 0, then the decoder
+    starts anew and the schedules begin (Li et al. 2019; with an annealed weight and free bits).
+    """
+
+    aggressive: bool = False
+    inner_steps: int = _at_least(1, 100)
+    check_every: int = _at_least(1, 15)
+    pretrain_epochs: int = _at_least(0, 0)
 
 
 @dataclass(frozen=True)
 class OptimConfig(_Checked):
-    """Adam. ``clip_norm``: the largest norm of the gradient of all parameters together."""
+    """Adam. ``batch_size``: of all processes together. ``clip_norm``: the largest norm of the gradient of all
+    parameters together."""
 
     lr: float = _above(0, 1e-3)
     batch_size: int = _at_least(1, 64)
@@ -133,12 +212,18 @@ class OptimConfig(_Checked):
 
 @dataclass(frozen=True)
 class EngineConfig(_Checked):
-    """Where and how it runs. ``threads``: of torch on the CPU (None: torch's choice)."""
+    """Where and how it runs. ``devices``: processes, one per device. ``threads``: of torch on the CPU (None:
+    torch's choice). ``checkpoint_steps``: also save every so many steps (None: after every epoch only).
+    ``log_steps``: training figures are logged every so many steps."""
 
     seed: int = _between(0, 2**32 - 1, 0)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    devices: int = _at_least(1, 1)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     threads: int | None = _at_least(1, None)
+    checkpoint_steps: int | None = _at_least(1, None)
+    log_steps: int = _at_least(1, 10)
+    tensorboard: bool = True
 
 
 @dataclass(frozen=True)
@@ -146,50 +231,9 @@ class Config(_Checked):
     data: DataConfig
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
+    strategy: StrategyConfig = StrategyConfig()
     optim: OptimConfig = OptimConfig()
     engine: EngineConfig = EngineConfig()
-
-
-_PRESETS = {
-    "digits": Config(DataConfig("digits"), ModelConfig(latent_dim=8), optim=OptimConfig(epochs=60)),
-}
-
-
-def preset(name: str) -> Config:
-    """The settings a data set is trained with unless told otherwise."""
-    return _PRESETS.get(name) or Config(DataConfig(name))
-
-
-def to_json(config: Config) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-
-
-def load(path: Path) -> Config:
-    """The config saved at ``path``. ConfigError names the file and the key at fault."""
-    try:
-        return from_mapping(Config, json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, ConfigError) as error:
-        raise ConfigError(f"{path}: {error}") from error
-
-
-def from_mapping(kind: type[T], values: object, where: str = "") -> T:
-    """A dataclass from nested mappings. ConfigError for an unknown key or a value of the wrong type or
-    range."""
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where or 'the config'} must be a table of settings, got {values!r}")
-    hints = typing.get_type_hints(kind)
-    arguments: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in hints:
-            raise ConfigError(f"unknown setting {where}{key}; known here: {', '.join(hints)}")
-        nested = dataclasses.is_dataclass(hints[key])
-        arguments[key] = from_mapping(hints[key], value, f"{where}{key}.") if nested else value
-    try:
-        return kind(**arguments)
-    except TypeError as error:
-        raise ConfigError(f"{where or 'the config'} lacks a setting: {error}") from error
 
 
 def differences(old: object, new: object, where: str = "") -> dict[str, tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""What the user sees: one progress bar, a line per epoch, a table at the end."""
+"""What the user sees: the objective in words, one progress bar, a line per epoch, a table at the end."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from vaekernels.training.config import ObjectiveConfig
 from vaekernels.training.evaluate import Evaluation
 
-__all__ = ["Bar", "describe_objective", "epoch_line", "evaluation_tables", "progress_bar"]
+__all__ = ["Bar", "epoch_line", "evaluation_tables", "progress_bar"]
 
 _DIMS_PER_ROW = 8
 
@@ -60,27 +59,6 @@ def epoch_line(epoch: int, epochs: int, weight: float, evaluation: Evaluation) -
     )
 
 
-def describe_objective(objective: ObjectiveConfig, latent_dim: int, anneal_steps: int) -> str:
-    """The loss in words. Both terms are sums, over data and over latent dimensions, so beta is what it says:
-    a mean over the data dimensions would multiply it by their number."""
-    text = f"loss = NLL (sum over the data) + weight * KL (sum over {latent_dim} latent dims), nats\n"
-    if anneal_steps:
-        text += f"weight: 0 to {objective.beta:g} linearly over {anneal_steps} steps"
-    else:
-        text += f"weight: {objective.beta:g} throughout"
-    text += f", so effective beta = {objective.beta:g}"
-    if objective.free_bits is not None:
-        per_dim = objective.group == "dim"
-        groups = (
-            f"per dimension ({objective.free_bits * latent_dim:g} in all)"
-            if per_dim
-            else "for all dimensions"
-        )
-        moment = "after" if objective.clamp == "batch" else "before"
-        text += f"\nfree bits: {objective.free_bits:g} nats {groups}, clamped {moment} the batch mean"
-    return text
-
-
 def evaluation_tables(evaluation: Evaluation) -> list[Table]:
     """All held-out figures: the totals, and rate and Var(mu) per dimension."""
     dims = len(evaluation.rate_per_dim)
@@ -90,6 +68,7 @@ def evaluation_tables(evaluation: Evaluation) -> list[Table]:
     totals.add_row("rate (KL, unclamped)", f"{evaluation.rate:.2f}")
     totals.add_row("NLL (reconstruction)", f"{evaluation.nll:.2f}")
     totals.add_row("NELBO (NLL + rate)", f"{evaluation.nelbo:.2f}")
+    totals.add_row("I(x;z), lower bound [95%]", str(evaluation.mi_lower))
     totals.add_row("active units, Var(mu) > 0.01", f"{evaluation.active_units} of {dims}")
     totals.add_row("Δ_shuffle [95%]: NLL with another's z", str(evaluation.delta_shuffle))
 

@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import json
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from lightning_fabric import Fabric
 from rich.console import Console
 from torch import Tensor
 
-from vaekernels.schedules import Constant, Linear, Schedule
-from vaekernels.training import checkpoint, display
-from vaekernels.training import config as configs
+from vaekernels.training import (
+    checkpoint,
+    combinations,
+    display,
+    engine,
+    nonfinite,
+    settings,
+    strategies,
+)
 from vaekernels.training.config import Config
-from vaekernels.training.data import Batches, Data
-from vaekernels.training.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
+from vaekernels.training.data import Batches, Data, Text
+from vaekernels.training.errors import ConfigError, Interrupted, NonFiniteError
 from vaekernels.training.evaluate import Evaluation, evaluate
-from vaekernels.training.models import ELBO, VAE, build
+from vaekernels.training.interrupts import stop_requests
+from vaekernels.training.latents import ELBO, KLOptions, Latents, Terms
+from vaekernels.training.logs import Log
+from vaekernels.training.models import VAE, build
+from vaekernels.training.objective import Objective
+from vaekernels.training.objective import build as build_objective
+from vaekernels.training.run_folder import RunFolder
+from vaekernels.training.seeds import derive, seed_defaults
+from vaekernels.training.strategies import Part
 
-__all__ = ["CHECKPOINT", "CONFIG", "LOG", "METRICS", "Trainer"]
+__all__ = ["Trainer"]
 
 _EPOCH_LINES = 20  # at most, on the terminal; the log has every epoch
-
-CHECKPOINT, CONFIG, LOG, METRICS = "checkpoint.pt", "config.json", "log.jsonl", "metrics.json"
 
 
 @dataclass
@@ -46,6 +54,13 @@ class Progress:
         default_factory=lambda: {"examples": 0.0, "nll": 0.0, "rate": 0.0, "kl": 0.0}
     )
 
+    def count(self, step: Step, examples: int) -> None:
+        self.batch += 1
+        self.step += 1
+        self.sums["examples"] += examples
+        for name in ("nll", "rate", "kl"):
+            self.sums[name] += getattr(step, name) * examples
+
     def mean(self, name: str) -> float:
         return self.sums[name] / max(self.sums["examples"], 1.0)
 
@@ -54,35 +69,58 @@ class Progress:
         self.sums = dict.fromkeys(self.sums, 0.0)
 
 
-class Trainer:
-    """Trains one model on one data set and keeps everything of the run in ``run_dir``:
+class Step(NamedTuple):
+    """What a step measured, over all processes; nats, means over the batch. ``kl``: as in the loss."""
 
-    ``config.json``, ``log.jsonl`` (a line per epoch), ``checkpoint.pt`` (after every epoch and when
-    interrupted), ``metrics.json`` (the held-out evaluation, at the end).
+    loss: float
+    nll: float
+    rate: float
+    kl: float
+    weight: float
+    stop: bool
+    """Whether a process was asked to stop."""
+
+
+class Trainer:
+    """Trains one model on one data set and keeps everything of the run in ``run_dir``, see
+    :class:`vaekernels.training.run_folder.RunFolder`.
 
     A run that is interrupted and resumed takes the same steps as one that is not, bit for bit on the CPU with
     the same number of threads.
     """
 
     def __init__(
-        self, config: Config, data: Data, run_dir: Path, console: Console, *, resume: bool = False
+        self,
+        config: Config,
+        data: Data,
+        run_dir: Path,
+        console: Console,
+        *,
+        resume: bool = False,
+        fabric: Fabric | None = None,
     ) -> None:
-        self.config = config
+        combinations.check(config)
+        self.config = config = combinations.resolve(config, data)
         self.data = data
-        self.run_dir = run_dir
-        self.console = console
+        self.folder = RunFolder(run_dir)
         self.progress = Progress()
         self._stop = False
 
-        self.fabric = _fabric(config)
-        torch.manual_seed(config.engine.seed)
+        self.fabric = fabric or engine.launch(config.engine)
+        self.console = console if self.fabric.is_global_zero else Console(quiet=True)
+        seed, rank = config.engine.seed, self.fabric.global_rank
+        torch.manual_seed(seed)
         self.model: VAE = build(config.model, data)
-        self.elbo = ELBO(self.model, config.objective)
-        optimizer = torch.optim.Adam(self.model.parameters(), lr=config.optim.lr)
-        self._forward, self.optimizer = self.fabric.setup(self.elbo, optimizer)
-        self.noise = torch.Generator(device=self.fabric.device).manual_seed(config.engine.seed)
-        self.batches = Batches(data, batch_size=config.optim.batch_size, seed=config.engine.seed)
-        self.schedule = self._schedule()
+        seed_defaults(derive(seed, "process", rank))
+        self.noise = torch.Generator(device=self.fabric.device).manual_seed(derive(seed, "noise", rank))
+        optimizer = torch.optim.Adam(
+            (p for p in self.model.parameters() if p.requires_grad), lr=config.optim.lr
+        )
+        self._forward, self.optimizer = self.fabric.setup(ELBO(self.model), optimizer)
+        self.batches = Batches(data, batch_size=config.optim.batch_size, seed=seed)
+        self._schedules = self._objective()
+        self.strategy = strategies.build(config.strategy, self._schedules)
+        self.log = Log(self.folder.log, self.fabric, tensorboard=config.engine.tensorboard)
         if resume:
             self._resume()
         else:
@@ -92,91 +130,140 @@ class Trainer:
         """Train to the last epoch, evaluate, write ``metrics.json``.
 
         Interrupted after Ctrl-C, with all saved; NonFiniteError when a loss, a gradient or the evaluation is
-        NaN or inf, with the last good checkpoint kept.
+        NaN or inf, with the last good checkpoint kept; CheckpointError when something cannot be written.
         """
         epochs = self.config.optim.epochs
         evaluation: Evaluation | None = None
         steps = epochs * len(self.batches)
         with (
-            self._interruptible(),
+            stop_requests(self.request_stop),
             display.progress_bar(self.console, epochs=epochs, steps=steps, done=self.progress.step) as bar,
         ):
             while self.progress.epoch < epochs:
                 evaluation = self._epoch(bar)
-        if evaluation is None:
-            evaluation = self._evaluate()
-        self._write(METRICS, json.dumps(self._metrics(evaluation), indent=2) + "\n")
+        evaluation = evaluation or self._evaluate()
+        self.log.close()
+        if self.fabric.is_global_zero:
+            text = json.dumps(self._metrics(evaluation), indent=2) + "\n"
+            checkpoint.write_text(self.folder.metrics, text)
         return evaluation
 
     def request_stop(self) -> None:
-        """Save and raise Interrupted after the step that is under way."""
+        """Save and raise Interrupted after the step that is under way, or the next one."""
         self._stop = True
+
+    # --- the loop
 
     def _epoch(self, bar: display.Bar) -> Evaluation:
         progress = self.progress
         started = time.perf_counter() - progress.seconds
         self.model.train()
+        if progress.batch == 0:
+            self.strategy.start_epoch(self)
         for batch in self.batches.order(progress.epoch)[progress.batch :]:
-            self._step(self.batches.take(batch).to(self.fabric.device))
-            progress.batch += 1
-            progress.step += 1
+            self.strategy.before_step(self)
+            step = self.update(batch, self.strategy.trained)
+            progress.count(step, len(batch))
             progress.seconds = time.perf_counter() - started
-            bar.update(
-                epoch=progress.epoch,
-                step=progress.step,
-                rate=progress.mean("rate"),
-                nll=progress.mean("nll"),
-                weight=self.schedule.value.item(),
-            )
-            if self._stop:
-                self._save()
-                raise Interrupted(
-                    f"stopped at step {progress.step}, all saved; to go on: "
-                    f"vaekernels train --resume {self.run_dir}"
-                )
+            self._after_step(step, bar)
         evaluation = self._evaluate()
         progress.seconds = time.perf_counter() - started
-        self._log(evaluation)
+        self.strategy.end_epoch(self, evaluation)
+        self._log_epoch(evaluation)
         progress.next_epoch()
         self._save()
         return evaluation
 
-    def _step(self, x: Tensor) -> None:
+    def update(self, batch: Tensor, trained: Part) -> Step:
+        """One step on the examples ``batch`` (indices) that changes the part ``trained`` of the model.
+        Schedules advance in the steps that change the decoder: an encoder's own are part of one of those."""
+        objective = self.objective
+        rows = batch[self.fabric.global_rank :: self.fabric.world_size]
+        x = self.batches.take(rows).to(self.fabric.device)
+        latents = Latents(objective.options, self.noise)
         self.optimizer.zero_grad()
-        terms = self._forward(x, self.noise)
-        loss = terms.nll + self.schedule.value * terms.kl
-        # One synchronisation a step: the price of stopping before a bad step rather than after it.
-        values = torch.stack([loss, terms.nll, terms.rate, terms.kl]).detach().tolist()
-        names = ("loss", "nll", "rate", "kl")
-        self._require_finite(dict(zip(names, values, strict=True)))
+        terms = self._forward(x, latents, len(batch) / self.fabric.world_size)
+        loss = objective.loss(terms)
+        means = self._means(loss, terms)
+        values = means.tolist()
+        step = Step(values[0], values[1], values[2], values[3], values[4], stop=values[5] > 0)
+        if not all(map(math.isfinite, values)):
+            own = nonfinite.blame_terms(self.model, terms, latents, objective.weight, rows)
+            self._refuse(f"loss {step.loss:g}, NLL {step.nll:g}, rate {step.rate:g}", nonfinite.largest(own))
         self.fabric.backward(loss)
+        if trained != "all":
+            frozen = self.model.decoder if trained == "encoder" else self.model.encoder
+            for parameter in frozen.parameters():
+                parameter.grad = None  # Adam passes over it, its averages untouched
         norm = self.fabric.clip_gradients(
             self._forward, self.optimizer, max_norm=self.config.optim.clip_norm, error_if_nonfinite=False
         )
-        if norm is not None:
-            self._require_finite({"gradient norm": norm.item()})
+        if norm is not None and not bool(norm.isfinite()):
+            self._refuse(f"gradient norm {norm.item():g}", nonfinite.blame_gradients(self.model))
         self.optimizer.step()
-        self.schedule.step()
-        sums = self.progress.sums
-        sums["examples"] += len(x)
-        for name, value in zip(names[1:], values[1:], strict=True):
-            sums[name] += value * len(x)
+        if trained != "encoder":
+            objective.step(means[1], means[2])
+        return step
 
-    def _require_finite(self, values: dict[str, float]) -> None:
-        if all(map(math.isfinite, values.values())):
-            return
+    def _means(self, loss: Tensor, terms: Terms) -> Tensor:
+        """loss, NLL, rate, KL, weight and the wish to stop, over all processes: one collective, and one
+        synchronisation a step, the price of stopping before a bad step rather than after it."""
+        kl = terms.rate if terms.kl.dim() > 1 else terms.kl
+        stop = torch.full_like(loss, self._stop)
+        values = [loss, terms.nll, terms.rate.sum(), kl.sum(), self.objective.weight, stop]
+        means = torch.stack(values).detach()
+        if self.fabric.world_size > 1:
+            self.fabric.all_reduce(means)  # in place
+        return means
+
+    def _refuse(self, seen: str, offender: nonfinite.Offender) -> NoReturn:
         progress = self.progress
-        listed = ", ".join(f"{name} {value:g}" for name, value in values.items())
         raise NonFiniteError(
             f"step {progress.step + 1} (epoch {progress.epoch + 1}, batch {progress.batch + 1} of "
-            f"{len(self.batches)}): {listed}. The step was not taken; {self._last_good()}. "
-            f"A lower --lr or a smaller --beta is the usual remedy"
+            f"{len(self.batches)}): {seen}; largest offender: {offender.text}. The step was not taken; "
+            f"{self._last_good()}. A lower --lr or a smaller --beta is the usual remedy"
         )
 
     def _last_good(self) -> str:
-        path = self.run_dir / CHECKPOINT
+        path = self.folder.checkpoint
         return (
             f"the last good checkpoint is {path}" if path.exists() else "no checkpoint had been written yet"
+        )
+
+    def _after_step(self, step: Step, bar: display.Bar) -> None:
+        progress, every = self.progress, self.config.engine
+        means = {name: progress.mean(name) for name in ("rate", "nll")}
+        bar.update(epoch=progress.epoch, step=progress.step, weight=step.weight, **means)
+        if progress.step % every.log_steps == 0:
+            values = {"epoch": progress.epoch + 1, **step._asdict()}
+            del values["stop"]
+            self.log.write("step", progress.step, values)
+        if step.stop:
+            self._save()
+            self.log.close()
+            raise Interrupted(
+                f"stopped at step {progress.step}, all saved; to go on: "
+                f"vaekernels train --resume {self.folder.path}"
+            )
+        if every.checkpoint_steps and progress.step % every.checkpoint_steps == 0:
+            self._save()
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimised now."""
+        return self.strategy.objective(self.progress.epoch)
+
+    def _objective(self) -> Objective:
+        config = self.config
+        return build_objective(
+            config.objective,
+            KLOptions(process_group=engine.process_group(self.fabric)),
+            text=isinstance(self.data, Text),
+            epochs=config.optim.epochs - config.strategy.pretrain_epochs,
+            steps_per_epoch=len(self.batches),
+            data_dims=self.data.dims,
+            latent_dim=self.model.latent_dim,
+            device=self.fabric.device,
         )
 
     def _evaluate(self) -> Evaluation:
@@ -185,110 +272,79 @@ class Trainer:
         except NonFiniteError as error:
             raise NonFiniteError(f"after step {self.progress.step}: {error}; {self._last_good()}") from error
 
-    def _schedule(self) -> Schedule:
-        objective, device = self.config.objective, self.fabric.device
-        steps = self.anneal_steps
-        return (
-            Linear(objective.beta, steps, device=device) if steps else Constant(objective.beta, device=device)
-        )
-
-    @property
-    def anneal_steps(self) -> int:
-        """Training steps over which the weight rises."""
-        return math.ceil(self.config.objective.anneal_epochs * len(self.batches))
+    # --- what is kept
 
     def _start(self) -> None:
-        if (self.run_dir / CHECKPOINT).exists() or (self.run_dir / CONFIG).exists():
-            raise CheckpointError(
-                f"{self.run_dir} already holds a run; go on with it by --resume {self.run_dir}, or give "
-                f"another --run-dir"
-            )
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise CheckpointError(f"cannot make {self.run_dir}: {error.strerror}") from error
-        self._write(CONFIG, configs.to_json(self.config))
-        self._write(LOG, "")
+        if self.fabric.is_global_zero:
+            self.folder.create()
+            self.folder.write_config(self.config)
+        self.log.start()
 
     def _resume(self) -> None:
-        path = self.run_dir / CHECKPOINT
-        state = checkpoint.load(self.fabric, path)
-        trained_on = str(state.get("data"))
-        if trained_on != self.data.sha256:
-            raise CheckpointError(
-                f"{path} was trained on other {self.data.name} data (sha256 {trained_on[:12]}, here "
-                f"{self.data.sha256[:12]}): docstrings, for one, differ between versions of Python"
-            )
+        path = self.folder.checkpoint
+        state = checkpoint.load(path)
+        checkpoint.require_same_data(state, path, self.data)
         try:
+            self.folder.require_same(settings.from_toml(state["config"]), self.config)
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.schedule.load_state_dict(state["schedule"])
+            self.strategy.load_state_dict(state["strategy"])
             self.progress = Progress(**state["progress"])
-            same_noise = checkpoint.restore_random_state(state["random"], self.noise)
+            self._schedules.load_state_dict(state["schedules"])
+            same_noise = checkpoint.restore_random_states(self.fabric, state["random"], self.noise)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} does not fit {self.run_dir / CONFIG}: {error}") from error
+            if isinstance(error, ConfigError):
+                raise
+            raise checkpoint.misfit(path, self.folder.config, error) from error
         if not same_noise:
-            self.noise.manual_seed(self.config.engine.seed + self.progress.step)
-            self.console.print(
-                "the run began on another kind of device: the noise of z goes on from a new seed"
+            self.noise.manual_seed(
+                derive(
+                    self.config.engine.seed, "noise", self.fabric.global_rank, path.name, self.progress.step
+                )
             )
-        self._write(CONFIG, configs.to_json(self.config))
-        self._trim_log()
+            self.console.print(
+                "the run began on another kind of device or with another number of processes: the noise of z "
+                "goes on from new seeds"
+            )
+        if self.fabric.is_global_zero:
+            self.folder.write_config(self.config)
+        self.log.resume(self.progress.step)
 
     def _save(self) -> None:
+        progress = self.progress
         state = {
             "model": self.model,
             "optimizer": self.optimizer,
-            "schedule": self.schedule.state_dict(),
-            "progress": {f.name: getattr(self.progress, f.name) for f in fields(self.progress)},
-            "random": checkpoint.random_state(self.noise),
+            "schedules": self._schedules.state_dict(),
+            "strategy": self.strategy.state_dict(),
+            "progress": {f.name: getattr(progress, f.name) for f in fields(progress)},
+            "random": checkpoint.random_states(self.fabric, self.noise),
             "data": self.data.sha256,
+            "config": settings.to_toml(self.config),
         }
-        checkpoint.save(self.fabric, self.run_dir / CHECKPOINT, state)
+        checkpoint.save(self.fabric, self.folder.checkpoint, state)
 
-    def _log(self, evaluation: Evaluation) -> None:
+    def _log_epoch(self, evaluation: Evaluation) -> None:
         progress = self.progress
-        weight = self.schedule.value.item()
-        line = {
-            "epoch": progress.epoch + 1,
-            "step": progress.step,
+        epoch, epochs = progress.epoch + 1, self.config.optim.epochs
+        weight = self.objective.weight.item()
+        values = {
+            "epoch": epoch,
             "weight": weight,
             "train": {name: progress.mean(name) for name in ("nll", "rate", "kl")},
             "heldout": evaluation.to_json(),
             "seconds": round(progress.seconds, 3),
         }
-        try:
-            with open(self.run_dir / LOG, "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.run_dir / LOG}: {error.strerror}") from error
-        epoch, epochs = progress.epoch + 1, self.config.optim.epochs
+        self.log.write("epoch", progress.step, values)
         if epoch == epochs or epoch % math.ceil(epochs / _EPOCH_LINES) == 0:
             self.console.print(display.epoch_line(epoch, epochs, weight, evaluation), highlight=False)
 
-    def _trim_log(self) -> None:
-        """Drop lines written after the checkpoint, by a run that was killed between the two."""
-        path = self.run_dir / LOG
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept: list[str] = []
-        for line in lines:
-            try:
-                if json.loads(line)["epoch"] <= self.progress.epoch:
-                    kept.append(line)
-            except (ValueError, KeyError, TypeError):
-                continue  # the last line of a run that was killed while it wrote
-        self._write(LOG, "".join(line + "\n" for line in kept))
-
     def _metrics(self, evaluation: Evaluation) -> dict[str, Any]:
-        objective = self.config.objective
         data = self.data
         return {
-            "schema": 1,
-            "settings": {
-                **asdict(self.config),
-                "effective_beta": objective.beta,
-                "anneal_steps": self.anneal_steps,
-            },
+            "schema": 2,
+            "settings": asdict(self.config),
+            "effective_beta": self.objective.weight.item(),
             "data": {
                 "name": data.name,
                 "sha256": data.sha256,
@@ -300,38 +356,3 @@ class Trainer:
             "seconds": round(self.progress.seconds, 3),
             "torch": torch.__version__,
         }
-
-    def _write(self, name: str, text: str) -> None:
-        try:
-            checkpoint.write_atomically(self.run_dir / name, text)
-        except OSError as error:
-            raise CheckpointError(f"cannot write {self.run_dir / name}: {error.strerror}") from error
-
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """Ctrl-C stops after the step under way, so that no state is half changed; a second one stops at
-        once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def on_interrupt(signum: int, frame: object) -> None:
-            if self._stop:
-                raise KeyboardInterrupt
-            self.request_stop()
-
-        previous = signal.signal(signal.SIGINT, on_interrupt)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, previous)
-
-
-def _fabric(config: Config) -> Fabric:
-    device = config.engine.device
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device, True):
-        raise ConfigError(
-            f"--device {device}: torch {torch.__version__} sees no such device here; use cpu or auto"
-        )
-    return Fabric(accelerator=device, devices=1, precision=config.engine.precision)

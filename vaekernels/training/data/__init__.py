@@ -1,32 +1,66 @@
-"""Data sets that every machine has, each with its hash and a fixed split into train and held-out."""
+"""Data sets, each with its hash and a fixed split into train and held-out: four that every machine has, and
+the user's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from vaekernels.training.config import DataConfig
-from vaekernels.training.data.base import Batches, Data, Images, Text
+from vaekernels.training.data.base import Arrays, Data, Factors, Text
+from vaekernels.training.data.batches import Batches
+from vaekernels.training.data.binarize import binarized
+from vaekernels.training.data.digits import load_digits
 from vaekernels.training.data.docstrings import load_docstrings
-from vaekernels.training.data.images import load_digits
-from vaekernels.training.data.synthetic import load_synthetic_text
+from vaekernels.training.data.idx import load_idx
+from vaekernels.training.data.image_folder import load_images
+from vaekernels.training.data.npz import load_npz
+from vaekernels.training.data.sprites import load_sprites
+from vaekernels.training.data.synthetic_text import load_synthetic_text
+from vaekernels.training.data.text_file import load_text
 from vaekernels.training.errors import DataError
 
-__all__ = ["DATASETS", "Batches", "Data", "Images", "Text", "check_known", "load"]
+__all__ = ["DATASETS", "OWN", "Arrays", "Batches", "Data", "Factors", "Text", "is_own", "load"]
 
-DATASETS: dict[str, Callable[[DataConfig, Callable[[str], None]], Data]] = {
+Loader = Callable[[DataConfig, Callable[[str], None]], Data]
+
+DATASETS: dict[str, Loader] = {
     "docstrings": load_docstrings,
-    "digits": load_digits,
     "synthetic-text": load_synthetic_text,
+    "digits": load_digits,
+    "sprites": load_sprites,
 }
 
+OWN: dict[str, Loader] = {
+    "idx": load_idx,
+    "text": load_text,
+    "images": load_images,
+    "npz": load_npz,
+}
+"""The user's own data, named ``KIND:PATH``."""
 
-def check_known(name: str) -> None:
-    """DataError that lists the known data sets, unless ``name`` is one."""
-    if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+
+def is_own(name: str) -> bool:
+    """Whether ``name`` is of the form ``KIND:PATH``."""
+    kind, colon, _ = name.partition(":")
+    return bool(colon) and kind in OWN
 
 
 def load(config: DataConfig, say: Callable[[str], None]) -> Data:
-    """Load a data set by name. ``say`` is told, in a sentence, what takes long or differs from the usual."""
-    check_known(config.name)
-    return DATASETS[config.name](config, say)
+    """Load a data set. ``say`` is told, in a sentence, what takes long or differs from the usual. DataError
+    if there is no such data, or if it is not what it should be, with the file and the place in it."""
+    data = _load(config, say)
+    return data if config.binarize == "no" else binarized(data, config.binarize)
+
+
+def _load(config: DataConfig, say: Callable[[str], None]) -> Data:
+    if config.name in DATASETS:
+        return DATASETS[config.name](config, say)
+    kind, _, path = config.name.partition(":")
+    if not is_own(config.name):
+        raise DataError(
+            f"unknown data set {config.name!r}; known: {', '.join(DATASETS)}, "
+            f"{', '.join(f'{own}:PATH' for own in OWN)}"
+        )
+    if not path:
+        raise DataError(f"{config.name!r} names no file; it takes {kind}:PATH")
+    return OWN[kind](config, say)

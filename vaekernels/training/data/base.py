@@ -1,24 +1,51 @@
-"""What a data set is to the rest of the trainer, and how its batches are made."""
+"""What a data set is to the rest of the trainer."""
 
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["BOS", "EOS", "PAD", "SPECIALS", "UNK", "Batches", "Data", "Images", "Text", "digest", "split"]
+from vaekernels.training.errors import DataError
+
+__all__ = [
+    "BOS",
+    "EOS",
+    "FEWEST",
+    "PAD",
+    "SPECIALS",
+    "UNK",
+    "Arrays",
+    "Data",
+    "Factors",
+    "Text",
+    "digest",
+    "encode_sentences",
+    "split",
+]
 
 PAD, BOS, EOS, UNK = range(4)
 SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 _HELD_OUT_SHARE = 10  # one example in ten
+FEWEST = 40  # examples: 4 held out, the fewest that a diagnosis can shuffle
 
 
 @dataclass(frozen=True)
-class Data:
+class Factors:
+    """What the examples were made from, where that is known: float32 [N, factors], rows as in the data."""
+
+    names: tuple[str, ...]
+    train: Tensor
+    heldout: Tensor
+
+
+@dataclass(frozen=True)
+class Data(ABC):
     """Examples along the first axis of ``train`` and ``heldout``. ``sha256`` is of all examples, in order,
     and of what gives them meaning (the vocabulary)."""
 
@@ -27,25 +54,52 @@ class Data:
     heldout: Tensor
     sha256: str
 
+    @abstractmethod
     def lengths(self, x: Tensor) -> Tensor:
-        """The length that the examples of one batch share, int64 [N]."""
-        return torch.full((len(x),), x.shape[1], dtype=torch.int64)
+        """How much of each example is not padding, int64 [N]; a batch is cut to the longest of its own."""
 
     @property
+    @abstractmethod
+    def dims(self) -> float:
+        """Data dimensions of an example, which the NLL is summed over; the mean where they differ."""
+
+    @property
+    @abstractmethod
     def described(self) -> str:
-        """What one example is, for the user: its data dimensions, which the NLL is summed over."""
-        raise NotImplementedError
+        """What the examples are, for the user."""
 
 
 @dataclass(frozen=True)
-class Images(Data):
-    """Binary images, float32 [N, pixels] of zeros and ones; ``shape`` = (height, width)."""
+class Arrays(Data):
+    """Images [N, channels, height, width] or vectors [N, D]. uint8 values 0 .. levels-1, or, where ``levels``
+    is None, real numbers (float32)."""
 
-    shape: tuple[int, int]
+    levels: int | None
+    factors: Factors | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one example."""
+        return tuple(self.train.shape[1:])
+
+    @property
+    def is_image(self) -> bool:
+        return len(self.shape) == 3
+
+    def lengths(self, x: Tensor) -> Tensor:
+        return torch.ones(len(x), dtype=torch.int64)
+
+    @property
+    def dims(self) -> float:
+        return float(self.train[0].numel())
 
     @property
     def described(self) -> str:
-        return f"{self.shape[0]}x{self.shape[1]} binary images"
+        values = "real values" if self.levels is None else f"{self.levels} levels"
+        if not self.is_image:
+            return f"vectors of {self.shape[0]} numbers, {values}"
+        channels, height, width = self.shape
+        return f"{height}x{width} images, {channels} channel{'s' if channels > 1 else ''}, {values}"
 
 
 @dataclass(frozen=True)
@@ -53,14 +107,18 @@ class Text(Data):
     """Sentences, int64 [N, T]: tokens, then EOS, then PAD. ``vocabulary[i]`` is the word of token i."""
 
     vocabulary: tuple[str, ...]
+    factors: Factors | None = None
 
     def lengths(self, x: Tensor) -> Tensor:
         return (x != PAD).sum(dim=1)
 
     @property
+    def dims(self) -> float:
+        return (self.train != PAD).sum().item() / len(self.train)
+
+    @property
     def described(self) -> str:
-        tokens = (self.train != PAD).sum().item() / len(self.train)
-        return f"sentences (mean {tokens:.1f} tokens, vocabulary {len(self.vocabulary)})"
+        return f"sentences (mean {self.dims:.1f} tokens, vocabulary {len(self.vocabulary)})"
 
     def sentence(self, tokens: Tensor) -> str:
         """Tokens [T] up to the first EOS, as a line of text."""
@@ -82,8 +140,14 @@ def encode_sentences(sentences: Sequence[Sequence[str]], vocabulary: Sequence[st
     return x
 
 
-def split(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(train, heldout): one example in ten is held out, the same ones whatever the seed of the run."""
+def split(x: Tensor, where: str = "the data") -> tuple[Tensor, Tensor]:
+    """(train, heldout): one example in ten is held out, the same ones whatever the seed of the run. DataError
+    that begins with ``where`` if there are too few examples."""
+    if len(x) < FEWEST:
+        raise DataError(
+            f"{where}: {len(x)} example{'' if len(x) == 1 else 's'}; at least {FEWEST} are needed, one in "
+            f"ten is held out"
+        )
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
     count = len(x) // _HELD_OUT_SHARE
     return x[order[count:]], x[order[:count]]
@@ -92,42 +156,6 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 def digest(x: Tensor, vocabulary: Sequence[str] = ()) -> str:
     """SHA-256 of the shape, dtype and values of ``x`` and of the vocabulary."""
     h = hashlib.sha256(f"{list(x.shape)} {x.dtype}\n".encode())
-    h.update(x.contiguous().numpy().tobytes())
+    h.update(x.contiguous().numpy().data)
     h.update("\n".join(vocabulary).encode())
     return h.hexdigest()
-
-
-class Batches:
-    """Shuffled batches of examples of equal length, cut to that length.
-
-    The order of an epoch is a function of (seed, epoch) alone, so a position in the data is two numbers.
-    """
-
-    def __init__(self, data: Data, *, batch_size: int, seed: int) -> None:
-        self._x = data.train
-        self._lengths = data.lengths(data.train)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._buckets = [
-            torch.nonzero(self._lengths == n).squeeze(1) for n in sorted(set(self._lengths.tolist()))
-        ]
-
-    def __len__(self) -> int:
-        """Batches in an epoch."""
-        return sum(-(-len(bucket) // self._batch_size) for bucket in self._buckets)
-
-    def order(self, epoch: int) -> list[Tensor]:
-        """The batches of an epoch, each as the indices of its examples."""
-        # Hashed, since the CPU generator uses only the low 32 bits of a seed, and a sum would give run s in
-        # epoch e + 1 the order of run s + 1 in epoch e.
-        mixed = hashlib.sha256(f"{self._seed} {epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(mixed[:4], "little"))
-        batches: list[Tensor] = []
-        for bucket in self._buckets:
-            shuffled = bucket[torch.randperm(len(bucket), generator=generator)]
-            batches.extend(torch.split(shuffled, self._batch_size))
-        return [batches[i] for i in torch.randperm(len(batches), generator=generator).tolist()]
-
-    def take(self, batch: Tensor) -> Tensor:
-        """The examples of a batch."""
-        return self._x[batch, : int(self._lengths[batch[0]])]

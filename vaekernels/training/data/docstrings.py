@@ -16,13 +16,13 @@ import sys
 import sysconfig
 import tempfile
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vaekernels.training.config import DataConfig
-from vaekernels.training.data.base import SPECIALS, Data, Text, digest, encode_sentences, split
-from vaekernels.training.data.synthetic import load_synthetic_text
+from vaekernels.training.data.base import Data
+from vaekernels.training.data.synthetic_text import load_synthetic_text
+from vaekernels.training.data.vocabulary import text_data
 
 __all__ = ["cache_dir", "first_sentence", "load_docstrings", "read_sentences", "tokenize"]
 
@@ -44,14 +44,7 @@ def load_docstrings(config: DataConfig, say: Callable[[str], None]) -> Data:
             f"installed without sources; using synthetic-text instead"
         )
         return load_synthetic_text(config, say)
-    words = [sentence.split(" ") for sentence in sentences]
-    counts = Counter(word for sentence in words for word in sentence)
-    # Ties broken by the word: the vocabulary is a function of the sentences alone.
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))
-    vocabulary = (*SPECIALS, *ranked[: config.vocabulary - len(SPECIALS)])
-    x = encode_sentences(words, vocabulary)
-    train, heldout = split(x)
-    return Text("docstrings", train, heldout, digest(x, vocabulary), vocabulary)
+    return text_data("docstrings", [sentence.split(" ") for sentence in sentences], config.vocabulary)
 
 
 def read_sentences(root: Path) -> list[str]:

@@ -3,64 +3,100 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-import vaekernels as vk
-from vaekernels.training.config import ObjectiveConfig
+from vaekernels.training.models.likelihoods import Likelihood
 
-__all__ = ["ELBO", "VAE", "Terms"]
+__all__ = ["VAE", "ArrayDecoder", "ArrayVAE", "Sample", "reset"]
 
 
-class Terms(NamedTuple):
-    """The two terms of the loss of a batch, and what they are before any clamp. 0-dim, nats per example."""
+class Sample(Protocol):
+    """Draws z of one latent layer, and takes note of its KL."""
 
-    nll: Tensor
-    """-log p(x|z), summed over data dimensions, mean over the batch."""
-    kl: Tensor
-    """KL as the objective has it: with free bits, clamped."""
-    rate: Tensor
-    """KL before any clamp."""
+    def __call__(self, moments: Tensor, prior: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """z of the posterior whose mu and logvar are packed along axis 1 of ``moments``; ``prior``: mu and
+        logvar of a learned prior, None for N(0, I)."""
+        ...
 
 
 class VAE(nn.Module, ABC):
-    """q(z|x) = N(mu, diag exp(logvar)) with z of shape [B, latent_dim], prior N(0, I)."""
+    """q(z|x) = N(mu, diag exp(logvar)), prior N(0, I). z is [B, latent_dim] wherever it is seen from outside.
+
+    ``encoder`` and ``decoder`` hold all parameters; what the generative model needs is in ``decoder``.
+    """
 
     latent_dim: int
+    encoder: nn.Module
+    decoder: nn.Module
 
     @abstractmethod
     def moments(self, x: Tensor) -> Tensor:
-        """mu, then logvar: [B, 2 * latent_dim]."""
+        """mu, then logvar, along axis 1."""
 
     @abstractmethod
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         """log p(x|z), summed over data dimensions, [B]."""
 
+    @abstractmethod
+    def generate(self, z: Tensor) -> Tensor:
+        """What the decoder makes of z: the expected image, or, where the decoder looks back at what it has
+        said, the likeliest continuation step by step (a sentence, an image row by row)."""
+
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """mu and logvar, [B, latent_dim] each."""
-        mu, logvar = self.moments(x).chunk(2, dim=1)
+        mu, logvar = self.moments(x).flatten(1).chunk(2, dim=1)
         return mu, logvar
 
+    def forward(self, x: Tensor, sample: Sample) -> Tensor:
+        """log p(x|z) of one z per example, drawn by ``sample``, [B]."""
+        return self.log_likelihood(x, sample(self.moments(x)))
 
-class ELBO(nn.Module):
-    """The loss terms of ``model``: a module, so that Fabric sees the whole computation of a step."""
 
-    def __init__(self, model: VAE, objective: ObjectiveConfig) -> None:
+class ArrayDecoder(nn.Module):
+    """A network from z to what a likelihood needs for every data element: [B, width, *shape]."""
+
+    def __init__(self, net: nn.Module, likelihood: Likelihood, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.model = model
-        self.objective = objective
+        self.net = net
+        self.likelihood = likelihood
+        self.shape = shape
 
-    def forward(self, x: Tensor, generator: torch.Generator | None) -> Terms:
-        """One sample of z per example; the noise comes from ``generator``."""
-        objective = self.objective
-        z, kl, per_group = vk.sample_kl_packed(
-            self.model.moments(x),
-            dim=1,
-            free_bits=objective.free_bits,
-            clamp=objective.clamp,
-            group_dims=None if objective.group == "dim" else (),
-            generator=generator,
-        )
-        return Terms(-self.model.log_likelihood(x, z).mean(), kl, per_group.detach().sum())
+    def forward(self, z: Tensor) -> Tensor:
+        said: Tensor = self.net(z)
+        return said.view(len(z), self.likelihood.width, *self.shape)
+
+
+class ArrayVAE(VAE):
+    """A VAE of images or vectors whose elements are independent given z."""
+
+    decoder: ArrayDecoder
+
+    def __init__(self, encoder: nn.Module, decoder: ArrayDecoder, latent_dim: int) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.latent_dim = latent_dim
+
+    def moments(self, x: Tensor) -> Tensor:
+        moments: Tensor = self.encoder(self.decoder.likelihood.features(x))
+        return moments
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.decoder.likelihood.log_prob(x, self.decoder(z))
+
+    @torch.no_grad()
+    def generate(self, z: Tensor) -> Tensor:
+        return self.decoder.likelihood.mean(self.decoder(z))
+
+
+def reset(module: nn.Module, seed: int) -> None:
+    """Initialise every part of ``module`` anew, from ``seed`` alone (torch's default generators are left as
+    they are)."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for part in reversed(list(module.modules())):  # what a part says of its own parts comes last
+            if callable(initialise := getattr(part, "reset_parameters", None)):
+                initialise()

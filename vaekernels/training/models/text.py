@@ -6,53 +6,109 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vaekernels.training.data.base import BOS, EOS, PAD
+from vaekernels.training.data.base import BOS, EOS, PAD, UNK
 from vaekernels.training.models.base import VAE
+from vaekernels.training.models.posterior import Posterior
 
-__all__ = ["GRUTextVAE"]
+__all__ = ["TextVAE"]
+
+State = Tensor | tuple[Tensor, Tensor]
+
+_CELLS: dict[str, type[nn.GRU] | type[nn.LSTM]] = {"gru": nn.GRU, "lstm": nn.LSTM}
 
 
-class GRUTextVAE(VAE):
-    """GRU encoder and decoder (Bowman et al. 2016, with GRUs).
-
-    The posterior is read off the encoder's state at the last token. z enters the decoder twice: tanh of a
-    linear map of it is the initial state, and it is joined to every input. A decoder this strong can model
-    the text without z, which is what makes the model collapse.
-    """
-
-    def __init__(self, vocabulary: int, *, latent_dim: int, hidden: int, embedding: int) -> None:
+class _Encoder(nn.Module):
+    def __init__(
+        self, cell: str, vocabulary: int, embedding: int, hidden: int, latent_dim: int, posterior: Posterior
+    ) -> None:
         super().__init__()
-        self.latent_dim = latent_dim
-        self.embed_source = nn.Embedding(vocabulary, embedding, padding_idx=PAD)
-        self.encoder = nn.GRU(embedding, hidden, batch_first=True)
+        self.embed = nn.Embedding(vocabulary, embedding, padding_idx=PAD)
+        self.rnn = _CELLS[cell](embedding, hidden, batch_first=True)
         self.to_moments = nn.Linear(hidden, 2 * latent_dim)
-        self.embed_target = nn.Embedding(vocabulary, embedding, padding_idx=PAD)
+        self.posterior = posterior
+
+    def forward(self, x: Tensor) -> Tensor:
+        states, _ = self.rnn(self.embed(x))
+        last = (x != PAD).sum(dim=1) - 1
+        moments: Tensor = self.posterior(self.to_moments(states[torch.arange(len(x), device=x.device), last]))
+        return moments
+
+
+class _Decoder(nn.Module):
+    def __init__(self, cell: str, vocabulary: int, embedding: int, hidden: int, latent_dim: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, embedding, padding_idx=PAD)
         self.to_state = nn.Linear(latent_dim, hidden)
-        self.decoder = nn.GRU(embedding + latent_dim, hidden, batch_first=True)
+        self.rnn = _CELLS[cell](embedding + latent_dim, hidden, batch_first=True)
         self.to_logits = nn.Linear(hidden, vocabulary)
 
+    def start(self, z: Tensor) -> State:
+        """tanh of a linear map of z; an LSTM's cell is the map itself."""
+        cell = self.to_state(z).float().unsqueeze(0)
+        return (torch.tanh(cell), cell) if isinstance(self.rnn, nn.LSTM) else torch.tanh(cell)
+
+    def forward(self, tokens: Tensor, z: Tensor, state: State) -> tuple[Tensor, State]:
+        """Logits [B, T, vocabulary] of the tokens that follow ``tokens`` [B, T], and the last state."""
+        joined = torch.cat([self.embed(tokens), z.unsqueeze(1).expand(-1, tokens.shape[1], -1)], dim=2)
+        states, state = self.rnn(joined, state)
+        return self.to_logits(states), state
+
+
+class TextVAE(VAE):
+    """GRU or LSTM encoder and decoder (Bowman et al. 2016).
+
+    The posterior is read off the encoder's state at the last token. z enters the decoder twice: a map of it
+    is the initial state, and it is joined to every input. A decoder this strong can model the text without z,
+    which is what makes the model collapse. ``word_dropout``: the share of the decoder's input words that
+    training replaces by the unknown word, so that it cannot lean on them alone.
+    """
+
+    encoder: _Encoder
+    decoder: _Decoder
+
+    def __init__(
+        self,
+        cell: str,
+        vocabulary: int,
+        posterior: Posterior,
+        *,
+        latent_dim: int,
+        hidden: int,
+        embedding: int,
+        word_dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.word_dropout = word_dropout
+        self.encoder = _Encoder(cell, vocabulary, embedding, hidden, latent_dim, posterior)
+        self.decoder = _Decoder(cell, vocabulary, embedding, hidden, latent_dim)
+
     def moments(self, x: Tensor) -> Tensor:
-        states, _ = self.encoder(self.embed_source(x))
-        last = (x != PAD).sum(dim=1) - 1
-        moments: Tensor = self.to_moments(states[torch.arange(len(x), device=x.device), last])
+        moments: Tensor = self.encoder(x)
         return moments
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
-        inputs = torch.cat([torch.full_like(x[:, :1], BOS), x[:, :-1]], dim=1)
-        logits, _ = self._decode(inputs, z, self._initial(z))
-        losses = F.cross_entropy(logits.flatten(0, 1), x.flatten(), ignore_index=PAD, reduction="none")
+        words = x[:, :-1]
+        if self.training and self.word_dropout:
+            hidden = torch.rand(words.shape, device=x.device) < self.word_dropout
+            words = words.masked_fill(hidden & (words != PAD), UNK)
+        inputs = torch.cat([torch.full_like(x[:, :1], BOS), words], dim=1)
+        logits, _ = self.decoder(inputs, z, self.decoder.start(z))
+        losses = F.cross_entropy(
+            logits.float().flatten(0, 1), x.flatten(), ignore_index=PAD, reduction="none"
+        )
         return -losses.view(x.shape).sum(dim=1)
 
     @torch.no_grad()
-    def greedy(self, z: Tensor, *, length: int = 24) -> Tensor:
+    def generate(self, z: Tensor, *, length: int = 24) -> Tensor:
         """The most likely token at every position given those before it, int64 [B, <= length]; EOS, then
         PAD."""
         token = torch.full((len(z), 1), BOS, device=z.device)
-        state = self._initial(z)
+        state = self.decoder.start(z)
         ended = torch.zeros_like(token, dtype=torch.bool)
         tokens: list[Tensor] = []
         for _ in range(length):
-            logits, state = self._decode(token, z, state)
+            logits, state = self.decoder(token, z, state)
             logits[..., [PAD, BOS]] = -torch.inf  # never targets, so never learned
             token = logits.argmax(dim=2).masked_fill(ended, PAD)
             tokens.append(token)
@@ -60,12 +116,3 @@ class GRUTextVAE(VAE):
             if bool(ended.all()):
                 break
         return torch.cat(tokens, dim=1)
-
-    def _initial(self, z: Tensor) -> Tensor:
-        return torch.tanh(self.to_state(z)).unsqueeze(0)
-
-    def _decode(self, tokens: Tensor, z: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [B, T, vocabulary] of the tokens that follow ``tokens`` [B, T], and the last state."""
-        joined = torch.cat([self.embed_target(tokens), z.unsqueeze(1).expand(-1, tokens.shape[1], -1)], dim=2)
-        states, state = self.decoder(joined, state)
-        return self.to_logits(states), state

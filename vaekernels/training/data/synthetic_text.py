@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vaekernels.training.config import DataConfig
-from vaekernels.training.data.base import EOS, SPECIALS, Data, Text, digest, split
+from vaekernels.training.data.base import EOS, SPECIALS, Data, Factors, Text, digest, split
 
 __all__ = ["load_synthetic_text"]
 
@@ -21,20 +21,21 @@ _UNITS = 100
 
 
 def load_synthetic_text(config: DataConfig, say: Callable[[str], None]) -> Data:
-    """The data set ``synthetic-text``: 20,000 sentences of 10 words out of 1000. ``config.vocabulary`` does
-    not apply."""
-    tokens = _generate() + len(SPECIALS)
-    x = torch.cat([tokens, torch.full((_SENTENCES, 1), EOS)], dim=1)
+    """The data set ``synthetic-text``: 20,000 sentences of 10 words out of 1000; their z is in ``factors``.
+    ``config.vocabulary`` does not apply."""
+    tokens, z = _generate()
+    x = torch.cat([tokens + len(SPECIALS), torch.full((_SENTENCES, 1), EOS)], dim=1)
     vocabulary = (*SPECIALS, *(f"w{i}" for i in range(_WORDS)))
     train, heldout = split(x)
-    return Text("synthetic-text", train, heldout, digest(x, vocabulary), vocabulary)
+    factors = Factors(("z0", "z1"), *split(z))
+    return Text("synthetic-text", train, heldout, digest(x, vocabulary), vocabulary, factors)
 
 
 @torch.no_grad()
-def _generate() -> Tensor:
-    """int64 [sentences, length]. z is drawn from four unit Gaussians at (±2, ±2); the logits of a word are an
-    affine function of the LSTM's state plus a linear one of z. LSTM and embedding weights are uniform in ±1,
-    those from z in ±5, as in the paper."""
+def _generate() -> tuple[Tensor, Tensor]:
+    """Words, int64 [sentences, length], and their z, [sentences, 2]. z is drawn from four unit Gaussians at
+    (±2, ±2); the logits of a word are an affine function of the LSTM's state plus a linear one of z. LSTM and
+    embedding weights are uniform in ±1, those from z in ±5, as in the paper."""
     generator = torch.Generator().manual_seed(_SEED)
 
     def uniform(bound: float, *shape: int) -> Tensor:
@@ -63,4 +64,4 @@ def _generate() -> Tensor:
         probabilities = torch.softmax(h @ from_state + bias_z, dim=1)
         word = torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
         words.append(word)
-    return torch.stack(words, dim=1)
+    return torch.stack(words, dim=1), z

@@ -1,0 +1,158 @@
+// The backward kernels for plain vectors.
+#include "backward.cuh"
+#include "plain.cuh"
+
+namespace vk::cuda {
+namespace {
+
+// The rows of a block, in columns or (row) along them. `gains`: the gradient of the loss with respect to an
+// element's KL, by column or for all of them. Special: with weights of batch rows, and log-variances that
+// have to be adjusted.
+template <class T, Layout L, Kl K, bool Sample, bool Special>
+__device__ __forceinline__ void run(const BackwardArgs<float>& a, const QuadKeys& keys, const Place& p,
+                                    const float* gains) {
+  constexpr int N = kVector<T>;
+  constexpr bool kHasKl = K != Kl::none, kPrior = K == Kl::prior, kColumn = L == Layout::column;
+  const Geometry& g = a.g;
+  const int64_t first = p.b_begin + p.tz;
+  const uint32_t steps = kColumn && p.tail == 0 ? 0 : p.steps;
+  Walk in(a.in, first, p.o, p.i / N), out(a.out, first, p.o, p.i / N), quad(a.quads, first, p.o, p.i / N);
+  Walk prior(a.prior_in, first, p.o, p.i / N), prior_out(a.prior_out, first, p.o, p.i / N);
+  const bool weighted = Special && kHasKl && a.weight != nullptr;
+  const bool folded = kColumn && g.folded;  // then B is 1
+  if (first >= p.b_end) return;
+  uint32_t batch_row = static_cast<uint32_t>(folded ? p.o : first);
+#pragma unroll 1
+  do {
+    const uint32_t end = quad.end(a.quads, steps);
+#pragma unroll 1
+    for (; quad.at != end; quad.at += a.quads.step) {
+      const float weight = weighted ? __ldg(a.weight + batch_row) : 1.f;
+      if (weighted && folded) batch_row += g.ty();
+      Vector<T> mu_vector{}, scale_vector, grad_vector{};
+      scale_vector.load(bytes_at<16>(a.scale.data, in.at));
+      if constexpr (kHasKl) mu_vector.load(bytes_at<16>(a.mu.data, in.at));
+      if constexpr (Sample) grad_vector.load(bytes_at<4 * sizeof(T)>(a.grad_z.data, quad.at));
+      Vector<T> prior_mu_vector{}, prior_scale_vector{};
+      if constexpr (kPrior) {
+        prior_mu_vector.load(bytes_at<16>(a.prior_mu.data, prior.at));
+        prior_scale_vector.load(bytes_at<16>(a.prior_scale.data, prior.at));
+        prior.at += a.prior_in.step;
+      }
+      in.at += a.in.step;
+#pragma unroll
+      for (int q = 0; q < N / 4; ++q) {
+        float mu[4], y[4], prior_mu[4], prior_y[4], sum[4], eps[4] = {};
+        bool inside[4];
+        float c[4] = {};
+        if constexpr (kHasKl) {
+          if constexpr (kColumn) {
+            const float4 four = reinterpret_cast<const float4*>(gains)[q];
+            c[0] = four.x;
+            c[1] = four.y;
+            c[2] = four.z;
+            c[3] = four.w;
+          } else {
+            c[0] = c[1] = c[2] = c[3] = gains[0];
+          }
+        }
+        mu_vector.get(q, mu);
+        scale_vector.get(q, y);
+        grad_vector.get(q, sum);
+        prior_mu_vector.get(q, prior_mu);
+        prior_scale_vector.get(q, prior_y);
+        if constexpr (Special) adjust(a.log_variance, y, inside);
+        if constexpr (Special && kPrior) adjust_prior(a.log_variance, prior_y);
+        if constexpr (Sample) normals(keys, quad.at + static_cast<uint32_t>(q), eps);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const Scale<float> scale = scale_of<Param::logvar>(y[j]);
+          const Posterior<float> posterior = posterior_of_log_variance(y[j]);
+          const float noise = sum[j] * eps[j];
+          const float cj = Special ? weight * c[j] : c[j];
+          ElementGradients<float> e;
+          if constexpr (kPrior) {
+            const Prior<float> p = prior_of_log_variance(mu[j], y[j], prior_mu[j], prior_y[j]);
+            e = gradients_prior<Param::logvar>(scale, scale_of<Param::logvar>(prior_y[j]), posterior, p,
+                                               sum[j], noise, Special ? cj * a.posterior_share : cj,
+                                               Special ? cj * a.prior_share : cj);
+          } else if constexpr (kHasKl) {
+            e = gradients_standard<Param::logvar>(scale, posterior, mu[j], sum[j], noise, cj);
+          } else {
+            e = gradients_sample<Param::logvar>(scale, posterior, sum[j], noise);
+          }
+          mu[j] = e.mu;
+          y[j] = Special ? keep_if(inside[j], e.scale * a.log_variance.slope) : e.scale;
+          prior_mu[j] = e.prior_mu;
+          prior_y[j] = Special ? e.prior_scale * a.log_variance.slope : e.prior_scale;
+        }
+        // The gradients take the place of the elements.
+        mu_vector.set(q, mu);
+        scale_vector.set(q, y);
+        prior_mu_vector.set(q, prior_mu);
+        prior_scale_vector.set(q, prior_y);
+      }
+      if (kHasKl || a.grad_mu.data != nullptr) mu_vector.store(bytes_at<16>(a.grad_mu.data, out.at));
+      scale_vector.store(bytes_at<16>(a.grad_scale.data, out.at));
+      out.at += a.out.step;
+      if constexpr (kPrior) {
+        if (a.grad_prior_mu.data != nullptr) {
+          prior_mu_vector.store(bytes_at<16>(a.grad_prior_mu.data, prior_out.at));
+          prior_scale_vector.store(bytes_at<16>(a.grad_prior_scale.data, prior_out.at));
+        }
+        prior_out.at += a.prior_out.step;
+      }
+    }
+    batch_row += g.tz();
+    in.next_row(a.in, steps);
+    out.next_row(a.out, steps);
+    if constexpr (kPrior) {
+      prior.next_row(a.prior_in, steps);
+      prior_out.next_row(a.prior_out, steps);
+    }
+    quad.next_row(a.quads, steps);
+  } while (!folded && batch_row < static_cast<uint32_t>(p.b_end));
+}
+
+// Nine tensors of a 16-bit type by columns are too many for 64 registers.
+template <class T, Layout L, Kl K, bool Sample>
+inline constexpr int kRegisters =
+    K != Kl::prior ? 48 : (sizeof(T) == 2 && L == Layout::column && Sample ? 80 : 64);
+
+template <class T, Layout L, Kl K, bool Sample, KeySource S>
+VK_PLAIN_KERNEL((kRegisters<T, L, K, Sample>))
+backward_plain_kernel(const __grid_constant__ BackwardArgs<float> a) {
+  constexpr bool kColumns = K != Kl::none && L == Layout::column;
+  const QuadKeys keys = quad_keys_for<Sample ? S : KeySource::host>(a.keys);
+  const Place p = place_of<L, kVector<T>>(a.g);
+  float* gains = nullptr;
+  float row_gain[1];
+  if constexpr (kColumns) {
+    // Numbers that all rows share, in shared memory, where they cost no registers.
+    VK_SHARED(memory);
+    gains = reinterpret_cast<float*>(memory) + p.tx * kVector<T>;
+    if (p.ty == 0 && p.tz == 0) shared_gradients<kVector<T>>(a, p.i, gains);
+    __syncthreads();
+  } else if constexpr (K != Kl::none) {
+    gains = row_gain;
+    shared_gradients<1>(a, p.o, gains);
+  }
+  if (a.special)
+    run<T, L, K, Sample, true>(a, keys, p, gains);
+  else
+    run<T, L, K, Sample, false>(a, keys, p, gains);
+}
+
+}  // namespace
+
+void backward_plain(const BackwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
+  choose_plain(a, has_kl, sample,
+               [&]<class T, Layout L, Kl K, bool Sample, KeySource S>(PlainKernel<T, L, K, Sample, S>) {
+                 const auto kernel = backward_plain_kernel<T, L, K, Sample, S>;
+                 const bool gains = K != Kl::none && L == Layout::column;
+                 const size_t shared = gains ? a.g.width() * sizeof(float) : 0;
+                 VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
+               });
+}
+
+}  // namespace vk::cuda

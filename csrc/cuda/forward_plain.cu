@@ -1,0 +1,119 @@
+// The forward kernels for plain vectors.
+#include "finish.cuh"
+#include "plain.cuh"
+
+namespace vk::cuda {
+namespace {
+
+// The rows of a block, in columns or (row) along them; twice their KL into `sum`. Special: with weights of
+// batch rows, and log-variances that have to be adjusted.
+template <class T, Layout L, Kl K, bool Sample, bool Special, int kSums>
+__device__ __forceinline__ void run(const ForwardArgs<float>& a, const QuadKeys& keys, const Place& p,
+                                    float (&sum)[kSums]) {
+  constexpr int N = kVector<T>;
+  constexpr bool kHasKl = K != Kl::none, kPrior = K == Kl::prior, kColumn = L == Layout::column;
+  const Geometry& g = a.g;
+  const int64_t first = p.b_begin + p.tz;
+  const uint32_t steps = kColumn && p.tail == 0 ? 0 : p.steps;
+  Walk in(a.in, first, p.o, p.i / N), quad(a.quads, first, p.o, p.i / N);
+  Walk prior(a.prior_in, first, p.o, p.i / N);
+  char* const mu_data = kept(a.mu.data);
+  char* const scale_data = kept(a.scale.data);
+  char* const z_data = kept(a.z.data);
+  const bool weighted = Special && kHasKl && a.weight != nullptr;
+  const bool folded = kColumn && g.folded;  // then B is 1
+  if (first >= p.b_end) return;
+  uint32_t batch_row = static_cast<uint32_t>(folded ? p.o : first);
+#pragma unroll 1
+  do {
+    float total = 0;
+    const uint32_t end = quad.end(a.quads, steps);  // not of `in`, whose step is 0 where mu is expanded
+#pragma unroll 1
+    for (; quad.at != end; quad.at += a.quads.step) {
+      const float weight = weighted && kColumn ? __ldg(a.weight + batch_row) : 1.f;
+      if (weighted && folded) batch_row += g.ty();
+      Vector<T> mu_vector, scale_vector, z_vector;
+      mu_vector.load(bytes_at<16>(mu_data, in.at));
+      scale_vector.load(bytes_at<16>(scale_data, in.at));
+      in.at += a.in.step;
+      Vector<T> prior_mu_vector{}, prior_scale_vector{};
+      if constexpr (kPrior) {
+        prior_mu_vector.load(bytes_at<16>(a.prior_mu.data, prior.at));
+        prior_scale_vector.load(bytes_at<16>(a.prior_scale.data, prior.at));
+        prior.at += a.prior_in.step;
+      }
+#pragma unroll
+      for (int q = 0; q < N / 4; ++q) {
+        float mu[4], y[4], z[4];
+        bool inside[4];
+        mu_vector.get(q, mu);
+        scale_vector.get(q, y);
+        if constexpr (Special) adjust(a.log_variance, y, inside);
+        float prior_mu[4], prior_y[4];
+        prior_mu_vector.get(q, prior_mu);
+        prior_scale_vector.get(q, prior_y);
+        if constexpr (Special && kPrior) adjust_prior(a.log_variance, prior_y);
+        if constexpr (Sample) normals(keys, quad.at + static_cast<uint32_t>(q), z);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const Posterior<float> posterior = posterior_of_log_variance(y[j]);
+          if constexpr (kHasKl) {
+            float kl;
+            if constexpr (kPrior)
+              kl = twice_kl_prior(prior_of_log_variance(mu[j], y[j], prior_mu[j], prior_y[j]));
+            else
+              kl = twice_kl_standard(mu[j], posterior.excess);
+            if constexpr (!kColumn)
+              total += kl;
+            else if constexpr (Special)
+              sum[4 * q + j] += weight * kl;
+            else
+              sum[4 * q + j] += kl;
+          }
+          if constexpr (Sample) z[j] = mu[j] + posterior.sd * z[j];
+        }
+        if constexpr (Sample) z_vector.set(q, z);
+      }
+      if constexpr (Sample) z_vector.store(bytes_at<4 * sizeof(T)>(z_data, quad.at));
+    }
+    if constexpr (kHasKl && !kColumn) sum[0] += weighted ? __ldg(a.weight + batch_row) * total : total;
+    batch_row += g.tz();
+    in.next_row(a.in, steps);
+    if constexpr (kPrior) prior.next_row(a.prior_in, steps);
+    quad.next_row(a.quads, steps);
+  } while (!folded && batch_row < static_cast<uint32_t>(p.b_end));
+}
+
+template <class T, Layout L, Kl K, bool Sample, KeySource S>
+VK_PLAIN_KERNEL(K == Kl::prior ? 64 : 48)
+forward_plain_kernel(const __grid_constant__ ForwardArgs<float> a) {
+  constexpr int kSums = K != Kl::none && L == Layout::column ? kVector<T> : 1;
+  VK_SHARED(shared);
+  const QuadKeys keys = quad_keys_for<Sample ? S : KeySource::host>(a.keys);
+  leave_state(a);
+  const Place p = place_of<L, kVector<T>>(a.g);
+  float sum[kSums] = {};
+  if (a.special)
+    run<T, L, K, Sample, true>(a, keys, p, sum);
+  else
+    run<T, L, K, Sample, false>(a, keys, p, sum);
+  if constexpr (K != Kl::none) {
+#pragma unroll
+    for (int j = 0; j < kSums; ++j) sum[j] *= 0.5f;
+    hand_in<L, false>(a, p, sum, 0.f, shared);
+  }
+}
+
+}  // namespace
+
+void forward_plain(const ForwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
+  choose_plain(a, has_kl, sample,
+               [&]<class T, Layout L, Kl K, bool Sample, KeySource S>(PlainKernel<T, L, K, Sample, S>) {
+                 const auto kernel = forward_plain_kernel<T, L, K, Sample, S>;
+                 const int sums = L == Layout::column ? kVector<T> : 1;
+                 const size_t shared = K == Kl::none ? 0 : reduction_bytes<float>(a.g, sums);
+                 VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
+               });
+}
+
+}  // namespace vk::cuda

@@ -1,0 +1,30 @@
+"""Checks of the arguments of schedules and controllers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+__all__ = ["Device", "at_least", "finite", "steps_of"]
+
+Device = torch.device | str | None
+
+
+def finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
+
+
+def at_least(name: str, value: float, least: float) -> float:
+    if finite(name, value) < least:
+        raise ValueError(f"{name} must be at least {least:g}, got {value}")
+    return float(value)
+
+
+def steps_of(name: str, value: int, *, least: int = 1) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        hint = "; use Constant for no ramp" if name == "steps" else ""
+        raise ValueError(f"{name} must be a whole number, at least {least}, got {value!r}{hint}")
+    return value

@@ -1,0 +1,161 @@
+"""Controllers: weights that answer to what the model did in the step before."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from vaekernels.schedules._arguments import Device, at_least, finite
+
+__all__ = ["GECO", "Controller", "PIController"]
+
+
+class Controller(ABC):
+    """A weight that is moved by a measured quantity. Its state is 0-dim float32 tensors, changed in place by
+    tensor operations alone, so that ``step`` never waits for the device and can be captured in a CUDA
+    graph."""
+
+    def __init__(self, value: float, *, device: Device = None) -> None:
+        self.value: Tensor = torch.full((), value, dtype=torch.float32, device=device)
+
+    @abstractmethod
+    def step(self, measured: Tensor | float) -> None:
+        """Take in what a training step measured, and move ``value``."""
+
+    @abstractmethod
+    def _state(self) -> dict[str, Tensor]:
+        """The tensors that make up the state."""
+
+    def state_dict(self) -> dict[str, float]:
+        """What a checkpoint needs, as numbers (float32 values, exact). Gains and limits are configuration."""
+        return {name: tensor.item() for name, tensor in self._state().items()}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue from ``state``. ValueError if it is not the state of this kind of controller."""
+        own = self._state()
+        valid = state.keys() == own.keys() and all(
+            isinstance(x, int | float) and math.isfinite(x) for x in state.values()
+        )
+        if not valid:
+            raise ValueError(
+                f"the state of a {type(self).__name__} is finite numbers for {', '.join(own)}; "
+                f"got {dict(state)!r}"
+            )
+        for name, tensor in own.items():
+            tensor.fill_(state[name])
+
+    def _scalar(self, name: str, measured: Tensor | float) -> Tensor:
+        if isinstance(measured, Tensor):
+            if measured.dim() != 0:
+                raise ValueError(
+                    f"{name} must be one number, the mean over the batch; got shape {list(measured.shape)}"
+                )
+            return measured.detach().to(self.value)
+        return self.value.new_full((), measured)
+
+
+class PIController(Controller):
+    """The weight of the KL that holds the rate at ``target`` nats (ControlVAE, Shao et al. 2020):
+
+        e = target - rate,   w = clip(kp / (1 + exp(e)) - ki * sum(e), low, high)
+
+    A rate above the target raises the weight, one below it lowers it. The loss is ``nll + w * kl``, with the
+    unclamped KL; ``target`` may be the ``value`` of a schedule.
+
+    Anti-windup: the sum grows no further than takes the weight to its limit. Without that the sum of a long
+    saturation has to be worked off before the weight can leave the limit again.
+
+    >>> control = PIController(target=4.0)
+    >>> for _ in range(100):
+    ...     control.step(6.0)   # 2 nats too many
+    >>> control.value
+    tensor(0.2088)
+    """
+
+    def __init__(
+        self,
+        target: float | Tensor,
+        *,
+        kp: float = 0.01,
+        ki: float = 0.001,
+        low: float = 0.0,
+        high: float = 1.0,
+        device: Device = None,
+    ) -> None:
+        self.target = target if isinstance(target, Tensor) else at_least("target", target, 0.0)
+        self.kp = at_least("kp", kp, 0.0)
+        self.ki = at_least("ki", ki, 0.0)
+        self.low = at_least("low", low, 0.0)
+        self.high = finite("high", high)
+        if self.low >= self.high:
+            raise ValueError(f"low must be below high, got {low} and {high}")
+        super().__init__(self.low, device=device)
+        self._integral = torch.zeros_like(self.value)
+
+    @torch.no_grad()
+    def step(self, measured: Tensor | float) -> None:
+        """``measured``: the rate of the training step, unclamped, mean over the batch."""
+        error = self.target - self._scalar("rate", measured)
+        proportional = self.kp * torch.sigmoid(-error)
+        # The sum goes no further than the limit needs, and from beyond it (proportional has moved) only back.
+        least = torch.minimum(self._integral, self.low - proportional)
+        most = torch.maximum(self._integral, self.high - proportional)
+        self._integral.sub_(self.ki * error).clamp_(least, most)
+        self.value.copy_((proportional + self._integral).clamp(self.low, self.high))
+
+    def _state(self) -> dict[str, Tensor]:
+        return {"value": self.value, "integral": self._integral}
+
+
+class GECO(Controller):
+    """The multiplier that holds the reconstruction at ``target`` nats (Rezende & Viola 2018):
+
+        m <- decay * m + (1 - decay) * (nll - target),   lambda <- clip(lambda * exp(speed * m), low, high)
+
+    The loss is ``kl + lambda * (nll - target)``, so the weight of the KL beside a weight of 1 for the NLL is
+    1 / lambda. The first step sets m to its own constraint. ``speed`` and the limits are ours: the paper
+    leaves them open; the limits keep a target out of reach from driving lambda to inf.
+
+    >>> multiplier = GECO(target=90.0, speed=0.01)
+    >>> multiplier.step(100.0)   # 10 nats too bad
+    >>> multiplier.value
+    tensor(1.1052)
+    """
+
+    def __init__(
+        self,
+        target: float,
+        *,
+        speed: float = 0.001,
+        decay: float = 0.99,
+        low: float = 1e-3,
+        high: float = 1e3,
+        device: Device = None,
+    ) -> None:
+        self.target = finite("target", target)
+        self.speed = at_least("speed", speed, 0.0)
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay must be in [0, 1), got {decay}")
+        self.decay = decay
+        self.low, self.high = finite("low", low), finite("high", high)
+        if not 0.0 < low <= 1.0 <= high:
+            raise ValueError(f"lambda starts at 1, so 0 < low <= 1 <= high; got {low} and {high}")
+        super().__init__(1.0, device=device)
+        self._average = torch.zeros_like(self.value)
+        self._started = torch.zeros_like(self.value)  # 0 before the first step, 1 after it
+
+    @torch.no_grad()
+    def step(self, measured: Tensor | float) -> None:
+        """``measured``: the NLL of the training step, mean over the batch."""
+        constraint = self._scalar("nll", measured) - self.target
+        decay = self.decay * self._started
+        self._average.copy_(decay * self._average + (1.0 - decay) * constraint)
+        self._started.fill_(1.0)
+        self.value.copy_((self.value * torch.exp(self.speed * self._average)).clamp(self.low, self.high))
+
+    def _state(self) -> dict[str, Tensor]:
+        return {"value": self.value, "average": self._average, "started": self._started}

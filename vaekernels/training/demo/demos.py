@@ -1,0 +1,95 @@
+"""The demos: which models, one after the other, then the table, the page and the words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from vaekernels.training.checkpoint import write_text
+from vaekernels.training.demo import page, words
+from vaekernels.training.demo.outcome import Outcome, Variant, run
+
+__all__ = ["DEMOS", "PAGE", "Part", "show"]
+
+PAGE = "demo.html"
+
+
+@dataclass(frozen=True)
+class Part:
+    """Models to compare; the first is the one that the others are compared with."""
+
+    title: str
+    variants: tuple[Variant, ...]
+
+
+DEMOS: dict[str, tuple[Part, ...]] = {
+    "docstrings": (
+        Part(
+            "A sentence VAE, collapsed and cured",
+            (
+                Variant("beta 1", "docstrings"),
+                Variant(
+                    "free bits + annealing",
+                    "docstrings",
+                    "objective.free_bits=0.25 objective.anneal=linear objective.anneal_epochs=4",
+                ),
+                Variant("one group", "docstrings", "objective.free_bits=4 objective.group=all"),
+                Variant("PI controller", "docstrings", "objective.pi_target=4"),
+            ),
+        ),
+    ),
+    "digits": (
+        Part(
+            "Too aggressive KL weighting",
+            (
+                Variant("beta 4", "digits", "objective.beta=4 optim.epochs=100"),
+                Variant(
+                    "annealed to 4",
+                    "digits",
+                    "objective.beta=4 objective.anneal=linear optim.epochs=100",
+                ),
+                Variant(
+                    "beta 4, free bits",
+                    "digits",
+                    "objective.beta=4 objective.free_bits=0.25 optim.epochs=100",
+                ),
+            ),
+        ),
+        Part(
+            "Better ELBO, dead latents",
+            (
+                Variant("MLP", "digits", "data.binarize=threshold"),
+                Variant("row-GRU, beta 2", "digits-row-gru", "data.binarize=threshold objective.beta=2"),
+            ),
+        ),
+    ),
+}
+
+
+def show(name: str, over: Mapping[str, object], folder: Path, console: Console) -> list[list[Outcome]]:
+    """Run a demo, print what came of it and write ``demo.html`` into ``folder``."""
+    parts = DEMOS[name]
+    total = sum(len(part.variants) for part in parts)
+    outcomes: list[list[Outcome]] = []
+    for part in parts:
+        found: list[Outcome] = []
+        for variant in part.variants:
+            number = sum(map(len, outcomes)) + len(found) + 1
+            console.print(f"[bold]{number} of {total}: {variant.title}[/bold]", highlight=False)
+            found.append(run(variant, over, folder / variant.folder, console))
+            console.print()
+        outcomes.append(found)
+    for part, found in zip(parts, outcomes, strict=True):
+        console.print(words.table(part.title, found))
+        if excerpt := words.excerpt(found):
+            console.print(excerpt)
+        for line in words.conclusions(found):
+            console.print(f"- {line}", highlight=False)
+        console.print()
+    titled = [(part.title, found) for part, found in zip(parts, outcomes, strict=True)]
+    write_text(folder / PAGE, page.render(name, titled))
+    console.print(f"side by side, with pictures: {folder / PAGE}", highlight=False, soft_wrap=True)
+    return outcomes

@@ -1,0 +1,79 @@
+"""One model of a demo: how it is trained, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from vaekernels.collapse import Curve, Report
+from vaekernels.training import data as datasets
+from vaekernels.training import diagnosis, gallery, presets, settings
+from vaekernels.training.config import Config
+from vaekernels.training.loop import Trainer
+from vaekernels.training.runs import open_run
+
+__all__ = ["Outcome", "Variant", "run"]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """``given``: settings over those of ``preset``, as on the command line."""
+
+    title: str
+    preset: str
+    given: str = ""
+
+    def config(self, over: Mapping[str, object]) -> Config:
+        """``over``: settings over all others."""
+        config = settings.changed(presets.PRESETS[self.preset], settings.parse_set(self.given.split()))
+        return settings.changed(config, over)
+
+    @property
+    def folder(self) -> str:
+        kept = "".join(c if c.isalnum() or c == "." else "-" for c in self.title)
+        return "-".join(part for part in kept.split("-") if part)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """``seconds``: of the training; ``curves``: of the training, by panel and line."""
+
+    variant: Variant
+    report: Report
+    seen: gallery.Sentences | gallery.Images
+    seconds: float
+    curves: dict[str, dict[str, Curve]]
+
+    @property
+    def title(self) -> str:
+        return self.variant.title
+
+    @property
+    def verdict(self) -> str:
+        subtype = self.report.subtype
+        return self.report.verdict + (f" ({subtype})" if subtype else "")
+
+    @property
+    def alive(self) -> bool:
+        """Whether the decoder was found to use what the encoder sends."""
+        return self.report.verdict in ("informative", "partial")
+
+
+def run(variant: Variant, over: Mapping[str, object], folder: Path, console: Console) -> Outcome:
+    """Train, diagnose, and keep run and report in ``folder``."""
+    config = variant.config(over)
+    data = datasets.load(config.data, console.print)
+    trainer = Trainer(config, data, folder, console)
+    trainer.fit()
+    opened = open_run(folder, console.print)
+    console.print("diagnosing ...", highlight=False)
+    report = diagnosis.diagnose(opened, train=False, progress=console.is_terminal)
+    more = diagnosis.extras(opened)
+    diagnosis.save(report, folder, more)
+    console.print(f"  {report.headline}", highlight=False)
+    seen = gallery.look(opened.model, data, opened.device)
+    assert seen is not None, "the demos are of sentences and images"
+    return Outcome(variant, report, seen, trainer.progress.seconds, diagnosis.curves(opened))

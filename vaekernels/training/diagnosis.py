@@ -1,0 +1,144 @@
+"""The diagnosis of a run: its model's two functions, and what the run knows besides, for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vaekernels import collapse
+from vaekernels.collapse import Curve, Extras, Report, TextTable
+from vaekernels.training import describe, gallery, logs
+from vaekernels.training.data import Batches
+from vaekernels.training.errors import CheckpointError
+from vaekernels.training.runs import Run
+
+__all__ = ["curves", "diagnose", "extras", "grid", "save"]
+
+
+def diagnose(
+    run: Run,
+    *,
+    n: int = 2048,
+    k: int = 32,
+    seed: int = 0,
+    budget_s: float | None = None,
+    train: bool = True,
+    progress: bool = True,
+) -> Report:
+    """:func:`vaekernels.collapse.diagnose` of the model of ``run`` on its held-out data, and, with ``train``,
+    on its training data as well."""
+    return collapse.diagnose(
+        run.model.encode,
+        run.model.log_likelihood,
+        run.data.heldout,
+        train=run.data.train if train else None,
+        n=n,
+        k=k,
+        seed=seed,
+        device=run.device,
+        budget_s=budget_s,
+        progress=progress,
+    )
+
+
+def extras(run: Run) -> Extras:
+    """Settings, training curves, and what the model makes of its latent."""
+    return Extras(settings=_settings(run), curves=curves(run), **_shown(run))
+
+
+def save(report: Report, folder: Path, more: Extras) -> Path:
+    """Write report.json and report.html; returns the path of the page. CheckpointError if that fails."""
+    try:
+        return report.save(folder, more)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the report into {folder}: {error.strerror}") from error
+
+
+def curves(run: Run) -> dict[str, dict[str, Curve]]:
+    """Rate, information, active units, weight and reconstruction over the steps, from the log of the run."""
+    epochs = [line for line in logs.read(run.folder.log) if line["kind"] == "epoch"]
+    if not epochs:
+        return {}
+    steps = [line["step"] for line in epochs]
+
+    def line(pick: Callable[[dict[str, Any]], float]) -> Curve:
+        return Curve(steps, [pick(each) for each in epochs])
+
+    return {
+        "rate, nats": {
+            "train": line(lambda each: each["train"]["rate"]),
+            "held out": line(lambda each: each["heldout"]["rate"]),
+        },
+        "I(x;z), lower bound, nats": {"held out": line(lambda each: each["heldout"]["mi_lower"]["value"])},
+        "active units": {"held out": line(lambda each: each["heldout"]["active_units"])},
+        "weight of the KL": {"weight": line(lambda each: each["weight"])},
+        "reconstruction NLL, nats": {
+            "train": line(lambda each: each["train"]["nll"]),
+            "held out": line(lambda each: each["heldout"]["nll"]),
+        },
+    }
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    config, data = run.config, run.data
+    objective = config.objective
+    steps = len(Batches(data, batch_size=config.optim.batch_size, seed=config.engine.seed))
+    told = {
+        "data": data.name,
+        "data_set_sha256": data.sha256,
+        "model": f"{config.model.kind}, {config.model.likelihood} likelihood, {run.model.latent_dim} dims",
+        "steps": run.step,
+        "objective": describe.describe(
+            config, latent_dim=run.model.latent_dim, data_dims=data.dims, steps_per_epoch=steps
+        ),
+        "beta": objective.beta,
+        "effective_beta": describe.effective_beta(
+            objective, latent_dim=run.model.latent_dim, data_dims=data.dims
+        ),
+        "free_bits": objective.free_bits,
+    }
+    if objective.free_bits is not None:
+        told["free_bits_mode"] = f"{objective.clamp}, {objective.group}, {objective.penalty}"
+    return told
+
+
+def _shown(run: Run) -> dict[str, Any]:
+    seen = gallery.look(run.model, run.data, run.device)
+    if isinstance(seen, gallery.Sentences):
+        rows = list(zip(seen.originals, seen.reconstructions, strict=True))
+        return {
+            "texts": {"Reconstructions": TextTable(["held-out sentence", "decoded from its mu"], rows)},
+            "interpolations": {
+                f"from sentence {number} to sentence {number + len(seen.interpolations)}": line
+                for number, line in enumerate(seen.interpolations, start=1)
+            },
+            "prior_samples": seen.samples,
+        }
+    if isinstance(seen, gallery.Images):
+        return {
+            "images": {
+                "Held-out images above their reconstructions": torch.stack(
+                    [seen.originals, seen.reconstructions]
+                ),
+                f"Samples of the prior, {seen.distinct} of {len(seen.samples)} distinct": grid(
+                    seen.samples[:32], 8
+                ),
+                "Lines between the codes of two images": seen.interpolations,
+                f"Traversals of dims {_listed(seen.traversed)}, -2.5 to 2.5": seen.traversals,
+            }
+        }
+    return {}
+
+
+def grid(images: Tensor, columns: int) -> Tensor:
+    """[rows, columns, ...] of the first full rows."""
+    rows = len(images) // columns
+    return images[: rows * columns].reshape(rows, columns, *images.shape[1:])
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))

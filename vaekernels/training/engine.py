@@ -1,0 +1,59 @@
+"""Lightning Fabric for a run: device, precision, processes."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+
+from vaekernels.training.config import EngineConfig
+from vaekernels.training.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = ["launch", "process_group", "single_device"]
+
+
+def launch(config: EngineConfig) -> Fabric:
+    """A Fabric whose processes are all there: those of torchrun, where it started this one, else
+    ``config.devices``, which Fabric starts as copies of this command."""
+    _require_available(config.device)
+    devices, nodes = config.devices, 1
+    if dist.is_torchelastic_launched():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
+    elif config.device == "cuda" and devices > torch.cuda.device_count():
+        raise ConfigError(f"engine.devices {devices}: this machine has {torch.cuda.device_count()}")
+    strategy = "ddp" if devices * nodes > 1 else "auto"
+    fabric = Fabric(
+        accelerator=config.device,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=strategy,
+        precision=config.precision,
+    )
+    fabric.launch()
+    return fabric
+
+
+def single_device(name: str) -> torch.device:
+    """The device that a run of one process with this setting would take."""
+    _require_available(name)
+    return Fabric(accelerator=name, devices=1).device
+
+
+def _require_available(name: str) -> None:
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(name, True):
+        raise ConfigError(
+            f"--device {name}: torch {torch.__version__} sees no such device here; use cpu or auto"
+        )
+
+
+def process_group(fabric: Fabric) -> ProcessGroup | None:
+    """Of all processes, None where there is one."""
+    return dist.group.WORLD if fabric.world_size > 1 else None

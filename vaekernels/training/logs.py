@@ -1,0 +1,92 @@
+"""What a run writes down while it trains: ``log.jsonl`` and, for TensorBoard, event files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning_fabric import Fabric
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
+from vaekernels.training.checkpoint import write_text
+from vaekernels.training.errors import CheckpointError
+
+__all__ = ["Log", "read"]
+
+
+class Log:
+    """Lines of JSON, ``kind`` "step" (the training batch of every so many steps) or "epoch" (means over the
+    epoch, and the evaluation on held-out data), and their numbers in TensorBoard. Only the first process
+    writes."""
+
+    def __init__(self, path: Path, fabric: Fabric, *, tensorboard: bool) -> None:
+        self._path = path
+        self._fabric = fabric
+        self._tensorboard: TensorBoardLogger | None = None
+        self._wanted = tensorboard
+
+    def start(self) -> None:
+        """Begin an empty log."""
+        self._begin([], purge_step=None)
+
+    def resume(self, step: int) -> None:
+        """Go on after ``step``: lines of later steps, by a run that was killed after its last checkpoint, are
+        dropped."""
+        kept = [line for line in read(self._path) if line["step"] <= step]
+        self._begin(kept, purge_step=step + 1)
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if not self._fabric.is_global_zero:
+            return
+        line = {"kind": kind, "step": step, **values}
+        try:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            if self._tensorboard is not None:
+                self._tensorboard.log_metrics(dict(_numbers(kind, values)), step)
+        except (OSError, ValueError) as error:  # Fabric's logger turns an OSError into a ValueError
+            raise CheckpointError(f"cannot write {self._path}: {_reason(error)}") from error
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.finalize("")
+
+    def _begin(self, lines: list[dict[str, Any]], purge_step: int | None) -> None:
+        if not self._fabric.is_global_zero:
+            return
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
+        if self._wanted:
+            self._tensorboard = TensorBoardLogger(
+                self._path.parent, name="", version="tensorboard", purge_step=purge_step
+            )
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last line that was not written to its end is left out."""
+    lines: list[dict[str, Any]] = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            parsed = json.loads(line)
+            parsed["kind"], parsed["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        lines.append(parsed)
+    return lines
+
+
+def _numbers(prefix: str, values: dict[str, Any]) -> list[tuple[str, float]]:
+    """The single numbers in nested tables: ``epoch/heldout/rate``."""
+    found: list[tuple[str, float]] = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            found.extend(_numbers(f"{prefix}/{name}", value))
+        elif isinstance(value, int | float):
+            found.append((f"{prefix}/{name}", float(value)))
+    return found
+
+
+def _reason(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
