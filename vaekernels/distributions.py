@@ -174,14 +174,16 @@ class DiagonalGaussian:
 
     def nll(self, sample: Tensor, dims: int | Sequence[int] | None = None) -> Tensor:
         """-log N(sample; mean, var) = 1/2 (log 2 pi + logvar + (sample - mean)^2 / var) in nats, summed over
-        `dims` (None: all axes but the batch, which gives [B])."""
+        `dims`, axes of the mean (None: all but the batch, which gives [B]). Several samples may lead: [K, B,
+        ...] gives [K, B]."""
         if self.deterministic:
             return self._zeros()
         dtype = reference.compute_dtype(self.parameters.dtype)
         logvar = self.logvar.to(dtype)
         distance = (sample.to(dtype) - self.mean.to(dtype)) * torch.exp(-0.5 * logvar)
         terms = 0.5 * (LOG_2PI + logvar + distance * distance)
-        summed = self._axes(dims)
+        # Counted from the end, so that leading axes of samples stay.
+        summed = [axis - len(self._shape) for axis in self._axes(dims)]
         return terms.sum(summed) if summed else terms
 
     @property
