@@ -1,4 +1,4 @@
-"""`DiagonalGaussian`: the numbers of the formulas in float64, on every shape, and what diffusers' class errs at.
+"""`DiagonalGaussian`: the numbers of its formulas on every shape, and what diffusers' class errs at.
 
 The comparison with the class of the installed diffusers is tests/integrations/test_diffusers.py.
 """
@@ -139,9 +139,7 @@ def test_kl_to_another_distribution(name, backend):
 def test_the_other_distribution_broadcasts(backend):
     posterior, prior = DiagonalGaussian(torch.tensor([[2.0, 0.0], [0.0, 0.0]])), torch.zeros(1, 2)
     assert posterior.kl(DiagonalGaussian(prior)).tolist() == [2.0, 0.0]
-    with pytest.raises(
-        ValueError, match=r"broadcast to the shape of this distribution, \[2, 1\], got \[3, 1\]"
-    ):
+    with pytest.raises(ValueError, match=r"broadcast to the shape .* \[2, 1\], got \[3, 1\]"):
         posterior.kl(DiagonalGaussian(torch.zeros(3, 2)))
 
 

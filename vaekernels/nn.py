@@ -16,6 +16,7 @@ buffers of rank 0 to the others.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
 
@@ -57,6 +58,12 @@ class _Number(nn.Module):
         elif isinstance(given, (int, float)) and not isinstance(given, bool):
             self.number = float(given)
         elif isinstance(getattr(given, "value", None), Tensor) and callable(getattr(given, "step", None)):
+            if inspect.signature(cast(Scheduled, given).step).parameters:
+                raise TypeError(
+                    f"{name} must be a number, a tensor or a schedule, got "
+                    f"{type(given).__name__}, a controller: "
+                    "its step takes a measurement; step it in your loop and multiply the KL by its `value`"
+                )
             self.schedule = cast(Scheduled, given)
         else:
             raise TypeError(
@@ -264,7 +271,7 @@ class _Latent(nn.Module):
         with torch.no_grad():
             self.num_batches_tracked += 1
             # A plain mean until 1 / momentum batches are in: the start at zero leaves no trace.
-            share = (1.0 / self.num_batches_tracked).clamp(min=self.momentum)
+            share = self.num_batches_tracked.to(self.running_rate.dtype).reciprocal().clamp(min=self.momentum)
             self.running_rate.lerp_(rate.to(self.running_rate.dtype), share)
 
 
