@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 
+import libraries
 import pytest
 import shim_build
 import torch
@@ -53,6 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if cases[test] % 4 != 0 or "ten_million" in item.fixturenames:
                 item.add_marker(pytest.mark.slow)
             cases[test] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name in sorted(libraries.ABSENT):
+        why = f"{libraries.ABSENT[name]}; `make test-integrations` installs it"
+        terminalreporter.write_line(f"SKIPPED the integration of {name}: {why}", yellow=True)
 
 
 def is_shim(item: pytest.Function) -> bool:
