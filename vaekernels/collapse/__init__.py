@@ -4,7 +4,8 @@
 >>> print(report)
 >>> report.save("diagnosis")
 
-for any model given as two functions. `metrics` has the single measures for a training loop.
+for any model given as two functions. `CollapseMonitor` watches a model while it trains, and `metrics` has the
+single measures.
 """
 
 from __future__ import annotations
@@ -22,14 +23,18 @@ from vaekernels.collapse.metrics import (
     rate_per_dim,
     shuffle_nll,
 )
+from vaekernels.collapse.monitor import CollapseMonitor, CollapseWarning, Reading
 from vaekernels.collapse.report import Curve, Extras, Report, TextTable
 
 __all__ = [
     "ACTIVE_THRESHOLD",
+    "CollapseMonitor",
+    "CollapseWarning",
     "Curve",
     "Dim",
     "Estimate",
     "Extras",
+    "Reading",
     "Report",
     "TextTable",
     "active_units",

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vaekernels import _native
 from vaekernels.collapse import metrics
 from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import Bootstrap, Estimate, along_cycle
@@ -34,7 +35,7 @@ __all__ = ["CollapseMonitor", "CollapseWarning", "Reading"]
 EPSILON = 0.1
 """Nats of information below which z counts as empty, as in the verdicts of `diagnose`."""
 _RESAMPLES = 200
-_GROWTH = 1.5  # a latent that wakes up doubles its information within a few readings
+_GROWTH = 1.5  # over `patience` readings; a latent that wakes up grows faster
 
 
 class CollapseWarning(UserWarning):
@@ -77,9 +78,9 @@ class Reading:
 class CollapseMonitor:
     """Measures the latent every n training steps and warns, once, when collapse starts.
 
-    Collapse starts where `patience` readings in a row find an empty latent whose information does not grow: a
-    model that has just begun is empty too, and a healthy one leaves that state. The rate has no part in it:
-    free bits keep the rate of an empty latent up.
+    Collapse starts where `patience` readings in a row, after `grace_steps`, find an empty latent whose
+    information does not grow: a model that has just begun is empty too, and a healthy one leaves that state.
+    The rate has no part in it: free bits keep the rate of an empty latent up.
 
     Measuring leaves training as it is: modules are put into eval mode and back, there is no gradient, and
     random numbers come from a generator of its own. One reading of 512 examples and 16 dimensions takes about
@@ -94,6 +95,8 @@ class CollapseMonitor:
         every_n_steps: training steps from one reading to the next.
         n: at most so many of the examples, chosen once.
         patience: empty readings in a row that make a collapse.
+        grace_steps: training steps that every model may take to start using z. With a small learning rate or
+            a slow warm-up of it they are more.
         modules: what to put into eval mode meanwhile.
         device: where examples go before they reach the functions; None: where they are.
         seed: of the choice of examples, and of the noise, which is the same in every reading.
@@ -110,6 +113,7 @@ class CollapseMonitor:
         every_n_steps: int = 100,
         n: int = 512,
         patience: int = 3,
+        grace_steps: int = 200,
         modules: Sequence[nn.Module] = (),
         device: torch.device | str | None = None,
         batch_size: int = BATCH,
@@ -119,11 +123,13 @@ class CollapseMonitor:
             ("every_n_steps", every_n_steps, 1),
             ("n", n, 4),
             ("patience", patience, 2),
+            ("grace_steps", grace_steps, 0),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
         self.encode, self.log_likelihood = encode, log_likelihood
-        self.every_n_steps, self.patience, self.seed = every_n_steps, patience, seed
+        self.every_n_steps, self.patience, self.grace_steps = every_n_steps, patience, grace_steps
+        self.seed = seed
         self.modules, self.device, self.batch_size = list(modules), device, batch_size
         self.heldout = select("heldout", heldout, n, torch.Generator().manual_seed(seed))
         self.steps = 0
@@ -135,15 +141,14 @@ class CollapseMonitor:
         self.steps += 1
         return self.read(self.steps) if self.steps % self.every_n_steps == 0 else None
 
-    @torch.no_grad()
     def read(self, step: int) -> Reading:
         """Measure now, and take the reading into account."""
-        with _in_eval_mode(self.modules):
+        with torch.no_grad(), _in_eval_mode(self.modules):
             reading = self._measure(step)
         self.history.append(reading)
         if self.collapsed_at is None and self._collapses():
             self.collapsed_at = step
-            warnings.warn(self._message(), CollapseWarning, stacklevel=3)
+            warnings.warn(self._message(), CollapseWarning, stacklevel=_native._depth_of_caller())
         return reading
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,7 +166,7 @@ class CollapseMonitor:
     def _measure(self, step: int) -> Reading:
         generator = torch.Generator().manual_seed(self.seed)
         model = Model(
-            self.encode, self.log_likelihood or _none, device=self.device, batch_size=self.batch_size
+            self.encode, self.log_likelihood or _absent, device=self.device, batch_size=self.batch_size
         )
         mu, logvar = model.moments(self.heldout)
         require_finite("encode", torch.cat([mu, logvar], dim=1))
@@ -185,7 +190,7 @@ class CollapseMonitor:
         )
 
     def _collapses(self) -> bool:
-        recent = self.history[-self.patience :]
+        recent = [reading for reading in self.history[-self.patience :] if reading.step > self.grace_steps]
         if len(recent) < self.patience or not all(reading.empty for reading in recent):
             return False
         return not _grows([r.mi_upper.value for r in recent]) and not _grows(
@@ -198,18 +203,18 @@ class CollapseMonitor:
         return (
             f"the latent carries no information since step {first.step}: I(x; z) <= {last.mi_upper} nats"
             f"{used}; rate {sum(last.rate_per_dim):.3g} nats, {last.active_units} active units of "
-            f"{len(last.rate_per_dim)} (step {last.step}). Free bits, annealing or a weaker decoder help, see "
-            "vaekernels.gaussian_kl and vaekernels.schedules; vaekernels.collapse.diagnose tells more"
+            f"{len(last.rate_per_dim)} (step {last.step}). Free bits, annealing or a weaker decoder help, "
+            "see vaekernels.gaussian_kl and vaekernels.schedules; vaekernels.collapse.diagnose tells more"
         )
 
 
-def _none(x: Any, z: Any) -> Any:
+def _absent(x: Any, z: Any) -> Any:
     raise AssertionError("no log_likelihood was given")
 
 
 def _grows(values: list[float]) -> bool:
-    # From noise around 0 nothing grows: a hundredth of a nat is the floor.
-    return values[-1] > _GROWTH * max(values[0], 0.01)
+    # Noise around 0 does not grow: two hundredths of a nat are the floor.
+    return values[-1] > _GROWTH * max(values[0], 0.02)
 
 
 @contextlib.contextmanager
@@ -241,7 +246,7 @@ def _packed(reading: Reading) -> dict[str, Any]:
 
 def _unpacked(packed: dict[str, Any]) -> Reading:
     def estimate(ends: list[float] | None) -> Any:
-        return None if ends is None else Estimate(*ends)
+        return None if ends is None else Estimate(ends[0], ends[1], ends[2])
 
     return Reading(
         step=packed["step"],
