@@ -15,6 +15,8 @@ from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+import torch
+
 from vaekernels import _build, _native
 from vaekernels._native import FallbackWarning
 from vaekernels.ops import (
@@ -39,6 +41,8 @@ if _native.C is not None:
     from vaekernels import _double_backward
 
     _double_backward.register()
+else:
+    setattr(torch.ops, "vaekernels", _native.AbsentOperators("vaekernels"))  # noqa: B010
 
 __version__ = _build.VERSION
 
