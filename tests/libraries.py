@@ -6,7 +6,7 @@ VAEKERNELS_REQUIRE_INTEGRATIONS=1, as in `make test-integrations`, it fails.
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import subprocess
 import sys
@@ -63,6 +63,15 @@ def same_gradients(ours: torch.nn.Module, theirs: torch.nn.Module) -> None:
             assert error <= 256 * torch.finfo(a.dtype).eps * scale, (name, error, scale)
             compared += 1
     assert compared and scale > 0
+
+
+def load_example(name: str) -> Any:
+    """The module, to use what it defines."""
+    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), EXAMPLES / name)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def run_example(name: str) -> str:

@@ -8,7 +8,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from libraries import noise_of_seed, same_gradients, within_rounding
+
+pytest.importorskip("sklearn", reason="the example needs vaekernels[train]")
+
+from libraries import load_example, noise_of_seed, run_example, same_gradients, within_rounding
 from torch.distributions import Independent, kl_divergence
 
 from vaekernels.integrations import torch_distributions
@@ -30,56 +33,42 @@ def parameters(*shape: int, dtype: torch.dtype = torch.float32) -> list[torch.Te
     return [t.to(dtype).requires_grad_() for t in (loc, raw.exp())]
 
 
-class CountsVAE(torch.nn.Module):
-    """The latent layer as in scvi-tools: the encoder's variance is exp(.) + 1e-4, the prior N(0, 1) is made
-    of zeros and ones, a library size has a prior with parameters of the batch, counts are Poisson."""
-
-    def __init__(self, genes: int = 30, latent: int = 5) -> None:
-        super().__init__()
-        self.hidden = torch.nn.Sequential(torch.nn.Linear(genes, 32), torch.nn.ReLU())
-        self.mean, self.var = torch.nn.Linear(32, latent), torch.nn.Linear(32, latent)
-        self.l_mean, self.l_var = torch.nn.Linear(32, 1), torch.nn.Linear(32, 1)
-        self.decoder = torch.nn.Sequential(torch.nn.Linear(latent, genes), torch.nn.Softmax(-1))
-
-    def loss(self, counts: torch.Tensor, normal: type[Torchs]) -> torch.Tensor:
-        h = self.hidden(torch.log1p(counts))
-        qz = normal(self.mean(h), (self.var(h).exp() + 1e-4).sqrt())
-        ql = normal(self.l_mean(h), (self.l_var(h).exp() + 1e-4).sqrt())
-        rate = torch.exp(ql.rsample()) * self.decoder(qz.rsample())
-        log_counts = counts.sum(1, keepdim=True).log()
-        kl = kl_divergence(qz, normal(torch.zeros_like(qz.loc), torch.ones_like(qz.scale))).sum(dim=1)
-        kl_l = kl_divergence(ql, normal(log_counts.mean(), log_counts.std())).sum(dim=1)
-        return (torch.nn.functional.poisson_nll_loss(rate, counts, log_input=False) + kl + kl_l).mean()
-
-
 @pytest.mark.parametrize("way", ["the subclass", "register, torch's class"])
 def test_loss_and_gradients_of_an_scvi_like_module(way, monkeypatch, backend):
+    """The encoder's variance is exp(.) + 1e-4, the prior zeros and ones, a library size has a prior of the
+    batch's own mean and spread, broadcast from one number."""
     counts = torch.poisson(torch.rand(16, 30) * 5) + 1.0
     torch.manual_seed(0)
-    theirs = CountsVAE()
+    theirs = load_example("torch_distributions_vae.py").CountsVAE(genes=30, latent=5)
     ours = copy.deepcopy(theirs)
+    theirs.normal = Torchs
     torch.manual_seed(4)
     noise = [Normal(torch.zeros(16, n), torch.ones(16, n)).rsample() for n in (1, 5)]
 
-    with monkeypatch.context() as given:
+    def given_noise(patch: pytest.MonkeyPatch) -> None:
         draws = iter(noise)
-        given.setattr(torch.distributions.normal, "_standard_normal", lambda *a, **k: next(draws))
-        expected = theirs.loss(counts, Torchs)
+        patch.setattr(torch.distributions.normal, "_standard_normal", lambda *a, **k: next(draws))
+
+    with monkeypatch.context() as patch:
+        given_noise(patch)
+        expected = theirs.loss(counts)
         expected.backward()
     torch.manual_seed(4)
-    if way == "the subclass":
-        got = ours.loss(counts, Normal)
-    else:
-        draws = iter(noise)
-        monkeypatch.setattr(torch.distributions.normal, "_standard_normal", lambda *a, **k: next(draws))
+    if way != "the subclass":
+        ours.normal = Torchs
+        given_noise(monkeypatch)
         torch_distributions.register()
-        try:
-            got = ours.loss(counts, Torchs)
-        finally:
-            torch_distributions.unregister()
+    try:
+        got = ours.loss(counts)
+    finally:
+        torch_distributions.unregister()
     got.backward()
     within_rounding(got, expected)
     same_gradients(ours, theirs)
+
+
+def test_the_example():
+    assert "negative ELBO" in run_example("torch_distributions_vae.py")
 
 
 @pytest.mark.parametrize("sample_shape", [(), (3,), (0,), (2, 3), (1, 2, 2)])

@@ -37,7 +37,7 @@ class Normal(torch.distributions.Normal):
         if loc.ndim == 0:  # the ops want an axis
             loc, scale = loc.view(1), scale.view(1)
         z = ops.reparameterize(loc, scale, num_samples=count, parameterization="std")
-        return z.view(shape + self.batch_shape)
+        return z if z.ndim == len(shape) + len(self.batch_shape) else z.view(shape + self.batch_shape)
 
     def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """`rsample` without a gradient."""
@@ -53,7 +53,9 @@ def kl_normal_normal(p: torch.distributions.Normal, q: torch.distributions.Norma
     The result is in float32 (float64 for float64), also where the parameters are of half precision. Close to
     0 it keeps its digits, as far as the standard deviations do.
     """
-    parts = torch.broadcast_tensors(*_promoted(p.loc, p.scale, q.loc, q.scale))  # type: ignore[no-untyped-call]
+    parts = _promoted(p.loc, p.scale, q.loc, q.scale)
+    if p.batch_shape != q.batch_shape:
+        parts = torch.broadcast_tensors(*parts)  # type: ignore[no-untyped-call]
     return ops.gaussian_kl(*parts, batch_dims=0, reduction="elementwise", parameterization="std")
 
 
@@ -85,9 +87,11 @@ for _pair in ((Normal, Normal), (Normal, _BOTH[0]), (_BOTH[0], Normal)):
     kl.register_kl(*_pair)(kl_normal_normal)  # type: ignore[no-untyped-call]
 
 
-def _promoted(*tensors: Tensor) -> list[Tensor]:
+def _promoted(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in one dtype, as torch's arithmetic would promote them."""
     dtype = tensors[0].dtype
+    if all(t.dtype is dtype for t in tensors) and dtype in _checks.FLOATS:
+        return tensors
     for t in tensors[1:]:
         dtype = torch.promote_types(dtype, t.dtype)
     if dtype not in _checks.FLOATS:
@@ -95,4 +99,4 @@ def _promoted(*tensors: Tensor) -> list[Tensor]:
             f"the parameters of a Normal must be float32, bfloat16, float16 or float64, got {dtype}; "
             "convert them, e.g. with .float()"
         )
-    return [t.to(dtype) for t in tensors]
+    return tuple(t.to(dtype) for t in tensors)
