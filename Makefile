@@ -63,7 +63,8 @@ $(INTEGRATIONS)/environment.stamp: $(ENVIRONMENT)
 
 test-integrations: $(BUILT) $(INTEGRATIONS)/environment.stamp
 	VAEKERNELS_REQUIRE_NATIVE=1 VAEKERNELS_REQUIRE_INTEGRATIONS=1 \
-	  $(INTEGRATIONS)/bin/python -m pytest -m 'slow or not slow' tests/integrations
+	  $(INTEGRATIONS)/bin/python -m pytest -m 'slow or not slow' tests/integrations \
+	  tests/test_docs.py::test_before_and_after
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check

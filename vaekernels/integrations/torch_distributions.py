@@ -37,7 +37,7 @@ class Normal(torch.distributions.Normal):
         if loc.ndim == 0:  # the ops want an axis
             loc, scale = loc.view(1), scale.view(1)
         z = ops.reparameterize(loc, scale, num_samples=count, parameterization="std")
-        return z if z.ndim == len(shape) + len(self.batch_shape) else z.view(shape + self.batch_shape)
+        return z.view(shape + self.batch_shape)
 
     def sample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
         """`rsample` without a gradient."""
