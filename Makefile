@@ -1,6 +1,7 @@
 # Everything runs in an environment of its own, .venv, made from Python >= 3.10 with venv, g++ and make.
 #   make demo          a text VAE that collapses, and the same one cured, side by side
 #   make test          build, lint, type check, CUDA objects where nvcc is, tests
+#   make test-integrations  the tests on diffusers, Pyro, pythae and Lightning, which it installs
 #   make check-slow    the tests that are too slow for `make test`; results in benchmarks/results/
 #   make docs          the documentation, as pages in build/docs
 #   make bench         the speed table
@@ -15,12 +16,13 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test check-slow docs install-matrix bench instructions lint types cuda-objects sass
-.PHONY: gpu-check gpu-bench build clean
+.PHONY: help demo test test-integrations check-slow docs install-matrix bench instructions lint types cuda-objects
+.PHONY: sass gpu-check gpu-bench build clean
 
 PYTHON ?= python3
 OUT ?= build/gpu
 VENV := .venv
+INTEGRATIONS := .venv-integrations
 PY := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/environment.stamp
 BUILT := $(VENV)/built.stamp
@@ -55,6 +57,20 @@ demo: $(BUILT)
 test: $(BUILT) lint types
 	if $(PY) vaekernels/_build.py nvcc; then $(MAKE) cuda-objects; else echo 'no nvcc: cuda-objects is left out'; fi
 	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest
+
+# On top of $(VENV), whose packages it sees: no second torch, and nothing of theirs in $(VENV).
+$(INTEGRATIONS)/environment.stamp: $(ENVIRONMENT)
+	$(PY) -m venv --clear $(INTEGRATIONS)
+	$(PY) -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' \
+	  > $$($(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(INTEGRATIONS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt \
+	  diffusers lightning pyro-ppl pythae
+	touch $@
+
+test-integrations: $(BUILT) $(INTEGRATIONS)/environment.stamp
+	VAEKERNELS_REQUIRE_NATIVE=1 VAEKERNELS_REQUIRE_INTEGRATIONS=1 \
+	  $(INTEGRATIONS)/bin/python -m pytest -m 'slow or not slow' tests/integrations \
+	  tests/test_docs.py::test_before_and_after
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check
@@ -96,6 +112,6 @@ gpu-bench:
 	XDG_CACHE_HOME=$(CURDIR)/build/gpu/cache PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_bench.py --out $(OUT)
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info $(VENV) $(INTEGRATIONS) .mypy_cache .pytest_cache .ruff_cache
 	rm -f vaekernels/_C*.so vaekernels/_build.json
 	find vaekernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 
+import libraries
 import pytest
 import shim_build
 import torch
@@ -76,6 +77,12 @@ def takes_device(item: pytest.Item) -> bool:
     if item.module.__name__ in ON_DEFAULT_DEVICE:
         return "backend" in item.fixturenames
     return bool({"device", "cuda"} & set(item.fixturenames))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for name in sorted(libraries.ABSENT):
+        why = f"{libraries.ABSENT[name]}; `make test-integrations` installs it"
+        terminalreporter.write_line(f"SKIPPED the integration of {name}: {why}", yellow=True)
 
 
 def is_shim(item: pytest.Function) -> bool:

@@ -19,6 +19,7 @@ pytest.importorskip("typer", reason="the trainer needs vaekernels[train]")
 pytest.importorskip("jinja2", reason="the pages need vaekernels[train]")
 
 import torch.distributed as dist
+from libraries import need
 from tiny_runs import tiny_data  # noqa: F401 (the fixture)
 from typer.testing import CliRunner
 
@@ -65,6 +66,40 @@ def test_a_tutorial_runs_from_its_first_line_to_its_last(name: str) -> None:
             assert result.exit_code == 0, f"{line}\n{result.output}"
 
 
+# The library that a section of migration.md is about, and what it imports as.
+SECTIONS = {
+    "Eager PyTorch": None,
+    "diffusers": "diffusers",
+    "pythae": "pythae",
+    "torch.distributions": None,
+    "Pyro": "pyro",
+    "Dreamer": None,
+    "A collapse, found while training": None,
+    "Exported programs": None,
+}
+
+
+def sections(name: str) -> dict[str, str]:
+    parts = re.split(r"^## (.*)$", (DOCS / name).read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize("title", SECTIONS)
+def test_before_and_after(title: str) -> None:
+    """Each section of migration.md from its first line to its last, where its library is installed."""
+    if (library := SECTIONS[title]) is not None:
+        need(library)
+    found = BLOCK.findall(sections("migration.md")[title])
+    assert found and {language for language, _ in found} == {"python"}
+    space: dict[str, object] = {}
+    for _, code in found:
+        exec(compile(code, f"migration.md, {title}", "exec"), space)
+
+
+def test_every_section_of_the_migrations_is_run() -> None:
+    assert set(sections("migration.md")) == set(SECTIONS)
+
+
 def test_several_processes(tmp_path: Path) -> None:
     """The script under two processes. Its commands, for four GPUs, are tried with two processes in
     test_training_ddp."""
@@ -87,7 +122,7 @@ def test_every_page_is_known_here_and_links_lead_somewhere() -> None:
     pages = {path.name for path in DOCS.glob("*.md")}
     assert pages == {
         "index.md", "use-the-ops.md", "choose-free-bits.md", "free-bits.md", "is-my-vae-collapsed.md",
-        "train.md", "multi-gpu.md", "api.md", "install.md", "install-matrix.md",
+        "train.md", "multi-gpu.md", "api.md", "install.md", "install-matrix.md", "migration.md",
     }  # fmt: skip
     for page in pages:
         for link in re.findall(r"\]\(([^)#]+)\)", (DOCS / page).read_text(encoding="utf-8")):

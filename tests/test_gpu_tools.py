@@ -642,7 +642,8 @@ def made_up(case: Case, contender: str, direction: str, median: float, **fields:
     row = gpu.GpuRow(
         op=case.op, case=case.name, model="", numel=case.numel, dtype=str(case.dtype)[6:],
         direction=direction,
-        contender=contender, threads=1, rounds=21, p20=0.9 * median, median=median, p80=1.1 * median, cache="cold",
+        contender=contender, threads=1, rounds=21, p20=0.9 * median, median=median, p80=1.1 * median,
+        cache="cold",
         bytes_moved=gpu.bytes_moved(case, direction), launches=1,
     )  # fmt: skip
     return replace(row, **fields)

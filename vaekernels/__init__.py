@@ -10,7 +10,16 @@
 `reparameterize` draws the sample, `gaussian_kl` computes the KL divergence with free bits, `sample_kl` does
 both from one reading of the posterior; each has a `_packed` form for one tensor that holds mu and logvar.
 Everything is in nats.
+
+Imported when first used, as attributes: `distributions` (the interface of diffusers), `nn` (modules),
+`schedules`, `collapse` (diagnosis), `integrations` (diffusers, torch.distributions, Lightning, pythae).
 """
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
 
 from vaekernels import _build, _native
 from vaekernels._native import FallbackWarning
@@ -25,10 +34,19 @@ from vaekernels.ops import (
     sample_kl_packed,
 )
 
+if TYPE_CHECKING:
+    from vaekernels import collapse as collapse
+    from vaekernels import distributions as distributions
+    from vaekernels import integrations as integrations
+    from vaekernels import nn as nn
+    from vaekernels import schedules as schedules
+
 if _native.C is not None:
     from vaekernels import _double_backward
 
     _double_backward.register()
+else:
+    setattr(torch.ops, "vaekernels", _native.AbsentOperators("vaekernels"))  # noqa: B010
 
 __version__ = _build.VERSION
 
@@ -44,3 +62,15 @@ __all__ = [
     "sample_kl",
     "sample_kl_packed",
 ]
+
+_SUBMODULES = ("collapse", "distributions", "integrations", "nn", "schedules")
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SUBMODULES])

@@ -15,8 +15,10 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
+from torch._ops import _OpNamespace
 
 from vaekernels import _build
 
@@ -125,6 +127,20 @@ def has_kernels(device_type: str) -> bool:
 def explain(device_type: str = "cpu") -> str | None:
     """Why `device_type` runs on plain PyTorch and what mends it; None where kernels serve it."""
     return FOUND.reasons.get(device_type, f"there are no kernels for the device type {device_type!r}.")
+
+
+class AbsentOperators(_OpNamespace):
+    """`torch.ops.vaekernels` where nothing is compiled: an exported program that looks for an operator in it
+    is told what it needs."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise RuntimeError(
+            f"an exported program calls torch.ops.vaekernels.{name}, and exported programs need the compiled "
+            f"library of vaekernels: {explain('cpu')} `vaekernels doctor` tells more. Without it only code "
+            "that calls the functions of vaekernels runs, on plain PyTorch."
+        )
 
 
 def warn_fallback(device_type: str) -> None:

@@ -5,7 +5,7 @@ functions::
     print(report)
     report.save("diagnosis")
 
-`vaekernels.collapse.metrics` has the single measures for a training loop.
+`CollapseMonitor` watches a model while it trains; `vaekernels.collapse.metrics` has the single measures.
 """
 
 from __future__ import annotations
@@ -23,14 +23,18 @@ from vaekernels.collapse.metrics import (
     rate_per_dim,
     shuffle_nll,
 )
+from vaekernels.collapse.monitor import CollapseMonitor, CollapseWarning, Reading
 from vaekernels.collapse.report import Curve, Extras, Report, TextTable
 
 __all__ = [
     "ACTIVE_THRESHOLD",
+    "CollapseMonitor",
+    "CollapseWarning",
     "Curve",
     "Dim",
     "Estimate",
     "Extras",
+    "Reading",
     "Report",
     "TextTable",
     "active_units",

@@ -1,0 +1,274 @@
+"""What a training step of other libraries takes on their own latent layer and on the fused one.
+
+    python benchmarks/integrations.py [--threads N] [--rounds N] [--csv FILE]
+
+Needs vaekernels[integrations]. The same model, weights and data; a step is forward and backward, without
+the optimizer. A round times some steps of each, one after the other, so that a change in the machine's speed
+meets both. Beside the whole step the latent layer alone, at the shape that the model has.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pyro
+import pythae.models
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor
+from torch.distributions import kl_divergence
+
+import vaekernels as vk
+from vaekernels import bench
+from vaekernels.integrations import diffusers as fused_diffusers
+from vaekernels.integrations import pyro as fused_pyro
+from vaekernels.integrations import pythae as fused_pythae
+from vaekernels.integrations import torch_distributions as fused_distributions
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+LIBRARY, OURS = "library", "vaekernels"
+SECONDS_PER_TIMING = 0.02
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds; p20, median and p80 over the rounds."""
+
+    library: str
+    version: str
+    part: str
+    latent: str
+    contender: str
+    p20: float
+    median: float
+    p80: float
+
+
+def example(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def training_step(model: torch.nn.Module, loss: Callable[[], Tensor]) -> Step:
+    def step() -> None:
+        model.zero_grad()
+        loss().backward()
+
+    return step
+
+
+def layer_step(inputs: Sequence[Tensor], layer: Callable[..., tuple[Tensor, Tensor]]) -> Step:
+    def step() -> None:
+        for t in inputs:
+            t.grad = None
+        z, kl = layer(*inputs)
+        torch.autograd.backward([z, kl], [torch.ones_like(z), torch.ones_like(kl)])
+
+    return step
+
+
+def of_diffusers() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
+    shape = (4, 4, 32, 32)
+    model = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(16, 32),
+        latent_channels=4,
+        norm_num_groups=4,
+    )
+    x = torch.randn(4, 3, 64, 64)
+
+    def loss() -> Tensor:
+        posterior = model.encode(x).latent_dist
+        z = posterior.sample()
+        return (model.decode(z).sample - x).square().mean() + 1e-6 * posterior.kl().mean()
+
+    def patched() -> None:
+        fused_diffusers.patch()
+        try:
+            plain()
+        finally:
+            fused_diffusers.unpatch()
+
+    plain = training_step(model, loss)
+    yield "step", shape, {LIBRARY: plain, OURS: patched}
+    moments = torch.randn(4, 8, 32, 32, requires_grad=True)
+
+    def theirs(moments: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = DiagonalGaussianDistribution(moments)
+        return posterior.sample(), posterior.kl().mean()
+
+    def ours(moments: Tensor) -> tuple[Tensor, Tensor]:
+        z, kl = vk.distributions.DiagonalGaussian(moments).sample_kl()
+        return z, kl.mean()
+
+    yield (
+        "latent layer",
+        shape,
+        {LIBRARY: layer_step([moments], theirs), OURS: layer_step([moments], ours)},
+    )
+
+
+def of_pythae() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
+    shape = (128, 16)
+    config = pythae.models.VAEConfig(input_dim=(1, 28, 28), latent_dim=16, reconstruction_loss="bce")
+    theirs, ours = pythae.models.VAE(config), fused_pythae.VAE(copy.deepcopy(config))
+    ours.load_state_dict(theirs.state_dict())
+    inputs = {"data": torch.rand(128, 1, 28, 28)}
+    yield (
+        "step",
+        shape,
+        {name: training_step(m, lambda m=m: m(inputs).loss) for name, m in ((LIBRARY, theirs), (OURS, ours))},
+    )
+
+    def eager(mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
+        z, _ = theirs._sample_gauss(mu, torch.exp(0.5 * log_var))
+        return z, (-0.5 * torch.sum(1 + log_var - mu.pow(2) - log_var.exp(), dim=-1)).mean(dim=0)
+
+    pair = [torch.randn(shape, requires_grad=True) for _ in range(2)]
+    fused = layer_step(pair, lambda mu, log_var: vk.sample_kl(mu, log_var)[:2])
+    yield "latent layer", shape, {LIBRARY: layer_step(pair, eager), OURS: fused}
+
+
+def of_torch_distributions() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
+    shape = (128, 10)
+    theirs = example("torch_distributions_vae").CountsVAE(genes=2000)
+    ours = copy.deepcopy(theirs)
+    theirs.normal = torch.distributions.Normal
+    counts = torch.poisson(torch.rand(128, 2000)) + 1.0
+    yield (
+        "step",
+        shape,
+        {name: training_step(m, lambda m=m: m.loss(counts)) for name, m in ((LIBRARY, theirs), (OURS, ours))},
+    )
+
+    def layer(normal: type[torch.distributions.Normal]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def run(loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+            posterior = normal(loc, scale)
+            prior = normal(torch.zeros_like(loc), torch.ones_like(scale))
+            return posterior.rsample(), kl_divergence(posterior, prior).sum(1).mean()
+
+        return run
+
+    pair = [torch.randn(shape, requires_grad=True), torch.rand(shape, requires_grad=True)]
+    yield (
+        "latent layer",
+        shape,
+        {
+            LIBRARY: layer_step(pair, layer(torch.distributions.Normal)),
+            OURS: layer_step(pair, layer(fused_distributions.Normal)),
+        },
+    )
+
+
+def of_pyro() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
+    module = example("pyro_vae")
+    vae = module.VAE()
+    x = (torch.rand(128, 64) < 0.5).float()
+    elbo = module.TraceMeanField_ELBO()
+    plain = training_step(vae, lambda: elbo.differentiable_loss(vae.model, vae.guide, x))
+
+    def on(normal: type[Any]) -> Step:
+        def step() -> None:
+            module.Normal = normal
+            plain()
+
+        return step
+
+    yield (
+        "step",
+        (128, module.LATENT),
+        {LIBRARY: on(pyro.distributions.Normal), OURS: on(fused_pyro.Normal)},
+    )
+
+
+CASES = {
+    "diffusers": ("diffusers", of_diffusers),
+    "pythae": ("pythae", of_pythae),
+    "torch.distributions": ("torch", of_torch_distributions),
+    "Pyro": ("pyro-ppl", of_pyro),
+}
+
+
+def timed(step: Step, repeat: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeat):
+        step()
+    return (time.perf_counter() - start) / repeat
+
+
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each contender in each round."""
+    repeats = {}
+    for name, step in steps.items():
+        timed(step, 2)
+        repeats[name] = max(1, round(SECONDS_PER_TIMING / timed(step, 2)))
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            samples[name].append(timed(step, repeats[name]))
+    return samples
+
+
+def timings(rounds: int) -> Iterator[Timing]:
+    for library, (package, cases) in CASES.items():
+        torch.manual_seed(0)
+        for part, shape, steps in cases():
+            for contender, seconds in measure(steps, rounds).items():
+                p20, _, _, p80 = statistics.quantiles(seconds, n=5)
+                yield Timing(
+                    *(library, version(package), part, "x".join(map(str, shape)), contender),
+                    *(round(1e6 * value, 1) for value in (p20, statistics.median(seconds), p80)),
+                )
+
+
+def table(rows: Sequence[Timing]) -> str:
+    """A line for each pair, the library's first."""
+    lines = ["| library | part | latent | library (µs) | vaekernels (µs) | ratio |"]
+    lines.append("| --- | --- | --- | ---: | ---: | ---: |")
+    for theirs, ours in zip(rows[::2], rows[1::2], strict=True):
+        lines.append(
+            f"| {theirs.library} {theirs.version} | {theirs.part} | {theirs.latent} | {theirs.median:,.0f} | "
+            f"{ours.median:,.0f} | {theirs.median / ours.median:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Times training steps of other libraries.")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's)")
+    parser.add_argument("--rounds", type=int, default=31, help="timings of each contender (default: 31)")
+    parser.add_argument("--csv", type=Path, help="also write every figure to this file")
+    options = parser.parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    rows = list(timings(options.rounds))
+    machine = bench.machine(torch.device("cpu")) | {"threads": str(torch.get_num_threads())}
+    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+    print()
+    print(table(rows))
+    if options.csv:
+        with options.csv.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, [*asdict(rows[0]), *machine])
+            writer.writeheader()
+            writer.writerows(asdict(row) | machine for row in rows)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

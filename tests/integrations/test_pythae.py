@@ -1,0 +1,105 @@
+"""pythae: its three Gaussian VAEs, the same loss and gradients given the same noise."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from libraries import need, noise_of_seed, run_example, same_gradients, within_rounding
+
+theirs = need("pythae.models")
+
+from vaekernels.integrations import pythae as fused
+
+CASES = {
+    "VAE": (theirs.VAE, theirs.VAEConfig, fused.VAE, {}),
+    "BetaVAE": (theirs.BetaVAE, theirs.BetaVAEConfig, fused.BetaVAE, {"beta": 3.5}),
+    "DisentangledBetaVAE": (
+        theirs.DisentangledBetaVAE,
+        theirs.DisentangledBetaVAEConfig,
+        fused.DisentangledBetaVAE,
+        {"beta": 3.5, "C": 2.0, "warmup_epoch": 5},
+    ),
+}
+
+
+def pair(name: str, kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    cls, config_cls, ours_cls, options = CASES[name]
+    config = config_cls(input_dim=(1, 8, 8), latent_dim=6, reconstruction_loss=kind, **options)
+    torch.manual_seed(0)
+    model, ours = cls(config), ours_cls(copy.deepcopy(config))
+    ours.load_state_dict(model.state_dict())
+    return model, ours
+
+
+@pytest.mark.parametrize("kind", ["mse", "bce"])
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradients(name, kind):
+    model, ours = pair(name, kind)
+    inputs = {"data": torch.rand(16, 1, 8, 8)}
+    eps = noise_of_seed(5, torch.zeros(16, 6))
+    model._sample_gauss = lambda mu, std: (mu + eps * std, eps)
+    options = {"epoch": 2} if name.startswith("Dis") else {}
+    expected, got = model(inputs, **options), ours(inputs, **options)
+    assert set(got) == set(expected)
+    for key in expected:
+        within_rounding(got[key], expected[key])
+    expected.loss.backward()
+    got.loss.backward()
+    same_gradients(ours, model)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_loss_functions_alone(name):
+    model, ours = pair(name, "mse")
+    arguments = [torch.rand(16, 64), torch.rand(16, 64), torch.randn(16, 6), torch.randn(16, 6), None]
+    arguments += [2] if name.startswith("Dis") else []
+    for a, b in zip(ours.loss_function(*arguments), model.loss_function(*arguments), strict=True):
+        within_rounding(a, b)
+
+
+def test_free_bits_are_in_the_loss_and_not_in_the_rate():
+    _, ours = pair("VAE", "mse")
+    floored = fused.VAE(ours.model_config, free_bits=5.0)
+    floored.load_state_dict(ours.state_dict())
+    inputs = {"data": torch.rand(16, 1, 8, 8)}
+    torch.manual_seed(1)
+    plain = ours(inputs)
+    torch.manual_seed(1)
+    out = floored(inputs)
+    assert torch.equal(out.reg_loss, plain.reg_loss)
+    assert out.loss.item() == pytest.approx(plain.recon_loss.item() + 5.0 * 6)
+
+
+def test_their_trainer_their_checkpoint_their_likelihood(tmp_path):
+    from pythae.pipelines import TrainingPipeline
+    from pythae.trainers import BaseTrainerConfig
+
+    _, ours = pair("BetaVAE", "mse")
+    config = BaseTrainerConfig(
+        output_dir=str(tmp_path),
+        num_epochs=2,
+        per_device_train_batch_size=32,
+        learning_rate=1e-3,
+        no_cuda=True,
+    )
+    data = torch.rand(64, 1, 8, 8)
+    before = ours.encoder.embedding.weight.clone()
+    TrainingPipeline(model=ours, training_config=config)(train_data=data, eval_data=data)
+    assert not torch.equal(before, ours.encoder.embedding.weight)
+    (folder,) = tmp_path.glob("*/final_model")
+    loaded = theirs.AutoModel.load_from_folder(str(folder))
+    assert type(loaded) is theirs.BetaVAE and loaded.beta == 3.5
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, ours.state_dict()[name])
+    assert torch.isfinite(torch.tensor(ours.get_nll(data[:2], n_samples=10, batch_size=10)))
+
+
+def test_an_unknown_reconstruction_loss_is_an_error():
+    with pytest.raises(ValueError, match="must be 'mse' or 'bce', got 'l1'"):
+        fused.reconstruction_loss(torch.zeros(2, 3), torch.zeros(2, 3), "l1")
+
+
+def test_the_example():
+    assert "reg_loss" in run_example("pythae_vae.py")
