@@ -18,6 +18,7 @@ pytest.importorskip("lightning_fabric", reason="the trainer needs vaekernels[tra
 pytest.importorskip("typer", reason="the trainer needs vaekernels[train]")
 pytest.importorskip("jinja2", reason="the pages need vaekernels[train]")
 
+import torch
 import torch.distributed as dist
 from libraries import need
 from tiny_runs import tiny_data  # noqa: F401 (the fixture)
@@ -26,6 +27,7 @@ from typer.testing import CliRunner
 from vaekernels.training.cli import app
 
 DOCS = Path(__file__).parents[1] / "docs"
+README = DOCS.parent / "README.md"
 BLOCK = re.compile(r"^```(python|sh)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 pytestmark = [
@@ -137,3 +139,25 @@ def test_the_settings_named_in_the_tutorials_exist() -> None:
         settings.changed(presets.PRESETS["digits"], settings.parse_set([setting]))
     listed = re.search(r"^Presets: (.*?)\.$", text, re.MULTILINE)
     assert listed and set(re.findall(r"`([\w-]+)`", listed.group(1))) == set(presets.PRESETS)
+
+
+class _Model(torch.nn.Module):
+    """What the README takes for granted: any model."""
+
+    def encode(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return 0.8 * x[:, :2], torch.full_like(x[:, :2], -1.0)
+
+    def log_likelihood(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return -0.5 * (x[:, :2] - z).square().sum(1)
+
+
+def test_the_readme_runs() -> None:
+    draw = torch.Generator().manual_seed(0)
+    tensors = torch.randn(4, 4, 6, 5, 5, generator=draw).unbind()
+    space: dict[str, object] = dict(zip(("mu", "logvar", "prior_mu", "prior_logvar"), tensors, strict=True))
+    space |= {"moments": torch.cat(tensors[:2], 1), "model": _Model()}
+    space |= {"heldout": torch.randn(60, 3, generator=draw)}
+    found = [code for language, code in BLOCK.findall(README.read_text(encoding="utf-8")) if language == "python"]
+    assert len(found) >= 4
+    for code in found:
+        exec(compile(code, "README.md", "exec"), space)
