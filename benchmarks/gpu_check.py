@@ -98,6 +98,10 @@ def find_sanitizer() -> str | None:
     return next(filter(None, map(shutil.which, ("compute-sanitizer", *places))), None)
 
 
+# What it says of /bin/true as well where it does not work.
+NOT_STARTED = "Target application terminated before first instrumented API call"
+
+
 def judge_sanitizer(report: Path) -> Judge:
     """By the tool's summary, then by the tests that ran under it."""
     tests = judge_tests(report)
@@ -110,6 +114,8 @@ def judge_sanitizer(report: Path) -> Judge:
         )
         status, detail = tests(returncode, output)
         if summary is None and hazards is None:
+            if not report.exists() and NOT_STARTED in output:
+                return NOT_POSSIBLE, "compute-sanitizer starts no program here"
             if refusal is not None:
                 return NOT_POSSIBLE, refusal.group(0).strip("= ")
             return (status, detail) if status != PASS else (FAIL, "the tool printed no summary")

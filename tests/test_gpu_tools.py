@@ -198,6 +198,17 @@ def test_sanitizers_are_judged_by_their_summary(output, returncode, status, deta
     assert judge(returncode, output) == (status, detail)
 
 
+def test_a_sanitizer_that_starts_no_program_is_not_possible(tmp_path):
+    output = (
+        "========= COMPUTE-SANITIZER\n========= Error: process didn't terminate successfully\n"
+        "========= Error: Target application terminated before first instrumented API call\n"
+    )
+    status, detail = gpu_check.judge_sanitizer(tmp_path / "none.xml")(255, output)
+    assert (status, detail) == (NOT_POSSIBLE, "compute-sanitizer starts no program here")
+    # Where the tests ran, it is their result that counts.
+    assert gpu_check.judge_sanitizer(report(tmp_path, ("a", FAILED)))(255, output)[0] == FAIL
+
+
 def test_a_wrong_result_under_a_silent_sanitizer_is_a_failure(tmp_path):
     judge = gpu_check.judge_sanitizer(report(tmp_path, ("a", FAILED)))
     assert judge(1, CLEAN) == (FAIL, "1 of 1 failed: test_x::a")
