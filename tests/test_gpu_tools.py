@@ -607,7 +607,7 @@ def test_a_process_that_runs_on_is_ended():
     assert process.poll() == -signal.SIGKILL
 
 
-def test_one_small_case_from_end_to_end(tmp_path, monkeypatch):
+def test_one_small_case_from_end_to_end(tmp_path, monkeypatch, kernels):
     """The processes' own work, without the compiler, which takes half a minute."""
     case = TINY[0]
     monkeypatch.setattr(gpu_bench, "CASES", [case])
