@@ -44,11 +44,8 @@ print(json.dumps({"python": platform.python_version(), "torch": torch.__version_
                   "gpus": gpus}))
 """
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-# The modules whose tests take a device; the others need packages that a GPU machine may lack.
-SUITE = (
-    "test_compile", "test_conventions", "test_gradients", "test_known_bugs", "test_properties", "test_random",
-    "test_saved", "test_short_way", "test_values",
-)  # fmt: skip
+TAKES_DEVICE = re.compile(r"^def test_\w+\([^)]*\bdevice\b", re.MULTILINE)
+ON_DEFAULT_DEVICE = ("test_conventions", "test_known_bugs")  # as in tests/conftest.py
 SUITE_NEEDS = ("pytest", "numpy", "scipy", "hypothesis")
 
 
@@ -98,6 +95,10 @@ def find_sanitizer() -> str | None:
     return next(filter(None, map(shutil.which, ("compute-sanitizer", *places))), None)
 
 
+# What it says of /bin/true as well where it does not work.
+NOT_STARTED = "Target application terminated before first instrumented API call"
+
+
 def judge_sanitizer(report: Path) -> Judge:
     """By the tool's summary, then by the tests that ran under it."""
     tests = judge_tests(report)
@@ -110,6 +111,8 @@ def judge_sanitizer(report: Path) -> Judge:
         )
         status, detail = tests(returncode, output)
         if summary is None and hazards is None:
+            if not report.exists() and NOT_STARTED in output:
+                return NOT_POSSIBLE, "compute-sanitizer starts no program here"
             if refusal is not None:
                 return NOT_POSSIBLE, refusal.group(0).strip("= ")
             return (status, detail) if status != PASS else (FAIL, "the tool printed no summary")
@@ -149,6 +152,16 @@ def tests_part(
     return Part(name, command, limit, judge, lane, env, refused or missing("pytest", "numpy"))
 
 
+def suite() -> list[str]:
+    """The modules with tests that take a device; others need packages that a GPU machine may lack."""
+    found = [
+        path
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if path.stem in ON_DEFAULT_DEVICE or TAKES_DEVICE.search(path.read_text(encoding="utf-8"))
+    ]
+    return [f"tests/{path.name}" for path in found]
+
+
 def parts(folder: Path, refused: str = "") -> list[Part]:
     """All parts but the build. `refused` is the reason why none can run."""
 
@@ -160,7 +173,7 @@ def parts(folder: Path, refused: str = "") -> list[Part]:
     sanitizer = find_sanitizer()
     listed = [
         tests_part(
-            "test suite", [f"tests/{name}.py" for name in SUITE], folder, 420, lane="suite",
+            "test suite", suite(), folder, 420, lane="suite",
             options=["--device=cuda", *workers],
             # Eight processes that compile need no compile workers of their own.
             environment={"TORCHINDUCTOR_COMPILE_THREADS": "1"},

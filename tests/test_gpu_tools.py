@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
 import signal
 import sys
 import time
@@ -198,6 +197,17 @@ def test_sanitizers_are_judged_by_their_summary(output, returncode, status, deta
     assert judge(returncode, output) == (status, detail)
 
 
+def test_a_sanitizer_that_starts_no_program_is_not_possible(tmp_path):
+    output = (
+        "========= COMPUTE-SANITIZER\n========= Error: process didn't terminate successfully\n"
+        "========= Error: Target application terminated before first instrumented API call\n"
+    )
+    status, detail = gpu_check.judge_sanitizer(tmp_path / "none.xml")(255, output)
+    assert (status, detail) == (NOT_POSSIBLE, "compute-sanitizer starts no program here")
+    # Where the tests ran, it is their result that counts.
+    assert gpu_check.judge_sanitizer(report(tmp_path, ("a", FAILED)))(255, output)[0] == FAIL
+
+
 def test_a_wrong_result_under_a_silent_sanitizer_is_a_failure(tmp_path):
     judge = gpu_check.judge_sanitizer(report(tmp_path, ("a", FAILED)))
     assert judge(1, CLEAN) == (FAIL, "1 of 1 failed: test_x::a")
@@ -256,14 +266,12 @@ def test_what_this_python_lacks_is_named():
     assert gpu_check.missing("torch", "no_such_module") == "this Python has no no_such_module"
 
 
-def test_the_suite_is_every_module_with_tests_that_take_a_device():
-    folder = Path(__file__).parent
-    takes = {
-        path.stem
-        for path in folder.glob("test_*.py")
-        if re.search(r"^def test_\w+\([^)]*\bdevice\b", path.read_text(), re.MULTILINE)
-    }
-    assert set(gpu_check.SUITE) == takes | set(ON_DEFAULT_DEVICE)
+def test_the_suite_is_the_modules_with_tests_that_take_a_device():
+    found = {Path(name).stem for name in gpu_check.suite()}
+    assert set(gpu_check.ON_DEFAULT_DEVICE) == set(ON_DEFAULT_DEVICE)
+    assert {"test_values", "test_gradients", "test_random", "test_compile", *ON_DEFAULT_DEVICE} <= found
+    # These need packages that the ops do not.
+    assert not {"test_training", "test_report", "test_demo", "test_gpu_tools"} & found
 
 
 def test_every_file_of_a_part_exists(tmp_path):
@@ -596,7 +604,7 @@ def test_a_process_that_runs_on_is_ended():
     assert process.poll() == -signal.SIGKILL
 
 
-def test_one_small_case_from_end_to_end(tmp_path, monkeypatch):
+def test_one_small_case_from_end_to_end(tmp_path, monkeypatch, kernels):
     """The processes' own work, without the compiler, which takes half a minute."""
     case = TINY[0]
     monkeypatch.setattr(gpu_bench, "CASES", [case])
