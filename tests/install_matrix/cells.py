@@ -207,7 +207,7 @@ def _(matrix: Matrix) -> Outcome:
 
 
 def headers_cell(version: str) -> None:
-    @cell(f"headers-{version}", f"csrc compiles against the headers of torch {version}")
+    @cell(f"headers-{version}", f"csrc passes `-fsyntax-only` with the headers of torch {version}")
     def _(matrix: Matrix) -> Outcome:
         """The headers of the wheel for macOS, the smallest; they are those of all platforms."""
         folder = matrix.folder / f"headers-{version}"
