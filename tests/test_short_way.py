@@ -75,6 +75,28 @@ def test_a_bad_axis_of_packed_moments_is_left_alone(dim, kernels):
     assert _native.C.short_sample_kl_packed(torch.randn(3, 8), dim, None) is None
 
 
+OTHERS = {
+    "prior": lambda t, rng: vk.gaussian_kl(t, t, t, t),
+    "weight": lambda t, rng: vk.gaussian_kl(t, t, weight=t[:, 0].abs()),
+    "packed prior": lambda t, rng: vk.gaussian_kl_packed(torch.cat([t, t], 1), 1, t, t),
+    "sample, prior": lambda t, rng: vk.sample_kl(t, t, t, t),
+    "sample, state": lambda t, rng: vk.sample_kl(t, t, rng=rng),
+    "sample, weight": lambda t, rng: vk.sample_kl_packed(torch.cat([t, t], 1), weight=t[:, 0].abs()),
+    "reparameterize, state": lambda t, rng: vk.reparameterize(t, t, rng=rng),
+    "packed state": lambda t, rng: vk.reparameterize_packed(torch.cat([t, t], 1), rng=rng),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_tensor_is_compared_with_none(name, kernels, monkeypatch):
+    """Which costs more than a small call: torch raises and catches an error on the way."""
+    compared = []
+    equal = torch.Tensor.__eq__
+    monkeypatch.setattr(torch.Tensor, "__eq__", lambda a, b: compared.append(b) or equal(a, b))
+    OTHERS[name](torch.randn(3, 4), torch.tensor([7, 4]))
+    assert compared == []
+
+
 def test_batch_dims_of_true_is_still_a_mistake(backend):
     mu = torch.zeros(2, 3)
     with pytest.raises(TypeError, match="batch_dims must be an int"):

@@ -30,7 +30,7 @@ class Normal(torch.distributions.Normal):
     """
 
     def rsample(self, sample_shape: torch.Size | list[int] | tuple[int, ...] = ()) -> Tensor:
-        """loc + scale * eps, [*sample_shape, *batch_shape], reparameterized."""
+        """loc + scale * eps, reparameterized, in the shape sample_shape + batch_shape."""
         loc, scale = _promoted(self.loc, self.scale)
         shape = torch.Size(sample_shape)
         count = math.prod(shape) if shape else None
@@ -56,7 +56,9 @@ def kl_normal_normal(p: torch.distributions.Normal, q: torch.distributions.Norma
     parts = _promoted(p.loc, p.scale, q.loc, q.scale)
     if p.batch_shape != q.batch_shape:
         parts = torch.broadcast_tensors(*parts)  # type: ignore[no-untyped-call]
-    return ops.gaussian_kl(*parts, batch_dims=0, reduction="elementwise", parameterization="std")
+    return ops.gaussian_kl(
+        *parts, batch_dims=min(1, parts[0].ndim), reduction="elementwise", parameterization="std"
+    )
 
 
 def register() -> None:
