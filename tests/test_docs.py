@@ -157,7 +157,8 @@ def test_the_readme_runs() -> None:
     space: dict[str, object] = dict(zip(("mu", "logvar", "prior_mu", "prior_logvar"), tensors, strict=True))
     space |= {"moments": torch.cat(tensors[:2], 1), "model": _Model()}
     space |= {"heldout": torch.randn(60, 3, generator=draw)}
-    found = [code for language, code in BLOCK.findall(README.read_text(encoding="utf-8")) if language == "python"]
+    readme = README.read_text(encoding="utf-8")
+    found = [code for language, code in BLOCK.findall(readme) if language == "python"]
     assert len(found) >= 4
     for code in found:
         exec(compile(code, "README.md", "exec"), space)
