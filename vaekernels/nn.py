@@ -1,11 +1,11 @@
 """The latent layer as a module: `GaussianLatent` for the prior N(0, I), `LearnedPriorLatent` for a learned
-one.
+one::
 
->>> latent = GaussianLatent(16, beta=Linear(1.0, steps=5000), free_bits=0.25)
->>> z, kl, rate = latent(encoder(x))
->>> (nll(decoder(z), x) + kl).backward()
->>> optimizer.step()
->>> latent.step()
+    latent = GaussianLatent(16, beta=Linear(1.0, steps=5000), free_bits=0.25)
+    z, kl, rate = latent(encoder(x))
+    (nll(decoder(z), x) + kl).backward()
+    optimizer.step()
+    latent.step()
 
 Buffers hold running means of the rates, and the state of the schedules is in `state_dict`.
 

@@ -1,11 +1,11 @@
-"""Watches the latent while a model trains, and says when collapse starts.
+"""Watches the latent while a model trains, and says when collapse starts::
 
->>> monitor = CollapseMonitor(encode, heldout, log_likelihood, modules=[model])
->>> for x in loader:
-...     ...
-...     optimizer.step()
-...     if (reading := monitor.step()) is not None:
-...         writer.add_scalars("latent", reading.metrics(), reading.step)
+    monitor = CollapseMonitor(encode, heldout, log_likelihood, modules=[model])
+    for x in loader:
+        ...
+        optimizer.step()
+        if (reading := monitor.step()) is not None:
+            writer.add_scalars("latent", reading.metrics(), reading.step)
 
 `vaekernels.integrations.lightning.CollapseMonitor` is this as a callback of PyTorch Lightning.
 :func:`vaekernels.collapse.diagnose` measures more, once, on a model that is trained.
@@ -59,7 +59,7 @@ class Reading:
 
     @property
     def empty(self) -> bool:
-        """z tells nothing of x, and the decoder does not use it: the upper ends are below 0.1 nat."""
+        """Whether z tells nothing of x and the decoder does not use it, by upper ends below 0.1 nat."""
         unused = self.shuffle_gap is None or self.shuffle_gap.high < EPSILON
         return self.mi_upper.high < EPSILON and unused
 

@@ -1,9 +1,9 @@
-"""The autoencoders of diffusers on the fused ops.
+"""The autoencoders of diffusers on the fused ops::
 
->>> from vaekernels.integrations import diffusers as fused
->>> fused.patch()
->>> posterior = AutoencoderKL.from_pretrained(...).encode(x).latent_dist
->>> z, kl = posterior.sample_kl()
+from vaekernels.integrations import diffusers as fused
+fused.patch()
+posterior = AutoencoderKL.from_pretrained(...).encode(x).latent_dist
+z, kl = posterior.sample_kl()
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""`CollapseMonitor` as a callback of PyTorch Lightning.
+"""`CollapseMonitor` as a callback of PyTorch Lightning::
 
->>> Trainer(callbacks=[CollapseMonitor()]).fit(module, train_loader, validation_loader)
+Trainer(callbacks=[CollapseMonitor()]).fit(module, train_loader, validation_loader)
 """
 
 from __future__ import annotations
