@@ -18,8 +18,8 @@ import vaekernels
 REPOSITORY = Path(__file__).resolve().parents[1]
 API = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
 DOCUMENTED = re.findall(r"^   (vaekernels[\w.]*)$", API, re.MULTILINE)
-# Programs; the ops, documented as `vaekernels`; the trainer, by its settings; the integrations, which cannot be
-# imported without their libraries, in migration.md.
+# Programs; the ops, documented as `vaekernels`; the trainer, by its settings; the integrations, which cannot
+# be imported without their libraries, in migration.md.
 INTERNAL = {
     "vaekernels.cli",
     "vaekernels.ops",
