@@ -5,6 +5,8 @@
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/version.h>
 
+#include <algorithm>
+
 #include "handles.h"
 
 namespace vk {
@@ -228,6 +230,8 @@ variable_list sampled(const Tensor& first, const OptTensor& second, std::optiona
   if (dim) set_packed(o, *dim);
   set_state(o, state);
   o.num_samples = num_samples;
+  // Backward's, where there is no KL: a single number has no axis.
+  o.batch_dims = std::min<int64_t>(1, first.dim());
   o.set_param(VK_PARAM_PASS);
   return run(first, second, {}, {}, std::move(o));
 }

@@ -78,7 +78,7 @@ VK_FN Words philox(const PhiloxKeys& keys, uint64_t quad) {
 
 #endif
 
-// What the first two rounds make of a counter before they see the quad, for quads below 2^32. Two of the rounds'
+// What the first two rounds make of a counter before they see the quad, for quads below 2^32: two of the
 // twenty products need no quad.
 struct QuadKeys {
   uint32_t first;      // of round 1

@@ -367,3 +367,11 @@ def test_functorch_and_forward_mode_take_the_reference(device, backend):
         dual = torch.autograd.forward_ad.make_dual(mu, torch.ones_like(mu))
         z = vk.reparameterize(dual, logvar, rng=rng)
         assert torch.equal(torch.autograd.forward_ad.unpack_dual(z).tangent, torch.ones_like(mu))
+
+
+def test_a_single_number_without_an_axis(device, backend):
+    mu, logvar = (torch.tensor(x, device=device, requires_grad=True) for x in (0.3, -0.5))
+    z = vk.reparameterize(mu, logvar)
+    z.backward()
+    assert mu.grad == 1
+    torch.testing.assert_close(logvar.grad, ((z - mu) / 2).detach())

@@ -34,8 +34,6 @@ class Normal(torch.distributions.Normal):
         loc, scale = _promoted(self.loc, self.scale)
         shape = torch.Size(sample_shape)
         count = math.prod(shape) if shape else None
-        if loc.ndim == 0:  # the ops want an axis
-            loc, scale = loc.view(1), scale.view(1)
         z = ops.reparameterize(loc, scale, num_samples=count, parameterization="std")
         return z.view(shape + self.batch_shape)
 
