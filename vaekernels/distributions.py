@@ -1,7 +1,9 @@
 """The posterior as an object: `DiagonalGaussian`, in the interface of diffusers' class of that kind::
 
-posterior = DiagonalGaussian(encoder(x))  # [B, 2 C, H, W]
-loss = nll(decoder(posterior.sample()), x) + posterior.kl().mean()
+    posterior = DiagonalGaussian(encoder(x))  # [B, 2 C, H, W]
+    loss = nll(decoder(posterior.sample()), x) + posterior.kl().mean()
+
+Right on [B, D], images and video alike.
 """
 
 from __future__ import annotations

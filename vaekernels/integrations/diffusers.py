@@ -1,9 +1,11 @@
 """The autoencoders of diffusers on the fused ops::
 
-from vaekernels.integrations import diffusers as fused
-fused.patch()
-posterior = AutoencoderKL.from_pretrained(...).encode(x).latent_dist
-z, kl = posterior.sample_kl()
+    from vaekernels.integrations import diffusers as fused
+    fused.patch()
+    posterior = AutoencoderKL.from_pretrained(...).encode(x).latent_dist
+    z, kl = posterior.sample_kl()
+
+`unpatch` gives the library its own class back.
 """
 
 from __future__ import annotations

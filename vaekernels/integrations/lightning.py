@@ -1,6 +1,8 @@
 """`CollapseMonitor` as a callback of PyTorch Lightning::
 
-Trainer(callbacks=[CollapseMonitor()]).fit(module, train_loader, validation_loader)
+    Trainer(callbacks=[CollapseMonitor()]).fit(module, train_loader, validation_loader)
+
+It needs ``lightning`` or ``pytorch_lightning``.
 """
 
 from __future__ import annotations

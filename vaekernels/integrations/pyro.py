@@ -1,7 +1,9 @@
 """Pyro on the fused ops::
 
-from vaekernels.integrations.pyro import Normal  # in place of pyro.distributions.Normal
-z = pyro.sample("latent", Normal(loc, scale).to_event(1))
+    from vaekernels.integrations.pyro import Normal  # in place of pyro.distributions.Normal
+    z = pyro.sample("latent", Normal(loc, scale).to_event(1))
+
+It needs ``pyro-ppl``.
 """
 
 from __future__ import annotations

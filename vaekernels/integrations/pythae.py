@@ -1,7 +1,9 @@
 """The VAEs of pythae on the fused ops: models to put in the place of pythae's, and their loss functions::
 
-from vaekernels.integrations.pythae import VAE  # in place of pythae.models
-model = VAE(config, encoder=encoder, decoder=decoder, free_bits=0.25)
+    from vaekernels.integrations.pythae import VAE  # in place of pythae.models
+    model = VAE(config, encoder=encoder, decoder=decoder, free_bits=0.25)
+
+Trainers, pipelines and checkpoints stay those of pythae.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """torch.distributions on the fused ops: a `Normal` whose samples are fused, and a fused KL divergence::
 
-from vaekernels.integrations.torch_distributions import Normal  # in place of torch.distributions
-posterior = Normal(mean, std)
-z = posterior.rsample()
-kl = torch.distributions.kl_divergence(posterior, Normal(0.0, 1.0)).sum(-1)
+    from vaekernels.integrations.torch_distributions import Normal  # in place of torch.distributions
+    posterior = Normal(mean, std)
+    z = posterior.rsample()
+    kl = torch.distributions.kl_divergence(posterior, Normal(0.0, 1.0)).sum(-1)
+
+`register` fuses the divergence of torch's own class as well.
 """
 
 from __future__ import annotations
