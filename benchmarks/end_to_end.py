@@ -36,7 +36,7 @@ from torch import Tensor, nn
 import vaekernels as vk
 from vaekernels._files import write_atomically
 from vaekernels.bench.cases import FREE_BITS, OURS
-from vaekernels.bench.measure import interleaved, peak_bytes, run_backward, synchronize
+from vaekernels.bench.measure import interleaved, peak_bytes, run_backward, spread, synchronize
 from vaekernels.bench.report import machine
 from vaekernels.training import data as datasets
 from vaekernels.training import presets, settings
@@ -196,8 +196,8 @@ def measure(
         workload.forget()
         peak = peak_bytes(partial(workload.step, ops, 0), device)
         ratios = [own / fused for own, fused in zip(times[who], times[OURS], strict=True)]
-        low, high = _p20_p80(times[who])
-        ratio_low, ratio_high = _p20_p80(ratios)
+        low, _, high = spread(times[who])
+        ratio_low, _, ratio_high = spread(ratios)
         results.append(
             Result(
                 model=name,
@@ -263,13 +263,6 @@ def layers_alone(ops: LatentOps, calls: list[Call], device: torch.device) -> Cal
         return (time.perf_counter() - start) / repeat
 
     return timing
-
-
-def _p20_p80(values: list[float]) -> tuple[float, float]:
-    if len(values) == 1:
-        return values[0], values[0]
-    cuts = statistics.quantiles(values, n=5, method="inclusive")
-    return cuts[0], cuts[3]
 
 
 # ---- reporting -------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ class SampleKL(NamedTuple):
 # the rest is compared: a tensor == None takes 50 us, since torch raises and catches an error on the way.
 _SAMPLE_DEFAULTS = (None, None, None, "logvar", None)
 _KL_DEFAULTS = (None, None, "batch", "floor", 1, None, None, None, "batchmean", "logvar", None, None)
+
+
+def _usual_kl(given: tuple[Any, ...]) -> bool:
+    """Whether the options of a KL, in the order of `_KL_DEFAULTS`, are those."""
+    prior_mu, weight, batch_dims = given[0], given[6], given[4]
+    usual = prior_mu is None and weight is None and given == _KL_DEFAULTS
+    return usual and type(batch_dims) is int  # and not True
 
 
 def rng_state(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -248,10 +255,7 @@ def gaussian_kl(
     short = short_entry()
     if (
         short is not None
-        and prior_mu is None
-        and weight is None
-        and given == _KL_DEFAULTS
-        and type(batch_dims) is int  # and not True
+        and _usual_kl(given)
         and (out := short.short_gaussian_kl(mu, logvar, free_bits)) is not None
     ):
         return (out[0], out[1]) if return_per_group else out[0]
@@ -337,10 +341,7 @@ def gaussian_kl_packed(
     short = short_entry()
     if (
         short is not None
-        and prior_mu is None
-        and weight is None
-        and given == _KL_DEFAULTS
-        and type(batch_dims) is int  # and not True
+        and _usual_kl(given)
         and (out := short.short_gaussian_kl_packed(moments, dim, free_bits)) is not None
     ):
         return (out[0], out[1]) if return_per_group else out[0]
@@ -394,11 +395,8 @@ def sample_kl(
     if (
         short is not None
         and rng is None
-        and prior_mu is None
-        and weight is None
         and (num_samples, generator) == (None, None)
-        and given == _KL_DEFAULTS
-        and type(batch_dims) is int  # and not True
+        and _usual_kl(given)
         and (out := short.short_sample_kl(mu, logvar, free_bits)) is not None
     ):
         return SampleKL._make(out)
@@ -454,11 +452,8 @@ def sample_kl_packed(
     if (
         short is not None
         and rng is None
-        and prior_mu is None
-        and weight is None
         and (num_samples, generator) == (None, None)
-        and given == _KL_DEFAULTS
-        and type(batch_dims) is int  # and not True
+        and _usual_kl(given)
         and (out := short.short_sample_kl_packed(moments, dim, free_bits)) is not None
     ):
         return SampleKL._make(out)

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from vaekernels.bench.cases import COPY, Case, Layer, Problem
-from vaekernels.bench.measure import Row, Timer, _copy, _halves, interleaved, memory, synchronize
+from vaekernels.bench.measure import Row, Timer, _copy, _halves, interleaved, memory, spread, synchronize
 
 __all__ = [
     "COPY",
@@ -439,9 +439,7 @@ def _rows(
     rows = []
     for name, found in times.items():
         each = [1e6 * t / calls for t in found]
-        # Inclusive: with few samples the usual method goes beyond the least of them, even below zero.
-        cuts = statistics.quantiles(each, n=10, method="inclusive") if len(each) > 1 else each * 9
-        median = statistics.median(each)
+        p20, median, p80 = spread(each)
         of = known.get(name, NO_FACTS)
         rows.append(
             GpuRow(
@@ -454,9 +452,9 @@ def _rows(
                 contender=name,
                 threads=torch.get_num_threads(),
                 rounds=len(each),
-                p20=cuts[1],
+                p20=p20,
                 median=median,
-                p80=cuts[7],
+                p80=p80,
                 peak_bytes=of.peak_bytes if direction == "both" else None,
                 saved_bytes=of.saved_bytes if direction == "both" else None,
                 clock=way.clock,

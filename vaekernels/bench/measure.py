@@ -21,7 +21,7 @@ from torch.autograd.profiler import profile
 
 from vaekernels.bench.cases import COPY, Case, Layer, Problem, contenders
 
-__all__ = ["PASSES", "Row", "interleaved", "measure", "memory", "peak_bytes"]
+__all__ = ["PASSES", "Row", "interleaved", "measure", "memory", "peak_bytes", "spread"]
 
 # One timing covers about this much work, many steps where they are small.
 SECONDS_PER_TIMING = 5e-3
@@ -130,7 +130,7 @@ def measure(
         timings[COPY] = _copy(case, direction, device)
         bytes_of = {name: memory(t) for name, t in timers.items()} if direction == "both" else {}
         for name, times in interleaved(timings, rounds).items():
-            cuts = statistics.quantiles(times, n=10, method="inclusive") if len(times) > 1 else [times[0]] * 9
+            p20, median, p80 = spread(times)
             peak, saved = bytes_of.get(name, (None, None))
             rows.append(
                 Row(
@@ -143,14 +143,22 @@ def measure(
                     contender=name,
                     threads=torch.get_num_threads(),
                     rounds=len(times),
-                    p20=1e6 * cuts[1],
-                    median=1e6 * statistics.median(times),
-                    p80=1e6 * cuts[7],
+                    p20=1e6 * p20,
+                    median=1e6 * median,
+                    p80=1e6 * p80,
                     peak_bytes=peak,
                     saved_bytes=saved,
                 )
             )
     return rows
+
+
+def spread(values: list[float]) -> tuple[float, float, float]:
+    """The 20th percentile, the median and the 80th percentile, none of them beyond the values themselves."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    cuts = statistics.quantiles(values, n=5, method="inclusive")
+    return cuts[0], statistics.median(values), cuts[3]
 
 
 def interleaved(timings: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
