@@ -72,7 +72,7 @@ def test_dreamer_whole_latent(free_nats, value, backend):
 
 
 def test_ladder_per_row_per_layer(backend):
-    """boilr, ladder-vae: mean_b sum_l max(lambda, KL_bl), a call for each layer. Rows: [2.5, 2.5, 8.5]."""
+    """boilr, ladder-vae, BIVA: mean_b sum_l max(lambda, KL_bl), a call each. Rows: [2.5, 2.5, 8.5]."""
     mu, logvar = table()
     layers = [(mu, logvar), (mu * 0.5, logvar)]
     theirs = torch.stack([elements(*layer).sum(-1) for layer in layers], 1).clamp(min=3.0).sum(1).mean()
@@ -81,7 +81,7 @@ def test_ladder_per_row_per_layer(backend):
 
 
 def test_li_per_row_per_dimension(backend):
-    """Li et al. 2019 (fb=2), bn-vae: mean_b sum_d max(lambda, KL_bd)."""
+    """Li et al. 2019, hvae-oodd: mean_b sum_d max(lambda, KL_bd)."""
     mu, logvar = table()
     theirs = torch.clamp(elements(mu, logvar), min=0.25).sum(1).mean()
     ours = vk.gaussian_kl(mu, logvar, free_bits=0.25, clamp="sample")
@@ -89,7 +89,8 @@ def test_li_per_row_per_dimension(backend):
 
 
 def test_optimus_mask_per_dimension(backend):
-    """Optimus: a mask (KL_bd > lambda) times KL_bd: the gradient of the floor, another value logged."""
+    """The code of Li et al. 2019 (fb=2), bn-vae, Optimus: a mask (KL_bd > lambda) times KL_bd: the gradient
+    of the floor, another value logged."""
     mu, logvar = table()
     kl = elements(mu, logvar)
     theirs = ((kl > 0.25).double() * kl).sum(1).mean()
@@ -100,7 +101,7 @@ def test_optimus_mask_per_dimension(backend):
 
 
 def test_li_mask_per_row(backend):
-    """Li et al. (fb=1): mean_b 1[KL_b > lambda] KL_b."""
+    """The code of Li et al. 2019 (fb=1): mean_b 1[KL_b > lambda] KL_b."""
     mu, logvar = table()
     kl = elements(mu, logvar).sum(1)
     theirs = ((kl > 3.0).double() * kl).mean()
@@ -109,7 +110,7 @@ def test_li_mask_per_row(backend):
 
 
 def test_musicvae_hinge_in_bits(backend):
-    """MusicVAE, svg_vae, PlaNet: mean_b max(KL_b - lambda, 0); MusicVAE counts lambda in bits."""
+    """MusicVAE, PlaNet: mean_b max(KL_b - lambda, 0); MusicVAE counts lambda in bits."""
     mu, logvar = table()
     free_nats = 4 * math.log(2.0)
     theirs = torch.maximum(
@@ -119,8 +120,17 @@ def test_musicvae_hinge_in_bits(backend):
     same(ours, theirs, (mu, logvar), (8.5 - free_nats) / 3)
 
 
+def test_svg_vae_hinge_on_the_mean(backend):
+    """svg_vae: mean_b max(mean_d KL_bd - lambda, 0). Means of the rows: [2.5, 2.5, 8.5] / 3."""
+    mu, logvar = table()
+    theirs = (elements(mu, logvar).mean(1) - 1.0).clamp(min=0.0).mean()
+    hinge = {"clamp": "sample", "group_dims": (), "penalty": "hinge"}
+    ours = vk.gaussian_kl(mu, logvar, free_bits=1.0 * 3, reduction="mean", **hinge)
+    same(ours, theirs, (mu, logvar), (8.5 / 3 - 1.0) / 3)
+
+
 def test_world_models_budget_for_the_total(backend):
-    """WorldModels, biva: kl_tolerance * z_size as the floor of each row's total."""
+    """World Models: kl_tolerance * z_size as the floor of each row's total."""
     mu, logvar = table()
     tolerance, size = 1.0, 3
     theirs = torch.maximum(
