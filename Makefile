@@ -1,7 +1,7 @@
 # Everything runs in an environment of its own, .venv, made from Python >= 3.10 with venv, g++ and make.
 #   make demo          a text VAE that collapses, and the same one cured, side by side
 #   make test          build, lint, type check, CUDA objects where nvcc is, tests
-#   make test-integrations  the tests on diffusers, Pyro, pythae and Lightning, which it installs
+#   make test-integrations  the tests on diffusers, scvi-tools, Pyro, pythae and Lightning; it installs them
 #   make check-slow    the tests that are too slow for `make test`; results in benchmarks/results/
 #   make docs          the documentation, as pages in build/docs
 #   make bench         the speed table
@@ -64,7 +64,7 @@ $(INTEGRATIONS)/environment.stamp: $(ENVIRONMENT)
 	$(PY) -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' \
 	  > $$($(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
 	$(INTEGRATIONS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt \
-	  diffusers lightning pyro-ppl pythae
+	  diffusers lightning pyro-ppl pythae scvi-tools
 	touch $@
 
 test-integrations: $(BUILT) $(INTEGRATIONS)/environment.stamp

@@ -24,6 +24,7 @@ from typing import Any
 import diffusers
 import pyro
 import pythae.models
+import scvi
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
@@ -145,6 +146,46 @@ def of_pythae() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
     yield "latent layer", shape, {LIBRARY: layer_step(pair, eager), OURS: fused}
 
 
+def of_scvi() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
+    shape = (128, 10)
+    cells = scvi.data.synthetic_iid(batch_size=128, n_genes=2000, n_batches=1)
+    scvi.model.SCVI.setup_anndata(cells)
+    owner = scvi.model.SCVI(cells)
+    module = owner.module.train()
+    batch = next(iter(scvi.dataloaders.AnnDataLoader(owner.adata_manager, batch_size=128)))
+    plain = training_step(module, lambda: module(batch)[2].loss)
+
+    def on(normal: type[torch.distributions.Normal]) -> Step:
+        def step() -> None:
+            # What patch() does to the encoders, without its walk over all modules, which would count.
+            scvi.nn._base_components.Normal = normal
+            plain()
+
+        return step
+
+    yield "step", shape, {LIBRARY: on(torch.distributions.Normal), OURS: on(fused_distributions.Normal)}
+    scvi.nn._base_components.Normal = torch.distributions.Normal
+
+    def layer(normal: type[torch.distributions.Normal]) -> Callable[..., tuple[Tensor, Tensor]]:
+        def run(mean: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
+            posterior = normal(mean, (raw.exp() + 1e-4).sqrt())
+            z = posterior.rsample()
+            prior = scvi.distributions.Normal(torch.zeros_like(z), torch.ones_like(z))
+            return z, kl_divergence(posterior, prior).sum(-1).mean()
+
+        return run
+
+    pair = [torch.randn(shape, requires_grad=True) for _ in range(2)]
+    yield (
+        "latent layer",
+        shape,
+        {
+            LIBRARY: layer_step(pair, layer(torch.distributions.Normal)),
+            OURS: layer_step(pair, layer(fused_distributions.Normal)),
+        },
+    )
+
+
 def of_torch_distributions() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
     shape = (128, 10)
     theirs = example("torch_distributions_vae").CountsVAE(genes=2000)
@@ -200,6 +241,7 @@ def of_pyro() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
 CASES = {
     "diffusers": ("diffusers", of_diffusers),
     "pythae": ("pythae", of_pythae),
+    "scvi-tools": ("scvi-tools", of_scvi),
     "torch.distributions": ("torch", of_torch_distributions),
     "Pyro": ("pyro-ppl", of_pyro),
 }

@@ -73,6 +73,7 @@ SECTIONS = {
     "Eager PyTorch": None,
     "diffusers": "diffusers",
     "pythae": "pythae",
+    "scvi-tools": "scvi",
     "torch.distributions": None,
     "Pyro": "pyro",
     "Dreamer": None,

@@ -2,6 +2,7 @@
 
     from vaekernels.integrations import diffusers            # patch(), unpatch()
     from vaekernels.integrations import torch_distributions  # Normal, register(), unregister()
+    from vaekernels.integrations import scvi                 # patch(), unpatch()
     from vaekernels.integrations import pyro                 # Normal
     from vaekernels.integrations import pythae               # VAE, BetaVAE, ..., vae_loss
     from vaekernels.integrations import lightning            # CollapseMonitor

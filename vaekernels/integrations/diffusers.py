@@ -10,12 +10,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution as Original
 
 from vaekernels.distributions import DiagonalGaussian
+from vaekernels.integrations._rebind import rebind
 
 __all__ = ["DiagonalGaussianDistribution", "patch", "unpatch"]
 
@@ -40,18 +39,9 @@ def patch() -> None:
     The audio autoencoders Oobleck and MiniMax have posteriors of their own, and keep them. Calling it twice
     changes nothing.
     """
-    _rebind(Original, DiagonalGaussianDistribution)
+    rebind("diffusers", Original, DiagonalGaussianDistribution)
 
 
 def unpatch() -> None:
     """Gives diffusers its own class back. Posteriors made meanwhile stay what they are."""
-    _rebind(DiagonalGaussianDistribution, Original)
-
-
-def _rebind(old: type, new: type) -> None:
-    for name, module in list(sys.modules.items()):
-        if name == "diffusers" or name.startswith("diffusers."):
-            # vars, not getattr: the packages of diffusers import what they are asked for.
-            for key, value in list(vars(module).items()):
-                if value is old:
-                    setattr(module, key, new)
+    rebind("diffusers", DiagonalGaussianDistribution, Original)
