@@ -75,6 +75,10 @@ struct Bounds {
   R lo, hi;
   VK_FN R clamp(R x) const { return clamp_of(x, lo, hi); }
 };
+template <class R>
+struct NoBounds {
+  VK_FN R clamp(R x) const { return x; }
+};
 
 template <class R>
 struct Posterior {
@@ -89,9 +93,10 @@ VK_FN Posterior<R> posterior_of_log_variance(R y) {
   return {R(0.5) * y, e.exp, e.excess, e.growth, true};
 }
 
-// The posterior's scale after the bounds, with the parts of its exponential.
-template <Param P, class R>
-VK_FN Posterior<R> posterior_of(const Scale<R>& scale, const Bounds<R>& bounds, const ExpRange& range = {}) {
+// The posterior's scale after the bounds, with the parts of its exponential. `range`, here and below: the x
+// that exp_parts takes.
+template <Param P, class R, class AnyBounds, class Range = AnyRange>
+VK_FN Posterior<R> posterior_of(const Scale<R>& scale, const AnyBounds& bounds, const Range& range = {}) {
   const R x = bounds.clamp(scale.x);
   const Exp<R> e = exp_parts(x, range);
   const bool inside = !(scale.x < x || scale.x > x);
@@ -119,8 +124,8 @@ struct Prior {
   R excess, growth;  // of t = x - xp
 };
 
-template <Param P, class R>
-VK_FN Prior<R> prior_of(R mu, R x, R prior_mu, const Scale<R>& prior, const ExpRange& range = {}) {
+template <Param P, class R, class Range = AnyRange>
+VK_FN Prior<R> prior_of(R mu, R x, R prior_mu, const Scale<R>& prior, const Range& range = {}) {
   const R root = kHoldsSd<P> ? prior.inverse : exp_parts(-prior.x, range).exp;
   const Exp<R> e = exp_parts(x - prior.x, range);
   return {(mu - prior_mu) * root, root, e.excess, e.growth};
@@ -191,9 +196,9 @@ VK_FN ElementGradients<R> gradients_sample(const Scale<R>& scale, const Posterio
   return {sum, keep_if(q.inside, gradient), R(0), R(0)};
 }
 
-template <Param P, class R>
-VK_FN ElementGradients<R> gradients_sample(R s, const Bounds<R>& bounds, R sum, R noise,
-                                           const ExpRange& range = {}) {
+template <Param P, class R, class AnyBounds, class Range = AnyRange>
+VK_FN ElementGradients<R> gradients_sample(R s, const AnyBounds& bounds, R sum, R noise,
+                                           const Range& range = {}) {
   const Scale<R> scale = scale_of<P>(s);
   return gradients_sample<P>(scale, posterior_of<P>(scale, bounds, range), sum, noise);
 }
@@ -204,9 +209,9 @@ VK_FN ElementGradients<R> gradients_standard(const Scale<R>& scale, const Poster
   return {sum + c * mu, scale_gradient<P>(scale, q, noise, c, kl_slope_standard<P>(scale, q)), R(0), R(0)};
 }
 
-template <Param P, class R>
-VK_FN ElementGradients<R> gradients_standard(R mu, R s, const Bounds<R>& bounds, R sum, R noise, R c,
-                                             const ExpRange& range = {}) {
+template <Param P, class R, class AnyBounds, class Range = AnyRange>
+VK_FN ElementGradients<R> gradients_standard(R mu, R s, const AnyBounds& bounds, R sum, R noise, R c,
+                                             const Range& range = {}) {
   const Scale<R> scale = scale_of<P>(s);
   return gradients_standard<P>(scale, posterior_of<P>(scale, bounds, range), mu, sum, noise, c);
 }
@@ -222,9 +227,9 @@ VK_FN ElementGradients<R> gradients_prior(const Scale<R>& scale, const Scale<R>&
           -(cp * pull), -(cp * ((growth + p.distance * p.distance) * prior_scale.log_slope))};
 }
 
-template <Param P, class R>
-VK_FN ElementGradients<R> gradients_prior(R mu, R s, R prior_mu, R prior_s, const Bounds<R>& bounds, R sum,
-                                          R noise, R cq, R cp, const ExpRange& range = {}) {
+template <Param P, class R, class AnyBounds, class Range = AnyRange>
+VK_FN ElementGradients<R> gradients_prior(R mu, R s, R prior_mu, R prior_s, const AnyBounds& bounds, R sum,
+                                          R noise, R cq, R cp, const Range& range = {}) {
   const Scale<R> scale = scale_of<P>(s), prior_scale = scale_of<P>(prior_s);
   const Posterior<R> q = posterior_of<P>(scale, bounds, range);
   const Prior<R> p = prior_of<P>(mu, q.x, prior_mu, prior_scale, range);

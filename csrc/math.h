@@ -32,16 +32,18 @@ template <class R>
 struct Exp {
   R exp;     // e^x
   R growth;  // e^(2x) - 1
-  R excess;  // e^(2x) - 1 - 2x, relative error < 1e-6 also where it is 1e-12
+  R excess;  // e^(2x) - 1 - 2x, relative error < 1.2e-6 also where it is 1e-12
 };
 
-// Between these, e^x comes out as it is; beyond, as 0 or inf. They are numbers of a call rather than
-// constants, because GCC makes one instruction of a bound that it does not know and three of one that it
-// does.
-struct ExpRange {
+// The x that exp_parts takes. Between lo and hi e^x comes out as it is; beyond, as 0 or inf. They are numbers
+// of a call rather than constants, because GCC makes one instruction of a bound that it does not know and
+// three of one that it does.
+struct AnyRange {
   float lo = -88.f;  // 2^-127, the exponent of `lo`, is written as 0
   float hi = 88.3f;  // the last whose power of two is finite
 };
+// The caller has seen that |x| <= 88, NaN excluded: the same bits from fewer instructions.
+struct NearRange {};
 
 // Beyond 24 the "- 1 - 2x" of the excess is below the rounding of e^(2x); stopping there keeps inf - inf out.
 template <class R>
@@ -96,7 +98,7 @@ VK_FN Exp<float> exp_parts_of_half(float y) {
   const float steep = y * fmaf(e, 1.3335416f, fmaf(y, -0.16666667f, -0.33354162f));
   return {e, fabsf(y) < 0.1f ? steep : fmaf(e, e, -1.f), direct >= 0.1f ? direct : series};
 }
-VK_FN Exp<float> exp_parts(float x, const ExpRange& = {}) { return exp_parts_of_half(x + x); }
+VK_FN Exp<float> exp_parts(float x, const AnyRange& = {}) { return exp_parts_of_half(x + x); }
 
 // lo or hi where x is beyond them; NaN stays NaN.
 VK_FN float clamp_of(float x, float lo, float hi) {
@@ -112,20 +114,19 @@ VK_FN float clamp_of(float x, float lo, float hi) {
 
 #else
 
-// e^x = 2^m e^g with |g| <= ln(2)/2. Each part is a sum whose terms vanish one by one at m = 0, so one
-// expression serves near 0, where excess = g^2 + ..., and far from it. Largest relative error of e^g - 1 - g
-// on the reduced range: 1.3e-7 before rounding.
-VK_FN Exp<float> exp_parts(float x, const ExpRange& range = {}) {
-  const float above = x < range.lo ? range.lo : x;  // NaN passes through both tests
-  const float c = above > range.hi ? range.hi : above;
-  const float below = x > range.hi ? range.hi : x;  // keeps inf - inf out of the excess
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the float.
-  const float magic = 12582912.f;
-  const float t = c * 1.44269504088896f + magic;
+// e^x = 2^m e^g with |g| <= ln(2)/2. Where m = 0 nothing is added to small numbers, so that growth and excess
+// have no rounding of 1 in them; elsewhere |2x| > ln(2), and the plain differences lose little. Largest
+// relative error of e^g - 1 - g on the reduced range: 1.3e-7 before rounding.
+//
+// `rounded` gives m, `above` g, `below` the 2x of the excess: all of them x, but for the ends of AnyRange.
+VK_FN Exp<float> exp_parts_from(float rounded, float above, float below) {
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the float; 127 more, and they are
+  // the exponent of 2^m.
+  const float magic = 12583039.f;
+  const float t = rounded * 1.44269504088896f + magic;
   const float m = t - magic;
-  // From `above`: beyond the range's end g grows, and with it the result, to inf.
-  float g = above - m * 0.693145751953125f;
-  g = g - m * 1.42860682030941723e-6f;
+  // One step, since float32's ln(2) is good to 1.9e-9: 1.7e-7 of the result at |x| = 88.
+  const float g = above - m * 0.693147182f;
   float p = 1.39414e-3f;
   p = p * g + 8.36335e-3f;
   p = p * g + 4.166637e-2f;
@@ -133,16 +134,23 @@ VK_FN Exp<float> exp_parts(float x, const ExpRange& range = {}) {
   p = p * g + 0.5f;
   // Every product that meets an addition is used there alone: then the compiler fuses the two wherever this
   // is inlined, and e^x has the same bits with and without its companions.
-  const float gp = g * p, twice = g + g;
-  const float q = gp * g + g;                                                                  // e^g - 1
-  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(t) << 23) + 0x3F800000u);  // 2^m
-  const float square = power * power;
-  // 2^2m - 1 is exact for |m| <= 12 and needs not be beyond.
-  const float rest = square - 1.f;
-  const float head = q * q + gp * twice;  // e^2g - 1 - 2g
-  // Two factors 2^m: near overflow 2^2m alone would be inf, and inf - inf follow.
-  return {power * q + power, power * (power * (q * (2.f + q))) + rest,
-          square * head + (rest * (1.f + twice) + (twice - (below + below)))};
+  const float gp = g * p;
+  const float q = gp * g + g;  // e^g - 1
+  const float power = std::bit_cast<float>(std::bit_cast<uint32_t>(t) << 23);
+  const float e = power * q + power;
+  const bool near = std::bit_cast<uint32_t>(t) == std::bit_cast<uint32_t>(magic);  // m = 0, so g = x
+  return {e, near ? q * (2.f + q) : e * e - 1.f,
+          near ? q * q + gp * (g + g) : e * e - (1.f + (below + below))};
+}
+
+VK_FN Exp<float> exp_parts(float x, const NearRange&) { return exp_parts_from(x, x, x); }
+
+VK_FN Exp<float> exp_parts(float x, const AnyRange& range = {}) {
+  const float above = x < range.lo ? range.lo : x;  // NaN passes through both tests
+  const float rounded = above > range.hi ? range.hi : above;
+  const float below = x > range.hi ? range.hi : x;  // keeps inf - inf out of the excess
+  // From `above`: beyond the range's end g grows, and with it the result, to inf.
+  return exp_parts_from(rounded, above, below);
 }
 
 // Natural logarithm of a positive finite number whose complement is known: where x is in [sqrt(1/2),
@@ -199,7 +207,7 @@ VK_FN double clamp_of(double x, double lo, double hi) { return x < lo ? lo : (x 
 VK_LONG_FN double log_of(double x) { return log(x); }
 VK_FN double sqrt_of(double x) { return sqrt(x); }
 
-VK_LONG_FN Exp<double> exp_parts(double x, const ExpRange& = {}) {
+VK_LONG_FN Exp<double> exp_parts(double x, const AnyRange& = {}) {
   const double q = expm1(x);
   const double e = exp(x);
   // |x| < 1/2: sum x^n / n! from n = 2; the term n = 18 is below 1e-21 of the first.

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <cstring>
 #include <memory>
 
 #include "job.h"
@@ -7,15 +8,12 @@ namespace vk::cpu {
 namespace {
 
 template <class R>
-using BackwardTile = void (*)(TileInputs<R>, Bounds<R>, const R*, const R*, const R*, R, R, TileGradients<R>,
+using BackwardTile = bool (*)(TileInputs<R>, Bounds<R>, const R*, const R*, const R*, R, R, TileGradients<R>,
                               int);
-
-template <bool Draw, class R>
-BackwardTile<R> backward_tile_for(Param param, Mode mode) {
-  return with_param(param, [mode](auto p) -> BackwardTile<R> {
-    if (mode == Mode::sample) return backward_tile<p.value, Mode::sample, Draw, R>;
-    if (mode == Mode::standard) return backward_tile<p.value, Mode::standard, Draw, R>;
-    return backward_tile<p.value, Mode::prior, Draw, R>;
+template <class R>
+Tiles<BackwardTile<R>> backward_tiles(Param param, Mode mode, bool draw) {
+  return tiles_for<R, BackwardTile<R>>(param, mode, draw, [](auto p, auto m, auto d, auto near) {
+    return backward_tile<p.value, m.value, d.value, near.value, R>;
   });
 }
 
@@ -29,8 +27,7 @@ class BackwardJob {
         kl_used_(call.has_kl && (call.grad_kl || call.grad_kl_per_group)),
         mode_(!kl_used_ ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
         draws_(call.grad_z != nullptr && call.K == 1),
-        tile_(draws_ ? backward_tile_for<true, R>(call.param, mode_)
-                     : backward_tile_for<false, R>(call.param, mode_)),
+        tiles_(backward_tiles<R>(call.param, mode_, draws_)),
         bounds_(bounds_of<R>(call)),
         weight_(static_cast<const R*>(call.weight)),
         grad_kl_(static_cast<const R*>(call.grad_kl)),
@@ -65,6 +62,7 @@ class BackwardJob {
     typename Normals<R>::Buffer normals;
     R sum[kTile], noise[kTile], c[kTile], grad_z[kTile];  // zero, unless written, are sum and noise
     R grad_mu[kTile], grad_scale[kTile], grad_prior_mu[kTile], grad_prior_scale[kTile];
+    int filled = 0;  // the first so many of c are the same number
   };
 
   // What of c, the gradient with respect to KL[b, g] over w_b, is the same for all rows of a group; and the
@@ -107,8 +105,19 @@ class BackwardJob {
     return weight_ ? weight_[b] * c : c;
   }
 
-  // c of a tile: in `c`, or where it lies already.
-  const R* coefficients(int64_t begin, int n, R* c) const {
+  // c of a tile: in `s.c`, or where it lies already.
+  const R* coefficients(int64_t begin, int n, State& s) const {
+    R* const c = s.c;
+    if (m_.kind == Matrix::Kind::runs && p_.reduction != Reduction::elementwise &&
+        begin % m_.cols + n <= m_.cols) {
+      const int64_t row = begin / m_.cols;
+      const R same = coefficient(row / m_.inner, row % m_.inner);
+      // Of a long run every tile has the same, and most find it there.
+      if (s.filled < n || std::memcmp(c, &same, sizeof(R)) != 0) std::fill_n(c, n, same);
+      s.filled = n;
+      return c;
+    }
+    s.filled = 0;
     const bool plain = !by_row_ && !weight_;
     if (plain && m_.kind != Matrix::Kind::runs && p_.reduction != Reduction::elementwise) {
       const int64_t col = begin % m_.cols;
@@ -155,7 +164,7 @@ class BackwardJob {
         add_noise_tile(grad_z, normals_[0](k, begin, n, s.normals), s.sum, s.noise, padded(n));
       }
     }
-    const R* c = kl_used_ ? coefficients(begin, n, s.c) : s.c;
+    const R* c = kl_used_ ? coefficients(begin, n, s) : s.c;
     const View<R>* views[] = {&grad_mu_, &grad_scale_, &grad_prior_mu_, &grad_prior_scale_};
     R* buffers[] = {s.grad_mu, s.grad_scale, s.grad_prior_mu, s.grad_prior_scale};
     R* to[4];
@@ -163,8 +172,10 @@ class BackwardJob {
       R* direct = *views[i] ? views[i]->direct(begin, n) : nullptr;
       to[i] = direct ? direct : buffers[i];
     }
-    tile_(in, bounds_, sum, noise, c, static_cast<R>(p_.posterior_share), static_cast<R>(p_.prior_share),
-          TileGradients<R>{to[0], to[1], to[2], to[3]}, padded(n));
+    run_tile(tiles_, bounds_, [&](auto tile) {
+      return tile(in, bounds_, sum, noise, c, static_cast<R>(p_.posterior_share),
+                  static_cast<R>(p_.prior_share), TileGradients<R>{to[0], to[1], to[2], to[3]}, padded(n));
+    });
     for (int i = 0; i < 4; ++i)
       if (*views[i] && to[i] == buffers[i]) views[i]->write(begin, n, to[i]);
   }
@@ -175,7 +186,7 @@ class BackwardJob {
   const bool kl_used_;
   const Mode mode_;
   const bool draws_;  // in the tile's own loop
-  const BackwardTile<R> tile_;
+  const Tiles<BackwardTile<R>> tiles_;
   const Bounds<R> bounds_;
   const R* weight_;
   const R* grad_kl_;

@@ -13,13 +13,11 @@ namespace {
 constexpr int kRowsPerFlush = 64;
 
 template <class R>
-using ForwardTile = void (*)(TileInputs<R>, Bounds<R>, const R*, R*, R*, int);
-template <bool Draw, class R>
-ForwardTile<R> forward_tile_for(Param param, Mode mode) {
-  return with_param(param, [mode](auto p) -> ForwardTile<R> {
-    if (mode == Mode::sample) return forward_tile<p.value, Mode::sample, Draw, R>;
-    if (mode == Mode::standard) return forward_tile<p.value, Mode::standard, Draw, R>;
-    return forward_tile<p.value, Mode::prior, Draw, R>;
+using ForwardTile = bool (*)(TileInputs<R>, Bounds<R>, const R*, R*, R*, int);
+template <class R>
+Tiles<ForwardTile<R>> forward_tiles(Param param, Mode mode, bool draw) {
+  return tiles_for<R, ForwardTile<R>>(param, mode, draw, [](auto p, auto m, auto d, auto near) {
+    return forward_tile<p.value, m.value, d.value, near.value, R>;
   });
 }
 
@@ -51,8 +49,7 @@ class ForwardJob {
         in_(call, m_),
         mode_(!call.has_kl ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
         draws_(call.z != nullptr && call.K == 1),
-        tile_(draws_ ? forward_tile_for<true, R>(call.param, mode_)
-                     : forward_tile_for<false, R>(call.param, mode_)),
+        tiles_(forward_tiles<R>(call.param, mode_, draws_)),
         bounds_(bounds_of<R>(call)),
         weight_(static_cast<const R*>(call.weight)),
         lambda_(static_cast<const R*>(call.free_bits_per_group)),
@@ -124,7 +121,8 @@ class ForwardJob {
         eps = normals_[0](0, begin, n, state.normals);
         if (R* direct = z_[0].direct(begin, n)) z = direct;
       }
-      tile_(in, bounds_, eps, z, state.tile.kl, padded(n));
+      run_tile(tiles_, bounds_,
+               [&](auto tile) { return tile(in, bounds_, eps, z, state.tile.kl, padded(n)); });
       if (draws_ && z == state.tile.z) z_[0].write(begin, n, z);
       if (!draws_ && !z_.empty()) sample(in.mu, begin, n, state);
       if (p_.has_kl) reduce(c, index, begin, n, state);
@@ -327,7 +325,7 @@ class ForwardJob {
   const Inputs<R> in_;
   const Mode mode_;
   const bool draws_;  // in the tile's own loop
-  const ForwardTile<R> tile_;
+  const Tiles<ForwardTile<R>> tiles_;
   const Bounds<R> bounds_;
   const R* weight_;
   const R* lambda_;

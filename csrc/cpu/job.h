@@ -25,6 +25,35 @@ Bounds<R> bounds_of(const Problem& p) {
   return {static_cast<R>(0.5 * p.lo), static_cast<R>(0.5 * p.hi)};
 }
 
+// A tile's loop in its two kinds; `near` is null where there is but one.
+template <class Tile>
+struct Tiles {
+  Tile near, far;
+};
+
+// `make(param, mode, draw, near)`, integral constants all, gives the loop.
+template <class R, class Tile, class Make>
+Tiles<Tile> tiles_for(Param param, Mode mode, bool draw, const Make& make) {
+  return with_param(param, [&](auto p) {
+    const auto of = [&](auto m, auto d) -> Tiles<Tile> {
+      Tile near = nullptr;
+      if constexpr (kHasNear<p.value, R>) near = make(p, m, d, std::true_type());
+      return {near, make(p, m, d, std::false_type())};
+    };
+    const auto with_draw = [&](auto m) { return draw ? of(m, std::true_type()) : of(m, std::false_type()); };
+    if (mode == Mode::sample) return with_draw(std::integral_constant<Mode, Mode::sample>());
+    if (mode == Mode::standard) return with_draw(std::integral_constant<Mode, Mode::standard>());
+    return with_draw(std::integral_constant<Mode, Mode::prior>());
+  });
+}
+
+template <class Tile, class R, class Run>
+void run_tile(const Tiles<Tile>& tiles, const Bounds<R>& bounds, const Run& run) {
+  const bool bounded =
+      bounds.lo > -std::numeric_limits<R>::infinity() || bounds.hi < std::numeric_limits<R>::infinity();
+  if (tiles.near == nullptr || bounded || !run(tiles.near)) run(tiles.far);
+}
+
 // Calls job.run(begin, end) over all `count` items, each of `elements` latent elements.
 template <class Job>
 void run_chunks(Job& job, int64_t count, int64_t elements, Parallel parallel) {

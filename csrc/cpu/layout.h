@@ -121,8 +121,9 @@ class View {
     outer_ = s.b;
     inner_ = m.kind == Matrix::Kind::runs ? s.g : s.s;
     col_ = m.kind == Matrix::Kind::runs ? s.s : s.g;
-    dense_ = (m.cols == 1 || col_ == 1) && (m.inner == 1 || inner_ == m.cols) &&
-             (m.rows == m.inner || outer_ == m.inner * m.cols);
+    if (m.cols == 1 || col_ == 1) run_ = m.cols;
+    if (run_ != 0 && (m.inner == 1 || inner_ == m.cols)) run_ = m.inner * m.cols;
+    if (run_ == m.inner * m.cols && (m.rows == m.inner || outer_ == run_)) run_ = m.rows * m.cols;
   }
   View(const Input& in, const Problem& p, const Matrix& m)
       : View(const_cast<void*>(in.data), in.stride, p, m) {}
@@ -136,11 +137,12 @@ class View {
     return as_type<R>(dtype_, [&](auto zero) -> const R* {
       using T = decltype(zero);
       const T* data = static_cast<const T*>(data_);
-      if (dense_) {
+      if (in_one_run(begin, n)) {
+        const T* from = data + offset(begin);
         if constexpr (std::is_same_v<T, R>) {
-          if (n % kLanes == 0) return data + begin;
+          if (n % kLanes == 0) return from;
         }
-        load_dense(data + begin, buffer, n);
+        load_dense(from, buffer, n);
         return buffer;
       }
       for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
@@ -157,15 +159,15 @@ class View {
   // Where a tile may be computed in place; null where it has to go through `write`.
   R* direct(int64_t begin, int n) const {
     const bool same = sizeof(R) == 8 || dtype_ == DType::f32;
-    return dense_ && same && n % kLanes == 0 ? static_cast<R*>(data_) + begin : nullptr;
+    return same && n % kLanes == 0 && in_one_run(begin, n) ? static_cast<R*>(data_) + offset(begin) : nullptr;
   }
 
   void write(int64_t begin, int n, const R* from) const {
     as_type<R>(dtype_, [&](auto zero) {
       using T = decltype(zero);
       T* data = static_cast<T*>(data_);
-      if (dense_) {
-        store_dense(from, data + begin, n);
+      if (in_one_run(begin, n)) {
+        store_dense(from, data + offset(begin), n);
         return;
       }
       for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
@@ -179,6 +181,12 @@ class View {
   }
 
  private:
+  bool in_one_run(int64_t begin, int n) const {
+    return run_ != 0 && (run_ == m_.rows * m_.cols || begin % run_ + n <= run_);
+  }
+  int64_t offset(int64_t begin) const {
+    return run_ == m_.rows * m_.cols ? begin : offset(begin / m_.cols, begin % m_.cols);
+  }
   int64_t offset(int64_t row, int64_t col) const {
     return row / m_.inner * outer_ + row % m_.inner * inner_ + col * col_;
   }
@@ -187,7 +195,7 @@ class View {
   DType dtype_ = DType::f32;
   Matrix m_{};
   int64_t outer_ = 0, inner_ = 0, col_ = 0;
-  bool dense_ = false;
+  int64_t run_ = 0;  // so many elements of z's storage lie side by side here as well; 0: none do
 };
 
 // The normals of a tile, sample k.

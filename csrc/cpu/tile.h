@@ -33,12 +33,13 @@ inline constexpr int kLanes = 64;
 // How many elements the loops below run over for n wanted ones.
 inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Calls body(i) for i in [0, n), n a multiple of kLanes, in a shape with a constant inner trip count.
-template <int Lanes = kLanes, class Body>
+// Calls body(i) for i in [0, n), n a multiple of kLanes. Masking n shows that to the compiler.
+template <class Body>
 VK_FN void lanes(int n, const Body& body) {
-  for (int j = 0; j < n; j += Lanes)
+  const int whole = n & -kLanes;
 #pragma GCC ivdep
-    for (int i = 0; i < Lanes; ++i) body(j + i);
+#pragma GCC unroll 2
+  for (int i = 0; i < whole; ++i) body(i);
 }
 
 // ---- numbers in memory ----------------------------------------------------------------------------------
@@ -68,8 +69,7 @@ VK_FN void narrow(double x, double& out) { out = x; }
 VK_FN void narrow(float x, BFloat16& out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   const uint32_t even = bits + 0x7FFFu + ((bits >> 16) & 1u);
-  // Chosen before the shift: two vectors are packed into one only once then.
-  out.bits = static_cast<uint16_t>((x != x ? bits | 0x400000u : even) >> 16);
+  out.bits = static_cast<uint16_t>(x != x ? 0x7FC0u : even >> 16);
 }
 VK_FN void narrow(float x, Half& out) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -87,10 +87,12 @@ VK_FN void narrow(float x, Half& out) {
 
 template <class T, class R>
 VK_CLONES void load_dense(const T* __restrict from, R* __restrict to, int n) {
+#pragma GCC unroll 4
   for (int i = 0; i < n; ++i) to[i] = widen(from[i]);
 }
 template <class T, class R>
 VK_CLONES void store_dense(const R* __restrict from, T* __restrict to, int n) {
+#pragma GCC unroll 2
   for (int i = 0; i < n; ++i) narrow(from[i], to[i]);
 }
 
@@ -115,27 +117,67 @@ enum class Mode { sample, standard, prior };  // no KL; the KL to N(0, I); the K
 template <class R>
 struct TileInputs {
   const R *mu, *scale, *prior_mu, *prior_scale;
-  ExpRange range = {};  // here the compiler does not know its numbers, which math.h wants
+  AnyRange range = {};  // here the compiler does not know its numbers, which math.h wants
 };
+
+// The loops of a tile come in two kinds. `Near` is for log-variances within +-87 and no bounds on them, which
+// is nearly every call, and has a quarter fewer instructions. It looks at what it reads and returns false
+// where the other kind has to do the tile again. Both give the same bits.
+template <Param P, class R>
+inline constexpr bool kHasNear = sizeof(R) == 4 && !kHoldsSd<P>;
+
+// The largest |s| as bits, of which a NaN has more than any number.
+struct LargestScale {
+  int32_t bits = 0;
+  VK_FN void see(float s) {
+    const int32_t next = std::bit_cast<int32_t>(s) & 0x7FFFFFFF;
+    bits = bits < next ? next : bits;
+  }
+  template <Param P>
+  VK_FN bool near() const {
+    return bits <= std::bit_cast<int32_t>(P == Param::log_std ? 43.5f : 87.f);
+  }
+};
+
+template <bool Near, class R>
+VK_FN auto range_of(const TileInputs<R>& in) {
+  if constexpr (Near)
+    return NearRange();
+  else
+    return in.range;
+}
+template <bool Near, class R>
+VK_FN auto bounds_for(const Bounds<R>& bounds) {
+  if constexpr (Near)
+    return NoBounds<R>();
+  else
+    return bounds;
+}
 
 // Draw: z = mu + sd eps at once, for the one sample that most calls want. Else the standard deviations go to
 // `z`, for sample_tile.
-template <Param P, Mode M, bool Draw, class R>
-VK_CLONES void forward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __restrict eps, R* __restrict z,
+template <Param P, Mode M, bool Draw, bool Near, class R>
+VK_CLONES bool forward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __restrict eps, R* __restrict z,
                             R* __restrict kl, int n) {
   const R* __restrict mu = in.mu;
   const R* __restrict s = in.scale;
   const R* __restrict prior_mu = in.prior_mu;
   const R* __restrict prior_s = in.prior_scale;
-  const Bounds<R> b = bounds;
-  const ExpRange range = in.range;
+  const auto b = bounds_for<Near>(bounds);
+  const auto range = range_of<Near>(in);
+  LargestScale largest;
   lanes(n, [&](int i) VK_LAMBDA {
+    if constexpr (Near) {
+      largest.see(s[i]);
+      if constexpr (M == Mode::prior) largest.see(prior_s[i]);
+    }
     const Posterior<R> q = posterior_of<P>(scale_of<P>(s[i]), b, range);
     z[i] = Draw ? mu[i] + q.sd * eps[i] : q.sd;
     if constexpr (M == Mode::standard) kl[i] = kl_standard(mu[i], q.excess);
     if constexpr (M == Mode::prior)
       kl[i] = kl_prior(prior_of<P>(mu[i], q.x, prior_mu[i], scale_of<P>(prior_s[i]), range));
   });
+  return !Near || largest.near<P>();
 }
 
 template <class R>
@@ -161,8 +203,8 @@ struct TileGradients {
 
 // In: the sums over samples of grad_z and of grad_z eps; c, the gradient of the loss with respect to each
 // element's KL. Draw: of one sample, and `noise` holds eps itself.
-template <Param P, Mode M, bool Draw, class R>
-VK_CLONES void backward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __restrict sum,
+template <Param P, Mode M, bool Draw, bool Near, class R>
+VK_CLONES bool backward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __restrict sum,
                              const R* __restrict noise, const R* __restrict c, R posterior_share,
                              R prior_share, TileGradients<R> out, int n) {
   const R* __restrict mu = in.mu;
@@ -173,9 +215,14 @@ VK_CLONES void backward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __rest
   R* __restrict grad_s = out.scale;
   R* __restrict grad_prior_mu = out.prior_mu;
   R* __restrict grad_prior_s = out.prior_scale;
-  const Bounds<R> b = bounds;
-  const ExpRange range = in.range;
+  const auto b = bounds_for<Near>(bounds);
+  const auto range = range_of<Near>(in);
+  LargestScale largest;
   lanes(n, [&](int i) VK_LAMBDA {
+    if constexpr (Near) {
+      largest.see(s[i]);
+      if constexpr (M == Mode::prior) largest.see(prior_s[i]);
+    }
     const R grad_sd = Draw ? sum[i] * noise[i] : noise[i];
     if constexpr (M == Mode::prior) {
       const ElementGradients<R> g =
@@ -193,6 +240,7 @@ VK_CLONES void backward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __rest
       grad_s[i] = g.scale;
     }
   });
+  return !Near || largest.near<P>();
 }
 
 // ---- free bits and sums ----------------------------------------------------------------------------------
