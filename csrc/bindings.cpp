@@ -214,6 +214,10 @@ bool usual_kl(PyObject* options) {
   return at_defaults(options, defaults);
 }
 
+// Calls this small keep the lock of the interpreter, for some 15 us at most. Given up, it would be taken
+// again for each tensor that autograd saves, since the Python object of a tensor has to live as long.
+constexpr int64_t kElementsUnderLock = 4096;
+
 // The operator's first results, as Python has them.
 template <size_t... I, class Results>
 PyObject* first_results(Results&& results, std::index_sequence<I...>) {
@@ -239,7 +243,8 @@ PyObject* first_results(Results&& results, std::index_sequence<I...>) {
     std::optional<double> bits;                                                   \
     if (a == nullptr || !served(*a) || a->dim() == 0 || !(holds)) Py_RETURN_NONE; \
     auto values = [&] {                                                           \
-      const py::gil_scoped_release unlocked;                                      \
+      std::optional<py::gil_scoped_release> unlocked;                             \
+      if (!a->is_cpu() || a->numel() > kElementsUnderLock) unlocked.emplace();    \
       return call::op(__VA_ARGS__);                                               \
     }();                                                                          \
     return first_results(std::move(values), std::make_index_sequence<results>()); \
