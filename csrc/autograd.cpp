@@ -12,6 +12,7 @@
 namespace vk {
 namespace {
 
+using torch::autograd::compute_requires_grad;
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
@@ -59,37 +60,52 @@ struct Options {
 #define VK_OPTIONS_KL \
   o.free_bits, o.free_bits_per_group, o.clamp, o.penalty, VK_OPTIONS_LAYOUT, VK_OPTIONS_PARAM
 
-template <class Tuple>
-variable_list as_list(Tuple&& results) {
-  return std::apply([](auto&&... t) { return variable_list{std::move(t)...}; }, std::forward<Tuple>(results));
-}
-
-// The operator's results in the order of its schema, from below autograd. `second` is undefined for packed
-// calls.
-variable_list compute(const Tensor& first, const Tensor& second, const OptTensor& prior_mu,
-                      const OptTensor& prior_logvar, const Options& o) {
+// The operator's results, from below autograd. `second` is undefined for packed calls.
+Results compute(const Tensor& first, const Tensor& second, const OptTensor& prior_mu,
+                const OptTensor& prior_logvar, const Options& o) {
   const at::AutoDispatchBelowADInplaceOrView below;
+  Results r;
   if (!o.kl) {
     if (o.draw)
-      return as_list(
+      std::tie(r.z, r.rng) =
           o.packed
               ? call::reparameterize_packed_draw(first, o.dim, o.generator, o.num_samples, VK_OPTIONS_PARAM)
-              : call::reparameterize_draw(first, second, o.generator, o.num_samples, VK_OPTIONS_PARAM));
-    return {o.packed ? call::reparameterize_packed(first, o.dim, *o.rng, o.num_samples, VK_OPTIONS_PARAM)
-                     : call::reparameterize(first, second, *o.rng, o.num_samples, VK_OPTIONS_PARAM)};
+              : call::reparameterize_draw(first, second, o.generator, o.num_samples, VK_OPTIONS_PARAM);
+    else
+      r.z = o.packed ? call::reparameterize_packed(first, o.dim, *o.rng, o.num_samples, VK_OPTIONS_PARAM)
+                     : call::reparameterize(first, second, *o.rng, o.num_samples, VK_OPTIONS_PARAM);
+  } else if (!o.sample) {
+    std::tie(r.kl, r.per_group, r.gate, r.open) =
+        o.packed ? call::gaussian_kl_packed(first, o.dim, prior_mu, prior_logvar, VK_OPTIONS_KL)
+                 : call::gaussian_kl(first, second, prior_mu, prior_logvar, VK_OPTIONS_KL);
+  } else if (o.draw) {
+    std::tie(r.z, r.kl, r.per_group, r.gate, r.open, r.rng) =
+        o.packed ? call::sample_kl_packed_draw(first, o.dim, prior_mu, prior_logvar, o.generator,
+                                               o.num_samples, VK_OPTIONS_KL)
+                 : call::sample_kl_draw(first, second, prior_mu, prior_logvar, o.generator, o.num_samples,
+                                        VK_OPTIONS_KL);
+  } else {
+    std::tie(r.z, r.kl, r.per_group, r.gate, r.open) =
+        o.packed
+            ? call::sample_kl_packed(first, o.dim, *o.rng, prior_mu, prior_logvar, o.num_samples,
+                                     VK_OPTIONS_KL)
+            : call::sample_kl(first, second, *o.rng, prior_mu, prior_logvar, o.num_samples, VK_OPTIONS_KL);
   }
-  if (!o.sample)
-    return as_list(o.packed ? call::gaussian_kl_packed(first, o.dim, prior_mu, prior_logvar, VK_OPTIONS_KL)
-                            : call::gaussian_kl(first, second, prior_mu, prior_logvar, VK_OPTIONS_KL));
-  if (o.draw)
-    return as_list(o.packed ? call::sample_kl_packed_draw(first, o.dim, prior_mu, prior_logvar, o.generator,
-                                                          o.num_samples, VK_OPTIONS_KL)
-                            : call::sample_kl_draw(first, second, prior_mu, prior_logvar, o.generator,
-                                                   o.num_samples, VK_OPTIONS_KL));
-  return as_list(
-      o.packed
-          ? call::sample_kl_packed(first, o.dim, *o.rng, prior_mu, prior_logvar, o.num_samples, VK_OPTIONS_KL)
-          : call::sample_kl(first, second, *o.rng, prior_mu, prior_logvar, o.num_samples, VK_OPTIONS_KL));
+  return r;
+}
+
+// Differentiated itself (double backward), the backward is computed by formulas that autograd can follow.
+Tensors4 latent_backward(VK_GRAD_ARGS, VK_TARGET_ARGS, VK_SAVED_ARGS) {
+  if (compute_requires_grad(VK_GRAD_PASS, VK_TARGET_PASS, VK_PRIOR_PASS))
+    return call::latent_backward_reference(VK_GRAD_PASS, VK_TARGET_PASS, VK_SAVED_PASS);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return call::latent_backward(VK_GRAD_PASS, VK_TARGET_PASS, VK_SAVED_PASS);
+}
+Tensors3 latent_backward_packed(VK_GRAD_ARGS, VK_PACKED_ARGS, VK_SAVED_ARGS) {
+  if (compute_requires_grad(VK_GRAD_PASS, moments, VK_PRIOR_PASS))
+    return call::latent_backward_packed_reference(VK_GRAD_PASS, VK_PACKED_PASS, VK_SAVED_PASS);
+  const at::AutoDispatchBelowADInplaceOrView below;
+  return call::latent_backward_packed(VK_GRAD_PASS, VK_PACKED_PASS, VK_SAVED_PASS);
 }
 
 // Written out like torch's own nodes: torch::autograd::Function wraps every result, hashes names and keeps
@@ -97,17 +113,16 @@ variable_list compute(const Tensor& first, const Tensor& second, const OptTensor
 class LatentBackward final : public Node {
  public:
   // `rng`, `gate` and `open` as they left the operator, undefined where it has none.
-  void save(const Tensor& first, const Tensor& second, const OptTensor& prior_mu,
-            const OptTensor& prior_logvar, const Tensor& rng, const Tensor& gate, const Tensor& open,
-            Options&& options) {
-    first_ = SavedVariable(first, false);
-    second_ = SavedVariable(second, false);
-    prior_mu_ = SavedVariable(prior_mu, false);
-    prior_logvar_ = SavedVariable(prior_logvar, false);
-    rng_ = SavedVariable(rng, false);
-    gate_ = SavedVariable(gate, false);
-    open_ = SavedVariable(open, false);
-    weight_ = SavedVariable(options.weight, false);
+  void save(const Tensor& first, const Tensor& second, const Tensor& rng, const Tensor& gate,
+            const Tensor& open, const OptTensor& prior_mu, const OptTensor& prior_logvar, Options&& options) {
+    const bool prior = prior_mu.has_value(), weighted = options.weight.has_value();
+    saved_.reserve(weighted ? 8 : (prior ? 7 : 5));
+    for (const Tensor* t : {&first, &second, &rng, &gate, &open}) saved_.emplace_back(*t, false);
+    if (prior || weighted) {
+      saved_.emplace_back(prior_mu, false);
+      saved_.emplace_back(prior_logvar, false);
+    }
+    if (weighted) saved_.emplace_back(options.weight, false);
     options_ = std::move(options);
     // Saved above, or not needed; held here as well they would escape the hooks on saved tensors.
     options_.weight.reset();
@@ -120,36 +135,34 @@ class LatentBackward final : public Node {
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
-    for (SavedVariable* saved :
-         {&first_, &second_, &prior_mu_, &prior_logvar_, &rng_, &gate_, &open_, &weight_})
-      saved->reset_data();
+    for (SavedVariable& saved : saved_) saved.reset_data();
   }
 
   variable_list apply(variable_list&& grads) override {
     const Options& o = options_;
-    const auto given = [](const Tensor& t) { return t.defined() ? OptTensor(t) : OptTensor(); };
-    const OptTensor grad_z = o.sample ? given(grads[0]) : OptTensor();
-    const OptTensor grad_kl = o.kl ? given(grads[o.sample ? 1 : 0]) : OptTensor();
-    const OptTensor grad_rate = o.kl ? given(grads[o.sample ? 2 : 1]) : OptTensor();
+    const auto given = [](Tensor&& t) { return t.defined() ? OptTensor(std::move(t)) : OptTensor(); };
+    OptTensor grad_z = o.sample ? given(std::move(grads[0])) : OptTensor();
+    const OptTensor grad_kl = o.kl ? given(std::move(grads[o.sample ? 1 : 0])) : OptTensor();
+    const OptTensor grad_rate = o.kl ? given(std::move(grads[o.sample ? 2 : 1])) : OptTensor();
     variable_list out(4);
     if (!grad_z && !grad_kl && !grad_rate) return out;
     std::unique_lock<std::mutex> lock(mutex_);
-    const Tensor first = first_.unpack(), second = second_.unpack();
-    const OptTensor rng = given(rng_.unpack()), prior_mu = given(prior_mu_.unpack()),
-                    prior_logvar = given(prior_logvar_.unpack());
-    const OptTensor gate = given(gate_.unpack()), open = given(open_.unpack()),
-                    weight = given(weight_.unpack());
+    const auto unpacked = [this](size_t i) { return i < saved_.size() ? saved_[i].unpack() : Tensor(); };
+    const Tensor first = unpacked(0), second = unpacked(1);
+    const OptTensor rng = given(unpacked(2)), gate = given(unpacked(3)), open = given(unpacked(4)),
+                    prior_mu = given(unpacked(5)), prior_logvar = given(unpacked(6)),
+                    weight = given(unpacked(7));
     lock.unlock();
 #define VK_OPTIONS_SAVED                                                                             \
   rng, prior_mu, prior_logvar, gate, open, o.prior_grads, o.clamp, o.batch_dims, o.groups(), weight, \
       o.balance, o.reduction, o.group_sums, VK_OPTIONS_PARAM
     if (o.packed) {
       std::tie(out[0], out[2], out[3]) =
-          call::latent_backward_packed(grad_z, grad_kl, grad_rate, first, o.dim, VK_OPTIONS_SAVED);
+          latent_backward_packed(grad_z, grad_kl, grad_rate, first, o.dim, VK_OPTIONS_SAVED);
     } else {
       std::tie(out[0], out[1], out[2], out[3]) =
-          call::latent_backward(grad_z, grad_kl, grad_rate, first, second, VK_OPTIONS_SAVED);
-      if (!out[0].defined()) out[0] = *grad_z;
+          latent_backward(grad_z, grad_kl, grad_rate, first, second, VK_OPTIONS_SAVED);
+      if (!out[0].defined()) out[0] = std::move(*grad_z);
     }
 #undef VK_OPTIONS_SAVED
     return out;
@@ -157,7 +170,8 @@ class LatentBackward final : public Node {
 
  private:
   Options options_;
-  SavedVariable first_, second_, prior_mu_, prior_logvar_, rng_, gate_, open_, weight_;
+  // In the order of `save`, and as many as the call had: a node of more than 1 KB takes malloc's slow way.
+  std::vector<SavedVariable> saved_;
 };
 
 #if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
@@ -168,48 +182,28 @@ std::shared_ptr<LatentBackward> new_node() {
 c10::intrusive_ptr<LatentBackward> new_node() { return c10::make_intrusive<LatentBackward>(); }
 #endif
 
-bool needs_grad(std::initializer_list<const OptTensor*> tensors) {
-  if (!at::GradMode::is_enabled()) return false;
-  return std::any_of(tensors.begin(), tensors.end(),
-                     [](const OptTensor* t) { return *t && (*t)->requires_grad(); });
-}
-
-variable_list run(const Tensor& first, const OptTensor& second, const OptTensor& prior_mu,
-                  const OptTensor& prior_logvar, Options&& o) {
-  const OptTensor head = first;
-  const bool posterior_grads = needs_grad({&head, &second});
-  o.prior_grads = needs_grad({&prior_mu, &prior_logvar});
-  const Tensor other = second.value_or(Tensor());
-  if (!posterior_grads && !o.prior_grads) return compute(first, other, prior_mu, prior_logvar, o);
+Results run(const Tensor& first, const Tensor& second, const OptTensor& prior_mu,
+            const OptTensor& prior_logvar, Options&& o) {
+  const bool posterior_grads = compute_requires_grad(first, second);
+  o.prior_grads = compute_requires_grad(prior_mu, prior_logvar);
+  Results r = compute(first, second, prior_mu, prior_logvar, o);
+  if (!posterior_grads && !o.prior_grads) return r;
 
   auto node = new_node();
   node->set_next_edges(torch::autograd::collect_next_edges(first, second, prior_mu, prior_logvar));
-  variable_list results = compute(first, other, prior_mu, prior_logvar, o);
-  const size_t kl = o.sample ? 1 : 0;  // where the KL's results begin
   if (o.sample) {
     // Where only the prior is learned, z is a constant to autograd.
     if (posterior_grads)
-      torch::autograd::set_history(results[0], node);
+      torch::autograd::set_history(r.z, node);
     else
       node->add_input_metadata(Node::undefined_input());
   }
   if (o.kl) {
-    torch::autograd::set_history(results[kl], node);
-    torch::autograd::set_history(results[kl + 1], node);
+    torch::autograd::set_history(r.kl, node);
+    torch::autograd::set_history(r.per_group, node);
   }
-  const Tensor rng = o.draw ? results.back() : o.rng.value_or(Tensor());
-  node->save(first, other, prior_mu, prior_logvar, rng, o.kl ? results[kl + 2] : Tensor(),
-             o.kl ? results[kl + 3] : Tensor(), std::move(o));
-  return results;
-}
-
-template <size_t... I>
-auto as_tuple(const variable_list& v, std::index_sequence<I...>) {
-  return std::make_tuple(v[I]...);
-}
-template <size_t N>
-auto as_tuple(const variable_list& v) {
-  return as_tuple(v, std::make_index_sequence<N>());
+  node->save(first, second, o.rng ? *o.rng : r.rng, r.gate, r.open, prior_mu, prior_logvar, std::move(o));
+  return r;
 }
 
 void set_packed(Options& o, int64_t dim) {
@@ -223,8 +217,8 @@ void set_state(Options& o, const OptGenerator& generator) {
 }
 
 template <class State>
-variable_list sampled(const Tensor& first, const OptTensor& second, std::optional<int64_t> dim,
-                      const State& state, const OptSymInt& num_samples, VK_PARAM_ARGS) {
+Results sampled(const Tensor& first, const Tensor& second, std::optional<int64_t> dim, const State& state,
+                const OptSymInt& num_samples, VK_PARAM_ARGS) {
   Options o;
   o.sample = true;
   if (dim) set_packed(o, *dim);
@@ -237,8 +231,8 @@ variable_list sampled(const Tensor& first, const OptTensor& second, std::optiona
 }
 
 template <class State>
-variable_list sampled_kl(const Tensor& first, const OptTensor& second, std::optional<int64_t> dim,
-                         const State& state, const OptSymInt& num_samples, VK_PRIOR_ARGS, VK_KL_ARGS) {
+Results sampled_kl(const Tensor& first, const Tensor& second, std::optional<int64_t> dim, const State& state,
+                   const OptSymInt& num_samples, VK_PRIOR_ARGS, VK_KL_ARGS) {
   Options o;
   o.sample = true;
   if (dim) set_packed(o, *dim);
@@ -248,8 +242,8 @@ variable_list sampled_kl(const Tensor& first, const OptTensor& second, std::opti
   return run(first, second, VK_PRIOR_PASS, std::move(o));
 }
 
-variable_list only_kl(const Tensor& first, const OptTensor& second, std::optional<int64_t> dim, VK_PRIOR_ARGS,
-                      VK_KL_ARGS) {
+Results only_kl(const Tensor& first, const Tensor& second, std::optional<int64_t> dim, VK_PRIOR_ARGS,
+                VK_KL_ARGS) {
   Options o;
   if (dim) set_packed(o, *dim);
   o.set_kl(VK_KL_PASS);
@@ -257,55 +251,39 @@ variable_list only_kl(const Tensor& first, const OptTensor& second, std::optiona
 }
 
 Tensor reparameterize(VK_TARGET_ARGS, const Tensor& rng, OptSymInt num_samples, VK_PARAM_ARGS) {
-  return sampled(mu, logvar, {}, rng, num_samples, VK_PARAM_PASS)[0];
+  return sampled(mu, logvar, {}, rng, num_samples, VK_PARAM_PASS).z;
 }
 Tensors2 reparameterize_draw(VK_TARGET_ARGS, const OptGenerator& generator, OptSymInt num_samples,
                              VK_PARAM_ARGS) {
-  return as_tuple<2>(sampled(mu, logvar, {}, generator, num_samples, VK_PARAM_PASS));
+  return sampled(mu, logvar, {}, generator, num_samples, VK_PARAM_PASS).drawn();
 }
 Tensor reparameterize_packed(VK_PACKED_ARGS, const Tensor& rng, OptSymInt num_samples, VK_PARAM_ARGS) {
-  return sampled(moments, {}, dim, rng, num_samples, VK_PARAM_PASS)[0];
+  return sampled(moments, {}, dim, rng, num_samples, VK_PARAM_PASS).z;
 }
 Tensors2 reparameterize_packed_draw(VK_PACKED_ARGS, const OptGenerator& generator, OptSymInt num_samples,
                                     VK_PARAM_ARGS) {
-  return as_tuple<2>(sampled(moments, {}, dim, generator, num_samples, VK_PARAM_PASS));
+  return sampled(moments, {}, dim, generator, num_samples, VK_PARAM_PASS).drawn();
 }
 Tensors4 gaussian_kl(VK_TARGET_ARGS, VK_PRIOR_ARGS, VK_KL_ARGS) {
-  return as_tuple<4>(only_kl(mu, logvar, {}, VK_PRIOR_PASS, VK_KL_PASS));
+  return only_kl(mu, logvar, {}, VK_PRIOR_PASS, VK_KL_PASS).of_kl();
 }
 Tensors4 gaussian_kl_packed(VK_PACKED_ARGS, VK_PRIOR_ARGS, VK_KL_ARGS) {
-  return as_tuple<4>(only_kl(moments, {}, dim, VK_PRIOR_PASS, VK_KL_PASS));
+  return only_kl(moments, {}, dim, VK_PRIOR_PASS, VK_KL_PASS).of_kl();
 }
 Tensors5 sample_kl(VK_TARGET_ARGS, const Tensor& rng, VK_PRIOR_ARGS, OptSymInt num_samples, VK_KL_ARGS) {
-  return as_tuple<5>(sampled_kl(mu, logvar, {}, rng, num_samples, VK_PRIOR_PASS, VK_KL_PASS));
+  return sampled_kl(mu, logvar, {}, rng, num_samples, VK_PRIOR_PASS, VK_KL_PASS).of_both();
 }
 Tensors6 sample_kl_draw(VK_TARGET_ARGS, VK_PRIOR_ARGS, const OptGenerator& generator, OptSymInt num_samples,
                         VK_KL_ARGS) {
-  return as_tuple<6>(sampled_kl(mu, logvar, {}, generator, num_samples, VK_PRIOR_PASS, VK_KL_PASS));
+  return sampled_kl(mu, logvar, {}, generator, num_samples, VK_PRIOR_PASS, VK_KL_PASS).of_both_drawn();
 }
 Tensors5 sample_kl_packed(VK_PACKED_ARGS, const Tensor& rng, VK_PRIOR_ARGS, OptSymInt num_samples,
                           VK_KL_ARGS) {
-  return as_tuple<5>(sampled_kl(moments, {}, dim, rng, num_samples, VK_PRIOR_PASS, VK_KL_PASS));
+  return sampled_kl(moments, {}, dim, rng, num_samples, VK_PRIOR_PASS, VK_KL_PASS).of_both();
 }
 Tensors6 sample_kl_packed_draw(VK_PACKED_ARGS, VK_PRIOR_ARGS, const OptGenerator& generator,
                                OptSymInt num_samples, VK_KL_ARGS) {
-  return as_tuple<6>(sampled_kl(moments, {}, dim, generator, num_samples, VK_PRIOR_PASS, VK_KL_PASS));
-}
-
-// Differentiated itself (double backward), the backward is computed by formulas that autograd can follow.
-Tensors4 latent_backward(VK_GRAD_ARGS, VK_TARGET_ARGS, VK_SAVED_ARGS) {
-  const OptTensor a = mu, b = logvar;
-  if (needs_grad({&grad_z, &grad_kl, &grad_kl_per_group, &a, &b, &prior_mu, &prior_logvar}))
-    return call::latent_backward_reference(VK_GRAD_PASS, VK_TARGET_PASS, VK_SAVED_PASS);
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return call::latent_backward(VK_GRAD_PASS, VK_TARGET_PASS, VK_SAVED_PASS);
-}
-Tensors3 latent_backward_packed(VK_GRAD_ARGS, VK_PACKED_ARGS, VK_SAVED_ARGS) {
-  const OptTensor a = moments;
-  if (needs_grad({&grad_z, &grad_kl, &grad_kl_per_group, &a, &prior_mu, &prior_logvar}))
-    return call::latent_backward_packed_reference(VK_GRAD_PASS, VK_PACKED_PASS, VK_SAVED_PASS);
-  const at::AutoDispatchBelowADInplaceOrView below;
-  return call::latent_backward_packed(VK_GRAD_PASS, VK_PACKED_PASS, VK_SAVED_PASS);
+  return sampled_kl(moments, {}, dim, generator, num_samples, VK_PRIOR_PASS, VK_KL_PASS).of_both_drawn();
 }
 
 }  // namespace

@@ -136,6 +136,7 @@ struct Keywords {
 // Calls that leave every option but a number of free bits at its default, as most do: what their arguments
 // have to fulfil is little, and is looked at here instead of in Python, which took a third of a small call.
 // Anything else, mistakes included, gives None, and the caller goes the long way, which knows what to say.
+// The options come as tuples, so that the caller hands them on as they are.
 
 const Tensor* tensor_of(PyObject* x) { return THPVariable_Check(x) ? &THPVariable_Unpack(x) : nullptr; }
 
@@ -179,6 +180,44 @@ bool read_axis(PyObject* x, const Tensor& t, int64_t& axis) {
   return axis >= -t.dim() && axis < t.dim() && t.size(axis) % 2 == 0;
 }
 
+// Options at their defaults. By identity, except for strings: comparing a tensor with None takes 50 us, since
+// torch raises and catches an error on the way, and True equals 1.
+bool at_defaults(PyObject* options, PyObject* defaults) {
+  if (!PyTuple_CheckExact(options) || PyTuple_GET_SIZE(options) != PyTuple_GET_SIZE(defaults)) return false;
+  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(defaults); ++i) {
+    PyObject *x = PyTuple_GET_ITEM(options, i), *usual = PyTuple_GET_ITEM(defaults, i);
+    const bool same = x == usual || (PyUnicode_CheckExact(x) && PyUnicode_CheckExact(usual) &&
+                                     PyUnicode_Compare(x, usual) == 0);
+    if (!same) return false;
+  }
+  return true;
+}
+
+// num_samples, generator, rng
+bool usual_draw(PyObject* options) {
+  static PyObject* const defaults = Py_BuildValue("(OOO)", Py_None, Py_None, Py_None);
+  return at_defaults(options, defaults);
+}
+
+// parameterization, logvar_bounds
+bool usual_scale(PyObject* options) {
+  static PyObject* const defaults = Py_BuildValue("(sO)", "logvar", Py_None);
+  return at_defaults(options, defaults);
+}
+
+// prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance, reduction,
+// parameterization, logvar_bounds, process_group
+bool usual_kl(PyObject* options) {
+  static PyObject* const defaults =
+      Py_BuildValue("(OOssiOOOssOO)", Py_None, Py_None, "batch", "floor", 1, Py_None, Py_None, Py_None,
+                    "batchmean", "logvar", Py_None, Py_None);
+  return at_defaults(options, defaults);
+}
+
+// Calls this small keep the lock of the interpreter, for some 15 us at most. Given up, it would be taken
+// again for each tensor that autograd saves, since the Python object of a tensor has to live as long.
+constexpr int64_t kElementsUnderLock = 4096;
+
 // The operator's first results, as Python has them.
 template <size_t... I, class Results>
 PyObject* first_results(Results&& results, std::index_sequence<I...>) {
@@ -193,36 +232,41 @@ PyObject* first_results(Results&& results, std::index_sequence<I...>) {
   bits, none, "batch", "floor", 1, {}, none, {}, "batchmean", false, "logvar", {}
 
 // For mu and logvar, and for packed ones: a name, how many arguments and results, what has to hold, the call.
-#define PY_SHORT(name, arguments, results, holds, op, ...)                         \
-  PyObject* name(PyObject*, PyObject* const* args, Py_ssize_t n) {                 \
-    HANDLE_TH_ERRORS                                                               \
-    static const OptTensor none;                                                   \
-    static const OptGenerator generator;                                           \
-    const Tensor *a = n == arguments ? tensor_of(args[0]) : nullptr, *b = nullptr; \
-    std::optional<double> bits;                                                    \
-    int64_t axis = 0;                                                              \
-    if (a == nullptr || !served(*a) || a->dim() == 0 || !(holds)) Py_RETURN_NONE;  \
-    auto values = [&] {                                                            \
-      const py::gil_scoped_release unlocked;                                       \
-      return call::op(__VA_ARGS__);                                                \
-    }();                                                                           \
-    return first_results(std::move(values), std::make_index_sequence<results>());  \
-    END_HANDLE_TH_ERRORS                                                           \
+#define PY_SHORT(name, arguments, results, holds, op, ...)                        \
+  PyObject* name(PyObject*, PyObject* const* args, Py_ssize_t n) {                \
+    HANDLE_TH_ERRORS                                                              \
+    static const OptTensor none;                                                  \
+    static const OptGenerator generator;                                          \
+    const Tensor* a = n == arguments ? tensor_of(args[0]) : nullptr;              \
+    [[maybe_unused]] const Tensor* b = nullptr;                                   \
+    [[maybe_unused]] int64_t axis = 0;                                            \
+    std::optional<double> bits;                                                   \
+    if (a == nullptr || !served(*a) || a->dim() == 0 || !(holds)) Py_RETURN_NONE; \
+    auto values = [&] {                                                           \
+      std::optional<py::gil_scoped_release> unlocked;                             \
+      if (!a->is_cpu() || a->numel() > kElementsUnderLock) unlocked.emplace();    \
+      return call::op(__VA_ARGS__);                                               \
+    }();                                                                          \
+    return first_results(std::move(values), std::make_index_sequence<results>()); \
+    END_HANDLE_TH_ERRORS                                                          \
   }
 #define PY_TWO ((b = tensor_of(args[1])) != nullptr && alike(*a, *b))
 #define PY_PACKED read_axis(args[1], *a, axis)
 
-PY_SHORT(short_reparameterize, 2, 1, PY_TWO, reparameterize_draw, *a, *b, generator, {}, "logvar", {})
-PY_SHORT(short_gaussian_kl, 3, 2, PY_TWO&& read_number(args[2], bits), gaussian_kl, *a, *b, none, none,
-         PY_DEFAULT_KL)
-PY_SHORT(short_sample_kl, 3, 3, PY_TWO&& read_number(args[2], bits), sample_kl_draw, *a, *b, none, none,
-         generator, {}, PY_DEFAULT_KL)
-PY_SHORT(short_reparameterize_packed, 2, 1, PY_PACKED, reparameterize_packed_draw, *a, axis, generator, {},
+#define PY_USUAL_SAMPLE usual_draw(args[2]) && usual_scale(args[3])
+#define PY_USUAL_KL read_number(args[2], bits) && usual_kl(args[3])
+
+PY_SHORT(short_reparameterize, 4, 1, PY_TWO&& PY_USUAL_SAMPLE, reparameterize_draw, *a, *b, generator, {},
          "logvar", {})
-PY_SHORT(short_gaussian_kl_packed, 3, 2, PY_PACKED&& read_number(args[2], bits), gaussian_kl_packed, *a, axis,
-         none, none, PY_DEFAULT_KL)
-PY_SHORT(short_sample_kl_packed, 3, 3, PY_PACKED&& read_number(args[2], bits), sample_kl_packed_draw, *a,
-         axis, none, none, generator, {}, PY_DEFAULT_KL)
+PY_SHORT(short_gaussian_kl, 4, 2, PY_TWO&& PY_USUAL_KL, gaussian_kl, *a, *b, none, none, PY_DEFAULT_KL)
+PY_SHORT(short_sample_kl, 5, 3, PY_TWO && PY_USUAL_KL && usual_draw(args[4]), sample_kl_draw, *a, *b, none,
+         none, generator, {}, PY_DEFAULT_KL)
+PY_SHORT(short_reparameterize_packed, 4, 1, PY_PACKED&& PY_USUAL_SAMPLE, reparameterize_packed_draw, *a, axis,
+         generator, {}, "logvar", {})
+PY_SHORT(short_gaussian_kl_packed, 4, 2, PY_PACKED&& PY_USUAL_KL, gaussian_kl_packed, *a, axis, none, none,
+         PY_DEFAULT_KL)
+PY_SHORT(short_sample_kl_packed, 5, 3, PY_PACKED && PY_USUAL_KL && usual_draw(args[4]), sample_kl_packed_draw,
+         *a, axis, none, none, generator, {}, PY_DEFAULT_KL)
 
 PyMethodDef kShort[] = {
 #define PY_ENTRY(name)                                                                                       \

@@ -17,10 +17,6 @@ struct ForwardArgs {
   std::optional<int64_t> num_samples;
 };
 
-struct Results {
-  Tensor z, kl, per_group, gate, open, rng;
-};
-
 struct KLOptions {
   std::optional<double> free_bits;
   const OptTensor& free_bits_per_group;

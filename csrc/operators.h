@@ -34,25 +34,22 @@ struct Ops {
   }
   static Tensors2 reparameterize_draw(const Tensor& mu, const Tensor& logvar, const OptGenerator& generator,
                                       OptInt num_samples, VK_PARAM_ARGS) {
-    Results r = run_z(mu, logvar, nullptr, &generator, num_samples, VK_PARAM_PASS);
-    return {r.z, r.rng};
+    return run_z(mu, logvar, nullptr, &generator, num_samples, VK_PARAM_PASS).drawn();
   }
   static Tensors4 gaussian_kl(VK_TARGET_ARGS, VK_PRIOR_ARGS, VK_KL_ARGS) {
-    Results r = run(mu, logvar, prior_mu, prior_logvar, false, true, nullptr, nullptr, {}, VK_KL_PASS);
-    return {r.kl, r.per_group, r.gate, r.open};
+    return run(mu, logvar, prior_mu, prior_logvar, false, true, nullptr, nullptr, {}, VK_KL_PASS).of_kl();
   }
   static Tensors5 sample_kl(const Tensor& mu, const Tensor& logvar, const Tensor& rng,
                             const OptTensor& prior_mu, const OptTensor& prior_logvar, OptInt num_samples,
                             VK_KL_ARGS) {
-    Results r = run(mu, logvar, prior_mu, prior_logvar, true, true, &rng, nullptr, num_samples, VK_KL_PASS);
-    return {r.z, r.kl, r.per_group, r.gate, r.open};
+    return run(mu, logvar, prior_mu, prior_logvar, true, true, &rng, nullptr, num_samples, VK_KL_PASS)
+        .of_both();
   }
   static Tensors6 sample_kl_draw(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
                                  const OptTensor& prior_logvar, const OptGenerator& generator,
                                  OptInt num_samples, VK_KL_ARGS) {
-    Results r =
-        run(mu, logvar, prior_mu, prior_logvar, true, true, nullptr, &generator, num_samples, VK_KL_PASS);
-    return {r.z, r.kl, r.per_group, r.gate, r.open, r.rng};
+    return run(mu, logvar, prior_mu, prior_logvar, true, true, nullptr, &generator, num_samples, VK_KL_PASS)
+        .of_both_drawn();
   }
 
   static Tensor reparameterize_packed(const Tensor& moments, int64_t dim, const Tensor& rng,
@@ -98,7 +95,7 @@ struct Ops {
     backward_into<Backend>(BackwardArgs{grad_z, grad_kl, grad_kl_per_group, mu, logvar, rng, prior_mu,
                                         prior_logvar, gate, open, prior_grads},
                            BackwardOptions{clamp, VK_LAYOUT_PASS}, VK_PARAM_PASS, g);
-    return {g.mu, g.logvar, g.prior_mu, g.prior_logvar};
+    return {std::move(g.mu), std::move(g.logvar), std::move(g.prior_mu), std::move(g.prior_logvar)};
   }
   static Tensors3 latent_backward_packed(const OptTensor& grad_z, const OptTensor& grad_kl,
                                          const OptTensor& grad_kl_per_group, const Tensor& moments,
@@ -117,7 +114,7 @@ struct Ops {
     backward_into<Backend>(BackwardArgs{grad_z, grad_kl, grad_kl_per_group, mu, logvar, rng, prior_mu,
                                         prior_logvar, gate, open, prior_grads},
                            BackwardOptions{clamp, VK_LAYOUT_PASS}, VK_PARAM_PASS, g);
-    return {grad, g.prior_mu, g.prior_logvar};
+    return {std::move(grad), std::move(g.prior_mu), std::move(g.prior_logvar)};
   }
 };
 

@@ -30,6 +30,22 @@ using Tensors4 = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using Tensors5 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Tensors6 = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
+// What a forward operator computes.
+struct Results {
+  Tensor z, kl, per_group, gate, open, rng;
+
+  // What each kind of operator returns of them; moved, as every copy counts a reference up and down.
+  Tensors2 drawn() && { return {std::move(z), std::move(rng)}; }
+  Tensors4 of_kl() && { return {std::move(kl), std::move(per_group), std::move(gate), std::move(open)}; }
+  Tensors5 of_both() && {
+    return {std::move(z), std::move(kl), std::move(per_group), std::move(gate), std::move(open)};
+  }
+  Tensors6 of_both_drawn() && {
+    return {std::move(z),    std::move(kl),   std::move(per_group),
+            std::move(gate), std::move(open), std::move(rng)};
+  }
+};
+
 // The parts of the schemas that several operators share; the macros below keep their order in one place.
 #define VK_PARAM_SCHEMA "str parameterization=\"logvar\", float[]? logvar_bounds=None"
 #define VK_LAYOUT_SCHEMA                                                                 \

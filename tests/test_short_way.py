@@ -51,6 +51,10 @@ def test_both_ways_give_the_same_bits(name, dtype, grad, device, monkeypatch):
         assert torch.equal(a, b) and a.dtype == b.dtype and a.requires_grad == b.requires_grad
 
 
+# The options at their defaults, in the order in which the short way is given them.
+KL = (None, None, "batch", "floor", 1, None, None, None, "batchmean", "logvar", None, None)
+DRAW = (None, None, None)
+
 ODD = {
     "another dtype": lambda t: (t, t.double(), 0.3),
     "another shape": lambda t: (t, t[:, :1], 0.3),
@@ -67,12 +71,29 @@ ODD = {
 
 @pytest.mark.parametrize("name", ODD)
 def test_what_it_does_not_serve_it_leaves_alone(name, kernels):
-    assert _native.C.short_sample_kl(*ODD[name](torch.randn(3, 4))) is None
+    assert _native.C.short_sample_kl(*ODD[name](torch.randn(3, 4)), KL, DRAW) is None
 
 
 @pytest.mark.parametrize("dim", [2, -3, 0, 2**70, 1.0, None])
 def test_a_bad_axis_of_packed_moments_is_left_alone(dim, kernels):
-    assert _native.C.short_sample_kl_packed(torch.randn(3, 8), dim, None) is None
+    assert _native.C.short_sample_kl_packed(torch.randn(3, 8), dim, None, KL, DRAW) is None
+
+
+@pytest.mark.parametrize("place", range(len(KL) + len(DRAW)))
+@pytest.mark.parametrize(
+    "value", [2, True, "sum", (), torch.ones(3)], ids=["int", "bool", "str", "tuple", "tensor"]
+)
+def test_an_option_of_another_value_is_left_alone(place, value, kernels):
+    mu, given = torch.randn(3, 4), [*KL, *DRAW]
+    assert _native.C.short_sample_kl(mu, mu, None, KL, DRAW) is not None
+    given[place] = value
+    assert _native.C.short_sample_kl(mu, mu, None, tuple(given[: len(KL)]), tuple(given[len(KL) :])) is None
+
+
+def test_a_string_counts_by_its_letters(kernels):
+    mu = torch.randn(3, 4)
+    made = tuple("".join(list(x)) if isinstance(x, str) else x for x in KL)
+    assert made[2] is not KL[2] and _native.C.short_gaussian_kl(mu, mu, None, made) is not None
 
 
 OTHERS = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor
@@ -26,17 +26,8 @@ class SampleKL(NamedTuple):
     """the rates, unclamped and differentiable; log these, and build other objectives from them"""
 
 
-# The options of a call that `short_entry` serves. Tensors among the arguments are asked for with `is` before
-# the rest is compared: a tensor == None takes 50 us, since torch raises and catches an error on the way.
-_SAMPLE_DEFAULTS = (None, None, None, "logvar", None)
-_KL_DEFAULTS = (None, None, "batch", "floor", 1, None, None, None, "batchmean", "logvar", None, None)
-
-
-def _usual_kl(given: tuple[Any, ...]) -> bool:
-    """Whether the options of a KL, in the order of `_KL_DEFAULTS`, are those."""
-    prior_mu, weight, batch_dims = given[0], given[6], given[4]
-    usual = prior_mu is None and weight is None and given == _KL_DEFAULTS
-    return usual and type(batch_dims) is int  # and not True
+# What NamedTuple puts in front of this, a function in Python, takes three times as long.
+_new_tuple = tuple.__new__
 
 
 def rng_state(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -85,13 +76,10 @@ def reparameterize(
         TypeError, ValueError: shapes, dtypes or devices that differ, an unknown string, a bad state.
     """
     short = short_entry()
-    if (
-        short is not None
-        and rng is None
-        and (num_samples, generator, rng, parameterization, logvar_bounds) == _SAMPLE_DEFAULTS
-        and (drawn := short.short_reparameterize(mu, logvar)) is not None
-    ):
-        return cast(Tensor, drawn)
+    if short is not None:
+        draw, scale = (num_samples, generator, rng), (parameterization, logvar_bounds)
+        if (drawn := short.short_reparameterize(mu, logvar, draw, scale)) is not None:
+            return cast(Tensor, drawn)
     _checks.check_pair("mu", mu, "logvar", logvar)
     options = sample_options(mu, num_samples, generator, rng, parameterization, logvar_bounds)
     entry = entry_for(mu)
@@ -119,13 +107,10 @@ def reparameterize_packed(
     An odd size along `dim` is a ValueError; everything else is as in `reparameterize`.
     """
     short = short_entry()
-    if (
-        short is not None
-        and rng is None
-        and (num_samples, generator, rng, parameterization, logvar_bounds) == _SAMPLE_DEFAULTS
-        and (drawn := short.short_reparameterize_packed(moments, dim)) is not None
-    ):
-        return cast(Tensor, drawn)
+    if short is not None:
+        draw, scale = (num_samples, generator, rng), (parameterization, logvar_bounds)
+        if (drawn := short.short_reparameterize_packed(moments, dim, draw, scale)) is not None:
+            return cast(Tensor, drawn)
     _checks.packed_shape(moments, dim)
     options = sample_options(moments, num_samples, generator, rng, parameterization, logvar_bounds)
     entry = entry_for(moments)
@@ -249,15 +234,11 @@ def gaussian_kl(
             device; a bad one gives a NaN loss.
     """
     given = (
-        *(prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance),
-        *(reduction, parameterization, logvar_bounds, process_group),
-    )
+        prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance, reduction,
+        parameterization, logvar_bounds, process_group,
+    )  # fmt: skip
     short = short_entry()
-    if (
-        short is not None
-        and _usual_kl(given)
-        and (out := short.short_gaussian_kl(mu, logvar, free_bits)) is not None
-    ):
+    if short is not None and (out := short.short_gaussian_kl(mu, logvar, free_bits, given)) is not None:
         return (out[0], out[1]) if return_per_group else out[0]
     _checks.check_pair("mu", mu, "logvar", logvar)
     options, shared = kl_options("mu", mu, mu.shape, free_bits, *given)
@@ -335,14 +316,13 @@ def gaussian_kl_packed(
     `gaussian_kl`.
     """
     given = (
-        *(prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance),
-        *(reduction, parameterization, logvar_bounds, process_group),
-    )
+        prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance, reduction,
+        parameterization, logvar_bounds, process_group,
+    )  # fmt: skip
     short = short_entry()
     if (
         short is not None
-        and _usual_kl(given)
-        and (out := short.short_gaussian_kl_packed(moments, dim, free_bits)) is not None
+        and (out := short.short_gaussian_kl_packed(moments, dim, free_bits, given)) is not None
     ):
         return (out[0], out[1]) if return_per_group else out[0]
     shape = _checks.packed_shape(moments, dim)
@@ -388,18 +368,14 @@ def sample_kl(
         TypeError, ValueError: as `reparameterize` and `gaussian_kl`.
     """
     given = (
-        *(prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance),
-        *(reduction, parameterization, logvar_bounds, process_group),
-    )
+        prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance, reduction,
+        parameterization, logvar_bounds, process_group,
+    )  # fmt: skip
     short = short_entry()
-    if (
-        short is not None
-        and rng is None
-        and (num_samples, generator) == (None, None)
-        and _usual_kl(given)
-        and (out := short.short_sample_kl(mu, logvar, free_bits)) is not None
-    ):
-        return SampleKL._make(out)
+    if short is not None:
+        draw = (num_samples, generator, rng)
+        if (out := short.short_sample_kl(mu, logvar, free_bits, given, draw)) is not None:
+            return _new_tuple(SampleKL, out)
     _checks.check_pair("mu", mu, "logvar", logvar)
     options, shared = kl_options("mu", mu, mu.shape, free_bits, *given)
     if num_samples is not None:
@@ -445,18 +421,14 @@ def sample_kl_packed(
     `sample_kl`.
     """
     given = (
-        *(prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance),
-        *(reduction, parameterization, logvar_bounds, process_group),
-    )
+        prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance, reduction,
+        parameterization, logvar_bounds, process_group,
+    )  # fmt: skip
     short = short_entry()
-    if (
-        short is not None
-        and rng is None
-        and (num_samples, generator) == (None, None)
-        and _usual_kl(given)
-        and (out := short.short_sample_kl_packed(moments, dim, free_bits)) is not None
-    ):
-        return SampleKL._make(out)
+    if short is not None:
+        draw = (num_samples, generator, rng)
+        if (out := short.short_sample_kl_packed(moments, dim, free_bits, given, draw)) is not None:
+            return _new_tuple(SampleKL, out)
     shape = _checks.packed_shape(moments, dim)
     options, shared = kl_options("moments", moments, shape, free_bits, *given)
     if num_samples is not None:
