@@ -88,9 +88,12 @@ class BackwardJob {
       const bool open = p_.clamp != Clamp::batch || !std::signbit(gate[g]);
       if (grad_kl_ && scalar && !by_row_ && open) s += gain;
     }
-    // Where whole rows fit a tile, the numbers of a tile repeat: written out once, they are read in place.
-    if (m_.kind != Matrix::Kind::runs && p_.G < kTile && kTile % p_.G == 0)
-      while (shared_.size() < kTile) shared_.push_back(shared_[shared_.size() - static_cast<size_t>(p_.G)]);
+    // Where whole rows fit a tile, the numbers of a whole tile repeat: written out once, they are read in
+    // place.
+    if (m_.kind != Matrix::Kind::runs && p_.G < kTile && kTile % p_.G == 0 && p_.numel() >= kTile) {
+      shared_.resize(kTile);
+      for (int64_t n = p_.G; n < kTile; n *= 2) std::copy_n(shared_.begin(), n, shared_.begin() + n);
+    }
   }
 
   bool open(int64_t b, int64_t g) const {

@@ -87,7 +87,8 @@ class ForwardJob {
   void run(int64_t begin, int64_t end) {
     State state;
     if (p_.has_kl && m_.kind != Matrix::Kind::runs) {
-      const size_t width = static_cast<size_t>(folded_ ? kTile : chunks_.col_step);
+      const size_t width =
+          static_cast<size_t>(folded_ ? std::min<int64_t>(kTile, p_.numel()) : chunks_.col_step);
       state.sum.resize(width);
       state.total.resize(width);
     }
@@ -132,7 +133,8 @@ class ForwardJob {
       double* out = &columns_[static_cast<size_t>(index / chunks_.across * p_.G + c.col0)];
       const int64_t width = c.col1 - c.col0;
       std::fill_n(out, width, 0.0);
-      for (int64_t j = 0; j < (folded_ ? kTile : width); j += width) {
+      const int64_t sums = static_cast<int64_t>(state.total.size());
+      for (int64_t j = 0; j < (folded_ ? sums : width); j += width) {
         double* total = &state.total[static_cast<size_t>(j)];
         for (int64_t i = 0; i < width; ++i) out[i] += total[i];
         std::fill_n(total, width, 0.0);
