@@ -23,6 +23,7 @@ class BackwardJob {
   explicit BackwardJob(const Backward& call)
       : p_(call),
         m_(matrix_of(call)),
+        chunk_(chunk_size(call.K)),
         in_(call, m_),
         kl_used_(call.has_kl && (call.grad_kl || call.grad_kl_per_group)),
         mode_(!kl_used_ ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
@@ -41,8 +42,8 @@ class BackwardJob {
 
   void operator()(Parallel parallel) {
     if (p_.numel() == 0) return;
-    run_chunks(*this, (p_.numel() + kChunk - 1) / kChunk,
-               std::min(p_.numel(), kChunk) * std::max<int64_t>(p_.K, 1), parallel);
+    run_chunks(*this, (p_.numel() + chunk_ - 1) / chunk_,
+               std::min(p_.numel(), chunk_) * std::max<int64_t>(p_.K, 1), parallel);
   }
 
   void run(int64_t begin, int64_t end) {
@@ -51,8 +52,8 @@ class BackwardJob {
       std::fill_n(state.sum, kTile, R(0));
       std::fill_n(state.noise, kTile, R(0));
     }
-    const int64_t stop = std::min(p_.numel(), end * kChunk);
-    for (int64_t i = begin * kChunk; i < stop; i += kTile)
+    const int64_t stop = std::min(p_.numel(), end * chunk_);
+    for (int64_t i = begin * chunk_; i < stop; i += kTile)
       tile(i, static_cast<int>(std::min<int64_t>(kTile, stop - i)), state);
   }
 
@@ -185,6 +186,7 @@ class BackwardJob {
 
   const Backward& p_;
   const Matrix m_;
+  const int64_t chunk_;  // elements of one
   const Inputs<R> in_;
   const bool kl_used_;
   const Mode mode_;

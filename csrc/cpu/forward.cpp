@@ -45,7 +45,7 @@ class ForwardJob {
   explicit ForwardJob(const Forward& call)
       : p_(call),
         m_(matrix_of(call)),
-        chunks_(chunks_of(m_, call.clamp == Clamp::sample)),
+        chunks_(chunks_of(m_, call.clamp == Clamp::sample, call.K)),
         in_(call, m_),
         mode_(!call.has_kl ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
         draws_(call.z != nullptr && call.K == 1),

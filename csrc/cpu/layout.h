@@ -46,6 +46,11 @@ struct Chunk {
 
 inline constexpr int64_t kChunk = 16384;
 
+// Elements of a chunk, each of which is worked on for all K samples.
+inline int64_t chunk_size(int64_t K) {
+  return std::max<int64_t>(kTile, kChunk / std::max<int64_t>(K, 1) / kTile * kTile);
+}
+
 struct Chunks {
   int64_t rows, cols;  // of the matrix
   int64_t unit;        // rows that belong together: no chunk crosses a multiple of it
@@ -63,22 +68,23 @@ struct Chunks {
 };
 
 // `bits`: the chunk's cells are written as packed bits, so it starts on a whole byte.
-inline Chunks chunks_of(const Matrix& m, bool bits) {
+inline Chunks chunks_of(const Matrix& m, bool bits, int64_t K) {
   Chunks c{m.rows, m.cols, std::max<int64_t>(m.rows, 1), 0, m.cols, 1, 1};
-  c.row_step = std::max<int64_t>(1, kChunk / std::max<int64_t>(m.cols, 1));
+  const int64_t size = chunk_size(K);
+  c.row_step = std::max<int64_t>(1, size / std::max<int64_t>(m.cols, 1));
   if (m.kind == Matrix::Kind::columns) {
     if (m.cols > kTile && !(bits && m.cols % 8 != 0)) {
       // Tall chunks of one tile's width: their sums stay in the first-level cache and are few.
       c.col_step = kTile;
-      c.row_step = 64;
+      c.row_step = 2 * size / kTile;
     }
     c.row_step = (c.row_step + 7) / 8 * 8;
   } else if (m.kind == Matrix::Kind::strips) {
     c.unit = c.row_step >= m.inner ? c.row_step / m.inner * m.inner : m.inner;
     c.row_step = std::min(c.row_step, c.unit);
     if (c.unit != m.inner) c.row_step = c.unit;
-  } else if (m.cols > kChunk) {
-    c.col_step = kChunk;
+  } else if (m.cols > size) {
+    c.col_step = size;
   }
   c.per_unit = (c.unit + c.row_step - 1) / c.row_step;
   c.across = m.cols == 0 ? 1 : (m.cols + c.col_step - 1) / c.col_step;
