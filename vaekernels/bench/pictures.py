@@ -48,7 +48,7 @@ def plot(rows: Sequence[Row], folder: Path, described: dict[str, str]) -> list[P
         with pyplot.rc_context({"font.size": TEXT, "svg.hashsalt": name}):
             figure = draw(chosen)
             figure.supxlabel(
-                ", ".join(filter(None, described.values())),
+                ", ".join(f"{key} {value}" for key, value in described.items() if value),
                 fontsize=TEXT - 1.5,
                 color="#555555",
                 x=0.01,
