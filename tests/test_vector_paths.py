@@ -90,3 +90,33 @@ def test_without_fma_the_numbers_agree(run):
     error = np.abs(z - ours.z.numpy().ravel()) / (1.0 + np.exp(0.5 * tensors[1].numpy().ravel()))
     assert error.max() <= 1e-5
     np.testing.assert_allclose(rate, ours.kl_per_group.numpy(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize(("parameterization", "far"), [("logvar", 88.0), ("log_std", 44.0)])
+def test_the_loop_for_near_log_variances_gives_the_bits_of_that_for_all(parameterization, far, prior, dtype):
+    """Tiles of 512 elements are computed by the one or by the other: of three tiles, the middle one has a
+    log-variance that the first loop leaves to the second."""
+    require_kernels("cpu")
+    state = torch.tensor(STATE)
+    tensors = [torch.randn(24, 64), torch.randn(24, 64)]
+    if prior:
+        tensors += [torch.randn(24, 64), torch.randn(24, 64)]
+    tensors = [t.to(dtype) for t in tensors]
+    with_far = [t.clone() for t in tensors]
+    with_far[3 if prior else 1][12, 5] = far
+    keep = torch.ones(24, 64, dtype=torch.bool)
+    keep[12, 5] = False
+
+    def results(given: list[torch.Tensor], bounds: tuple[float, float] | None) -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in given]
+        options = {"reduction": "elementwise", "parameterization": parameterization, "logvar_bounds": bounds}
+        z, kl, _ = vk.sample_kl(*leaves, rng=state, **options)
+        loss = (z.float() * torch.linspace(-1, 1, 64)).sum() + kl[keep].sum()
+        return [z, kl, *torch.autograd.grad(loss, leaves)]
+
+    near = results(tensors, None)
+    for other in (results(with_far, None), results(tensors, (-500.0, 500.0))):
+        for one, two in zip(near, other, strict=True):
+            assert torch.equal(one[keep], two[keep])

@@ -121,8 +121,9 @@ struct TileInputs {
 };
 
 // The loops of a tile come in two kinds. `Near` is for log-variances within +-87 and no bounds on them, which
-// is nearly every call, and has a quarter fewer instructions. It looks at what it reads and returns false
-// where the other kind has to do the tile again. Both give the same bits.
+// is nearly every call, and does without five clamps, which share the ports of the products that bound the
+// loop. It looks at what it reads and returns false where the other kind has to do the tile again. Both give
+// the same bits.
 template <Param P, class R>
 inline constexpr bool kHasNear = sizeof(R) == 4 && !kHoldsSd<P>;
 
