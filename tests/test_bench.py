@@ -272,7 +272,7 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     ],
 )
 def test_pictures_say_what_they_show(drawn: dict[str, str], name: str, texts: list[str]) -> None:
-    for text in [*texts, "a machine"]:
+    for text in [*texts, "device a machine"]:
         assert f"<!-- {text} -->" in drawn[name], text
 
 
