@@ -11,11 +11,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import importlib.util
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,8 @@ from torch.distributions import kl_divergence
 
 import vaekernels as vk
 from vaekernels import bench
-from vaekernels.bench.measure import interleaved, spread
+from vaekernels.bench.measure import interleaved, spread, timed
+from vaekernels.bench.report import write_csv
 from vaekernels.integrations import diffusers as fused_diffusers
 from vaekernels.integrations import pyro as fused_pyro
 from vaekernels.integrations import pythae as fused_pythae
@@ -251,18 +250,6 @@ CASES = {
 }
 
 
-def timed(step: Step) -> Callable[[int], float]:
-    """Seconds of a step, which is run so many times."""
-
-    def timing(repeat: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeat):
-            step()
-        return (time.perf_counter() - start) / repeat
-
-    return timing
-
-
 def timings(rounds: int) -> Iterator[Timing]:
     for library, (package, cases) in CASES.items():
         torch.manual_seed(0)
@@ -301,10 +288,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print()
     print(table(rows))
     if options.csv:
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*asdict(rows[0]), *machine])
-            writer.writeheader()
-            writer.writerows(asdict(row) | machine for row in rows)
+        write_csv(options.csv, rows, machine)
     return 0
 
 

@@ -10,9 +10,8 @@ Backward is driven as a training step drives it, by the engine itself.
 from __future__ import annotations
 
 import argparse
-import csv
-import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,13 +19,25 @@ from torch import Tensor
 
 import vaekernels as vk
 from vaekernels.bench.cases import Case, eager
-from vaekernels.bench.measure import interleaved, run_backward, spread
-from vaekernels.bench.report import machine
+from vaekernels.bench.measure import interleaved, run_backward, spread, timed
+from vaekernels.bench.report import machine, write_csv
 
 SHAPE = (16, 8)
 FREE_BITS = 0.25
 PASSES = ("forward, no gradients", "forward", "forward and backward")
 Call = Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Microseconds; p20, median and p80 over the rounds."""
+
+    call: str
+    direction: str
+    rounds: int
+    p20: float
+    median: float
+    p80: float
 
 
 def calls() -> dict[str, Call]:
@@ -41,21 +52,18 @@ def calls() -> dict[str, Call]:
 
 
 def timing(call: Call, direction: str) -> Callable[[int], float]:
-    """Seconds of a call, which is made so many times."""
+    """Seconds of a call on tensors of its own."""
     wanted = direction != "forward, no gradients"
     mu, logvar = (torch.randn(SHAPE, requires_grad=wanted) for _ in range(2))
     grads = tuple(torch.ones_like(out) for out in call(mu, logvar))
 
-    def seconds(repeat: int) -> float:
-        start = time.perf_counter()
-        for _ in range(repeat):
-            outputs = call(mu, logvar)
-            if direction == "forward and backward":
-                mu.grad = logvar.grad = None
-                run_backward(outputs, grads, False, False, (), True, True)
-        return (time.perf_counter() - start) / repeat
+    def step() -> None:
+        outputs = call(mu, logvar)
+        if direction == "forward and backward":
+            mu.grad = logvar.grad = None
+            run_backward(outputs, grads, False, False, (), True, True)
 
-    return seconds
+    return timed(step)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,22 +73,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    rows: list[dict[str, str | float]] = []
+    rows: list[Timing] = []
     print(f"| microseconds | {' | '.join(calls())} |")
     print(f"| --- |{' ---: |' * len(calls())}")
     for direction in PASSES:
         found = interleaved({name: timing(call, direction) for name, call in calls().items()}, options.rounds)
         quantiles = {name: [1e6 * value for value in spread(values)] for name, values in found.items()}
         print(f"| {direction} | {' | '.join(f'{q[1]:.1f}' for q in quantiles.values())} |")
-        for name, (p20, median, p80) in quantiles.items():
-            times = {"p20": round(p20, 2), "median": round(median, 2), "p80": round(p80, 2)}
-            rows.append({"call": name, "pass": direction, "rounds": options.rounds, **times})
+        rows += [Timing(name, direction, len(found[name]), *q) for name, q in quantiles.items()]
     if options.csv:
-        about = machine(torch.device("cpu"))
-        with options.csv.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [*rows[0], *about])
-            writer.writeheader()
-            writer.writerows(row | about for row in rows)
+        write_csv(options.csv, rows, machine(torch.device("cpu")))
     return 0
 
 

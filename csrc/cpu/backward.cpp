@@ -11,8 +11,8 @@ template <class R>
 using BackwardTile = bool (*)(TileInputs<R>, Bounds<R>, const R*, const R*, const R*, R, R, TileGradients<R>,
                               int);
 template <class R>
-Tiles<BackwardTile<R>> backward_tiles(Param param, Mode mode, bool draw) {
-  return tiles_for<R, BackwardTile<R>>(param, mode, draw, [](auto p, auto m, auto d, auto near) {
+Tiles<BackwardTile<R>> backward_tiles(const Problem& problem, Mode mode, bool draw) {
+  return tiles_for<R, BackwardTile<R>>(problem, mode, draw, [](auto p, auto m, auto d, auto near) {
     return backward_tile<p.value, m.value, d.value, near.value, R>;
   });
 }
@@ -28,7 +28,7 @@ class BackwardJob {
         kl_used_(call.has_kl && (call.grad_kl || call.grad_kl_per_group)),
         mode_(!kl_used_ ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
         draws_(call.grad_z != nullptr && call.K == 1),
-        tiles_(backward_tiles<R>(call.param, mode_, draws_)),
+        tiles_(backward_tiles<R>(call, mode_, draws_)),
         bounds_(bounds_of<R>(call)),
         weight_(static_cast<const R*>(call.weight)),
         grad_kl_(static_cast<const R*>(call.grad_kl)),
@@ -176,7 +176,7 @@ class BackwardJob {
       R* direct = *views[i] ? views[i]->direct(begin, n) : nullptr;
       to[i] = direct ? direct : buffers[i];
     }
-    run_tile(tiles_, bounds_, [&](auto tile) {
+    run_tile(tiles_, [&](auto tile) {
       return tile(in, bounds_, sum, noise, c, static_cast<R>(p_.posterior_share),
                   static_cast<R>(p_.prior_share), TileGradients<R>{to[0], to[1], to[2], to[3]}, padded(n));
     });

@@ -15,8 +15,8 @@ constexpr int kRowsPerFlush = 64;
 template <class R>
 using ForwardTile = bool (*)(TileInputs<R>, Bounds<R>, const R*, R*, R*, int);
 template <class R>
-Tiles<ForwardTile<R>> forward_tiles(Param param, Mode mode, bool draw) {
-  return tiles_for<R, ForwardTile<R>>(param, mode, draw, [](auto p, auto m, auto d, auto near) {
+Tiles<ForwardTile<R>> forward_tiles(const Problem& problem, Mode mode, bool draw) {
+  return tiles_for<R, ForwardTile<R>>(problem, mode, draw, [](auto p, auto m, auto d, auto near) {
     return forward_tile<p.value, m.value, d.value, near.value, R>;
   });
 }
@@ -49,7 +49,7 @@ class ForwardJob {
         in_(call, m_),
         mode_(!call.has_kl ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
         draws_(call.z != nullptr && call.K == 1),
-        tiles_(forward_tiles<R>(call.param, mode_, draws_)),
+        tiles_(forward_tiles<R>(call, mode_, draws_)),
         bounds_(bounds_of<R>(call)),
         weight_(static_cast<const R*>(call.weight)),
         lambda_(static_cast<const R*>(call.free_bits_per_group)),
@@ -122,8 +122,7 @@ class ForwardJob {
         eps = normals_[0](0, begin, n, state.normals);
         if (R* direct = z_[0].direct(begin, n)) z = direct;
       }
-      run_tile(tiles_, bounds_,
-               [&](auto tile) { return tile(in, bounds_, eps, z, state.tile.kl, padded(n)); });
+      run_tile(tiles_, [&](auto tile) { return tile(in, bounds_, eps, z, state.tile.kl, padded(n)); });
       if (draws_ && z == state.tile.z) z_[0].write(begin, n, z);
       if (!draws_ && !z_.empty()) sample(in.mu, begin, n, state);
       if (p_.has_kl) reduce(c, index, begin, n, state);

@@ -25,7 +25,7 @@ Bounds<R> bounds_of(const Problem& p) {
   return {static_cast<R>(0.5 * p.lo), static_cast<R>(0.5 * p.hi)};
 }
 
-// A tile's loop in its two kinds; `near` is null where there is but one.
+// A tile's loop in its two kinds; `near` is null where it cannot serve.
 template <class Tile>
 struct Tiles {
   Tile near, far;
@@ -33,11 +33,14 @@ struct Tiles {
 
 // `make(param, mode, draw, near)`, integral constants all, gives the loop.
 template <class R, class Tile, class Make>
-Tiles<Tile> tiles_for(Param param, Mode mode, bool draw, const Make& make) {
-  return with_param(param, [&](auto p) {
+Tiles<Tile> tiles_for(const Problem& problem, Mode mode, bool draw, const Make& make) {
+  const bool bounded = problem.lo > -std::numeric_limits<double>::infinity() ||
+                       problem.hi < std::numeric_limits<double>::infinity();
+  return with_param(problem.param, [&](auto p) {
     const auto of = [&](auto m, auto d) -> Tiles<Tile> {
       Tile near = nullptr;
-      if constexpr (kHasNear<p.value, R>) near = make(p, m, d, std::true_type());
+      if constexpr (kHasNear<p.value, R>)
+        if (!bounded) near = make(p, m, d, std::true_type());
       return {near, make(p, m, d, std::false_type())};
     };
     const auto with_draw = [&](auto m) { return draw ? of(m, std::true_type()) : of(m, std::false_type()); };
@@ -47,11 +50,9 @@ Tiles<Tile> tiles_for(Param param, Mode mode, bool draw, const Make& make) {
   });
 }
 
-template <class Tile, class R, class Run>
-void run_tile(const Tiles<Tile>& tiles, const Bounds<R>& bounds, const Run& run) {
-  const bool bounded =
-      bounds.lo > -std::numeric_limits<R>::infinity() || bounds.hi < std::numeric_limits<R>::infinity();
-  if (tiles.near == nullptr || bounded || !run(tiles.near)) run(tiles.far);
+template <class Tile, class Run>
+void run_tile(const Tiles<Tile>& tiles, const Run& run) {
+  if (tiles.near == nullptr || !run(tiles.near)) run(tiles.far);
 }
 
 // Calls job.run(begin, end) over all `count` items, each of `elements` latent elements.

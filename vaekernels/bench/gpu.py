@@ -27,7 +27,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from vaekernels.bench.cases import COPY, Case, Layer, Problem
-from vaekernels.bench.measure import Row, Timer, _copy, _halves, interleaved, memory, spread, synchronize
+from vaekernels.bench.measure import (
+    Row,
+    Timer,
+    _copy,
+    _halves,
+    common_fields,
+    interleaved,
+    memory,
+    synchronize,
+)
 
 __all__ = [
     "COPY",
@@ -438,23 +447,12 @@ def _rows(
     copied = 1e6 * statistics.median(times[COPY]) / calls if COPY in times else None
     rows = []
     for name, found in times.items():
-        each = [1e6 * t / calls for t in found]
-        p20, median, p80 = spread(each)
+        common = common_fields(case, direction, name, [t / calls for t in found])
+        median = common["median"]
         of = known.get(name, NO_FACTS)
         rows.append(
             GpuRow(
-                op=case.op,
-                case=case.name,
-                model=case.model,
-                numel=case.numel,
-                dtype=str(case.dtype).removeprefix("torch."),
-                direction=direction,
-                contender=name,
-                threads=torch.get_num_threads(),
-                rounds=len(each),
-                p20=p20,
-                median=median,
-                p80=p80,
+                **common,
                 peak_bytes=of.peak_bytes if direction == "both" else None,
                 saved_bytes=of.saved_bytes if direction == "both" else None,
                 clock=way.clock,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from torch.autograd.profiler import profile
 
 from vaekernels.bench.cases import COPY, Case, Layer, Problem, contenders
 
-__all__ = ["PASSES", "Row", "interleaved", "measure", "memory", "peak_bytes", "spread"]
+__all__ = ["PASSES", "Row", "interleaved", "measure", "memory", "peak_bytes", "spread", "timed"]
 
 # One timing covers about this much work, many steps where they are small.
 SECONDS_PER_TIMING = 5e-3
@@ -130,27 +131,41 @@ def measure(
         timings[COPY] = _copy(case, direction, device)
         bytes_of = {name: memory(t) for name, t in timers.items()} if direction == "both" else {}
         for name, times in interleaved(timings, rounds).items():
-            p20, median, p80 = spread(times)
             peak, saved = bytes_of.get(name, (None, None))
-            rows.append(
-                Row(
-                    op=case.op,
-                    case=case.name,
-                    model=case.model,
-                    numel=case.numel,
-                    dtype=str(case.dtype).removeprefix("torch."),
-                    direction=direction,
-                    contender=name,
-                    threads=torch.get_num_threads(),
-                    rounds=len(times),
-                    p20=1e6 * p20,
-                    median=1e6 * median,
-                    p80=1e6 * p80,
-                    peak_bytes=peak,
-                    saved_bytes=saved,
-                )
-            )
+            common = common_fields(case, direction, name, times)
+            rows.append(Row(**common, peak_bytes=peak, saved_bytes=saved))
     return rows
+
+
+def common_fields(case: Case, direction: str, contender: str, times: list[float]) -> dict[str, Any]:
+    """A row's fields but for its bytes, from seconds of a call in each round."""
+    p20, median, p80 = (1e6 * t for t in spread(times))
+    return {
+        "op": case.op,
+        "case": case.name,
+        "model": case.model,
+        "numel": case.numel,
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "direction": direction,
+        "contender": contender,
+        "threads": torch.get_num_threads(),
+        "rounds": len(times),
+        "p20": p20,
+        "median": median,
+        "p80": p80,
+    }
+
+
+def timed(step: Callable[[], object]) -> Callable[[int], float]:
+    """Seconds of a step on the CPU, which is run so many times: what `interleaved` takes."""
+
+    def timing(repeat: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeat):
+            step()
+        return (time.perf_counter() - start) / repeat
+
+    return timing
 
 
 def spread(values: list[float]) -> tuple[float, float, float]:

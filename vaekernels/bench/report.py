@@ -59,7 +59,8 @@ def _output(command: list[str]) -> str:
 # ---- CSV -------------------------------------------------------------------------------------------------
 
 
-def write_csv(path: Path, rows: Sequence[Row], described: dict[str, str]) -> None:
+def write_csv(path: Path, rows: Sequence[Any], described: dict[str, str]) -> None:
+    """A line for each row, a `Row` or another dataclass, and behind it what the timings depend on."""
     text = io.StringIO()
     writer = csv.DictWriter(
         text, [*(f.name for f in fields(rows[0] if rows else Row)), *described], lineterminator="\n"
