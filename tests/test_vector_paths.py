@@ -120,3 +120,55 @@ def test_the_loop_for_near_log_variances_gives_the_bits_of_that_for_all(paramete
     for other in (results(with_far, None), results(tensors, (-500.0, 500.0))):
         for one, two in zip(near, other, strict=True):
             assert torch.equal(one[keep], two[keep])
+
+
+def both_passes(moments: torch.Tensor, grad_z: torch.Tensor) -> list[torch.Tensor]:
+    """z and the gradient of packed moments of z and KL together."""
+    leaf = moments.detach().requires_grad_()
+    z, kl, _ = vk.sample_kl_packed(leaf, rng=torch.tensor(STATE))
+    (grad,) = torch.autograd.grad((z, kl), leaf, (grad_z, torch.tensor(1.0)))
+    return [z.detach(), grad]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 10, 32, 50, 128])
+def test_half_precision_is_float32_rounded_as_torch_rounds(width, dtype):
+    """By the vector and one by one at a row's end: ties, subnormals, overflow and NaN."""
+    require_kernels("cpu")
+    # Where scales are small z is the mean, a number of the dtype; where they are large it is none.
+    mu = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    mu = mu[: len(mu) // width * width].reshape(-1, width)
+    logvar = torch.linspace(-24.0, 22.0, mu.numel()).to(dtype).reshape(mu.shape)
+    moments, grad_z = torch.cat([mu, logvar], 1), torch.randn(mu.shape).to(dtype)
+    exact = both_passes(moments.float(), grad_z.float())
+    for ours, wanted in zip(both_passes(moments, grad_z), exact, strict=True):
+        assert torch.isnan(wanted).any() and torch.isinf(wanted.to(dtype)).any()
+        torch.testing.assert_close(ours, wanted.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("prior", [False, True])
+@pytest.mark.parametrize("shape", [(40, 32), (40, 64), (40, 96), (9, 256), (5, 512), (3, 640), (70, 2, 4, 8)])
+def test_where_rows_lie_changes_no_bit(shape, prior, dtype):
+    """Rows in place, rows that are copied together, one row over several tiles: slices of wider tensors give
+    what tensors of their own give."""
+    require_kernels("cpu")
+    pieces = [torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(4 if prior else 2)]
+    wide = [torch.cat([torch.zeros_like(p[:, :1]), p, torch.zeros_like(p)], 1) for p in pieces]
+    grad_z = torch.randn(shape, dtype=torch.float64).to(dtype)
+
+    def results(leaves: list[torch.Tensor], given: list[torch.Tensor]) -> list[torch.Tensor]:
+        z, kl, rate = vk.sample_kl(*given, free_bits=0.25, rng=torch.tensor(STATE))
+        return [z, kl, rate, *torch.autograd.grad((z, kl), leaves, (grad_z, torch.ones_like(kl)))]
+
+    leaves = [p.clone().requires_grad_() for p in pieces]
+    sliced = [w[:, 1 : 1 + shape[1]].detach().requires_grad_() for w in wide]
+    for one, two in zip(results(leaves, leaves), results(sliced, sliced), strict=True):
+        assert torch.equal(one, two)
+    leaf = torch.cat(pieces[:2], 1).requires_grad_()
+    rest = [p.clone().requires_grad_() for p in pieces[2:]]
+    z, kl, rate = vk.sample_kl_packed(leaf, 1, *rest, free_bits=0.25, rng=torch.tensor(STATE))
+    grads = torch.autograd.grad((z, kl), [leaf, *rest], (grad_z, torch.ones_like(kl)))
+    packed = [z, kl, rate, *grads[0].chunk(2, 1), *grads[1:]]
+    for one, two in zip(results(leaves, leaves), packed, strict=True):
+        assert torch.equal(one, two)

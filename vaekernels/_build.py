@@ -31,8 +31,9 @@ BUILD_COMMAND = "vaekernels build"
 CUDA_VARIABLES = ("CUDA_HOME", "CUDA_PATH")
 # -std is ours: torch's headers ask for C++20 from 2.14 on, and no build tool is relied on to pass it.
 CXX_FLAGS = [
-    # GCC's false alarm inside torch's SmallVector is left out of -Wall.
-    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized"),
+    # Left out of -Wall: GCC's false alarm inside torch's SmallVector, and how other compilers pass wide
+    # vectors, which here only inlined functions are given.
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-Wno-psabi"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
 # at::parallel_for is a template that runs serially where its caller was compiled without OpenMP. The runtime

@@ -8,8 +8,8 @@ namespace vk::cpu {
 namespace {
 
 template <class R>
-using BackwardTile = bool (*)(TileInputs<R>, Bounds<R>, const R*, const R*, const R*, R, R, TileGradients<R>,
-                              int);
+using BackwardTile = bool (*)(const TileInputs<R>&, Bounds<R>, const R*, const R*, const R*, R, R,
+                              const TileGradients<R>&, TileShape);
 template <class R>
 Tiles<BackwardTile<R>> backward_tiles(const Problem& problem, Mode mode, bool draw) {
   return tiles_for<R, BackwardTile<R>>(problem, mode, draw, [](auto p, auto m, auto d, auto near) {
@@ -35,7 +35,9 @@ class BackwardJob {
         grad_mu_(call.grad_mu, call, m_),
         grad_scale_(call.grad_scale, call, m_),
         grad_prior_mu_(call.grad_prior_mu, call, m_),
-        grad_prior_scale_(call.grad_prior_scale, call, m_) {
+        grad_prior_scale_(call.grad_prior_scale, call, m_),
+        width_(std::min(in_.width(),
+                        width_of<R>({&grad_mu_, &grad_scale_, &grad_prior_mu_, &grad_prior_scale_}))) {
     if (call.grad_z != nullptr) normals_.emplace_back(call, call.numel());
     if (kl_used_ && call.numel() > 0) prepare_groups();
   }
@@ -149,13 +151,14 @@ class BackwardJob {
       if constexpr (std::is_same_v<T, R>) {
         if (n % kLanes == 0) return data;
       }
-      load_dense(data, buffer, n);
+      load_rows(data, 0, 1, n, buffer);
       return buffer;
     });
   }
 
   void tile(int64_t begin, int n, State& s) {
-    const TileInputs<R> in = in_.read(begin, n, mode_ == Mode::prior, s.tile);
+    const TileShape shape = shape_of(n, width_);
+    const TileInputs<R> in = in_.read(begin, n, shape.width, mode_ == Mode::prior, s.tile);
     const R *sum = s.sum, *noise = s.noise;
     if (draws_) {
       sum = read_grad_z(begin, n, s.grad_z);
@@ -171,17 +174,17 @@ class BackwardJob {
     const R* c = kl_used_ ? coefficients(begin, n, s) : s.c;
     const View<R>* views[] = {&grad_mu_, &grad_scale_, &grad_prior_mu_, &grad_prior_scale_};
     R* buffers[] = {s.grad_mu, s.grad_scale, s.grad_prior_mu, s.grad_prior_scale};
-    R* to[4];
+    Rows<R> to[4];
     for (int i = 0; i < 4; ++i) {
-      R* direct = *views[i] ? views[i]->direct(begin, n) : nullptr;
-      to[i] = direct ? direct : buffers[i];
+      if (*views[i]) to[i] = views[i]->direct(begin, n, shape.width);
+      if (!to[i].at) to[i] = {buffers[i], shape.width};
     }
     run_tile(tiles_, [&](auto tile) {
       return tile(in, bounds_, sum, noise, c, static_cast<R>(p_.posterior_share),
-                  static_cast<R>(p_.prior_share), TileGradients<R>{to[0], to[1], to[2], to[3]}, padded(n));
+                  static_cast<R>(p_.prior_share), TileGradients<R>{to[0], to[1], to[2], to[3]}, shape);
     });
     for (int i = 0; i < 4; ++i)
-      if (*views[i] && to[i] == buffers[i]) views[i]->write(begin, n, to[i]);
+      if (*views[i] && to[i].at == buffers[i]) views[i]->write(begin, n, buffers[i]);
   }
 
   const Backward& p_;
@@ -196,6 +199,7 @@ class BackwardJob {
   const R* weight_;
   const R* grad_kl_;
   const View<R> grad_mu_, grad_scale_, grad_prior_mu_, grad_prior_scale_;
+  const int width_;  // of a tile's rows
   std::vector<Normals<R>> normals_;
   bool by_row_ = false;
   R row_gain_ = 0;

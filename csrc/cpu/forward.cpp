@@ -13,7 +13,7 @@ namespace {
 constexpr int kRowsPerFlush = 64;
 
 template <class R>
-using ForwardTile = bool (*)(TileInputs<R>, Bounds<R>, const R*, R*, R*, int);
+using ForwardTile = bool (*)(const TileInputs<R>&, Bounds<R>, const R*, Rows<R>, R*, TileShape);
 template <class R>
 Tiles<ForwardTile<R>> forward_tiles(const Problem& problem, Mode mode, bool draw) {
   return tiles_for<R, ForwardTile<R>>(problem, mode, draw, [](auto p, auto m, auto d, auto near) {
@@ -49,6 +49,8 @@ class ForwardJob {
         in_(call, m_),
         mode_(!call.has_kl ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
         draws_(call.z != nullptr && call.K == 1),
+        // Samples are drawn from rows that lie one behind the other.
+        width_(call.z != nullptr && call.K != 1 ? kTile : in_.width()),
         tiles_(forward_tiles<R>(call, mode_, draws_)),
         bounds_(bounds_of<R>(call)),
         weight_(static_cast<const R*>(call.weight)),
@@ -115,16 +117,17 @@ class ForwardJob {
   void chunk(int64_t index, State& state) {
     const Chunk c = chunks_[index];
     for_tiles(m_, c, [&](int64_t begin, int n) {
-      const TileInputs<R> in = in_.read(begin, n, mode_ == Mode::prior, state.tile);
-      R* z = state.tile.z;
+      const TileShape shape = shape_of(n, width_);
+      const TileInputs<R> in = in_.read(begin, n, shape.width, mode_ == Mode::prior, state.tile);
+      Rows<R> z{state.tile.z, shape.width};
       const R* eps = nullptr;
       if (draws_) {
         eps = normals_[0](0, begin, n, state.normals);
-        if (R* direct = z_[0].direct(begin, n)) z = direct;
+        if (const Rows<R> direct = z_[0].direct(begin, n, shape.width); direct.at) z = direct;
       }
-      run_tile(tiles_, [&](auto tile) { return tile(in, bounds_, eps, z, state.tile.kl, padded(n)); });
-      if (draws_ && z == state.tile.z) z_[0].write(begin, n, z);
-      if (!draws_ && !z_.empty()) sample(in.mu, begin, n, state);
+      run_tile(tiles_, [&](auto tile) { return tile(in, bounds_, eps, z, state.tile.kl, shape); });
+      if (draws_ && z.at == state.tile.z) z_[0].write(begin, n, z.at);
+      if (!draws_ && !z_.empty()) sample(in.mu.at, begin, n, state);
       if (p_.has_kl) reduce(c, index, begin, n, state);
     });
     if (p_.has_kl && m_.kind == Matrix::Kind::columns) {
@@ -145,7 +148,7 @@ class ForwardJob {
     for (int64_t k = 0; k < p_.K; ++k) {
       const R* eps = normals_[0](k, begin, n, state.normals);
       const View<R>& z = z_[static_cast<size_t>(k)];
-      R* direct = z.direct(begin, n);
+      R* direct = z.direct(begin, n, kTile).at;
       R* to = direct ? direct : state.sampled;
       sample_tile(mu, static_cast<const R*>(state.tile.z), eps, to, padded(n));
       if (!direct) z.write(begin, n, to);
@@ -154,7 +157,7 @@ class ForwardJob {
 
   void reduce(const Chunk& c, int64_t index, int64_t begin, int n, State& state) {
     const R* kl = state.tile.kl;
-    if (p_.reduction == Reduction::elementwise) store_dense(kl, static_cast<R*>(p_.kl) + begin, n);
+    if (p_.reduction == Reduction::elementwise) std::copy_n(kl, n, static_cast<R*>(p_.kl) + begin);
     if (folded_) {
       add_columns(kl, R(1), 0, n, state);
       if (++state.rows == kRowsPerFlush) flush_columns(state);
@@ -326,6 +329,7 @@ class ForwardJob {
   const Inputs<R> in_;
   const Mode mode_;
   const bool draws_;  // in the tile's own loop
+  const int width_;   // of a tile's rows
   const Tiles<ForwardTile<R>> tiles_;
   const Bounds<R> bounds_;
   const R* weight_;
@@ -362,11 +366,8 @@ void philox_words(uint64_t seed, uint64_t offset, uint64_t first_quad, int64_t n
 }
 
 const char* isa() {
-#if VK_X86_DISPATCH
-  if (__builtin_cpu_supports("x86-64-v4")) return "avx512";
-  if (__builtin_cpu_supports("x86-64-v3")) return "avx2";
-#endif
-  return "baseline";
+  const Isa isa = best_isa();
+  return isa == Isa::avx512 ? "avx512" : isa == Isa::avx2 ? "avx2" : "baseline";
 }
 
 }  // namespace vk::cpu

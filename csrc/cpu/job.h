@@ -63,6 +63,20 @@ void run_chunks(Job& job, int64_t count, int64_t elements, Parallel parallel) {
       [](void* context, int64_t begin, int64_t end) { static_cast<Job*>(context)->run(begin, end); }, &job);
 }
 
+// The width of a tile's rows that lets most of the tensors be read and written in place.
+template <class R>
+int width_of(std::initializer_list<const View<R>*> views) {
+  int width = kTile;
+  for (const View<R>* view : views)
+    if (*view) width = std::min(width, view->width());
+  return width;
+}
+
+// A tile of n elements in rows of `width` where that goes, else in one.
+inline TileShape shape_of(int n, int width) {
+  return width < kTile && n % width == 0 ? TileShape{n / width, width} : TileShape{1, padded(n)};
+}
+
 template <class R>
 struct TileBuffers {
   R mu[kTile], scale[kTile], prior_mu[kTile], prior_scale[kTile];
@@ -76,11 +90,13 @@ struct Inputs {
   Inputs(const Problem& p, const Matrix& m)
       : mu(p.mu, p, m), scale(p.scale, p, m), prior_mu(p.prior_mu, p, m), prior_scale(p.prior_scale, p, m) {}
 
-  TileInputs<R> read(int64_t begin, int n, bool prior, TileBuffers<R>& b) const {
-    TileInputs<R> in{mu.read(begin, n, b.mu), scale.read(begin, n, b.scale), nullptr, nullptr};
+  int width() const { return width_of<R>({&mu, &scale, &prior_mu, &prior_scale}); }
+
+  TileInputs<R> read(int64_t begin, int n, int width, bool prior, TileBuffers<R>& b) const {
+    TileInputs<R> in{mu.read(begin, n, width, b.mu), scale.read(begin, n, width, b.scale), {}, {}};
     if (prior) {
-      in.prior_mu = prior_mu.read(begin, n, b.prior_mu);
-      in.prior_scale = prior_scale.read(begin, n, b.prior_scale);
+      in.prior_mu = prior_mu.read(begin, n, width, b.prior_mu);
+      in.prior_scale = prior_scale.read(begin, n, width, b.prior_scale);
     }
     return in;
   }

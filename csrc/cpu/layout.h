@@ -118,6 +118,8 @@ VK_FN decltype(auto) as_type(DType dtype, const F& f) {
   }
 }
 
+// A tensor's place in memory, element by element of z's storage. Memory is runs of `run_` elements that lie
+// side by side as they do there, one every `step_`.
 template <class R>
 class View {
  public:
@@ -127,9 +129,18 @@ class View {
     outer_ = s.b;
     inner_ = m.kind == Matrix::Kind::runs ? s.g : s.s;
     col_ = m.kind == Matrix::Kind::runs ? s.s : s.g;
-    if (m.cols == 1 || col_ == 1) run_ = m.cols;
-    if (run_ != 0 && (m.inner == 1 || inner_ == m.cols)) run_ = m.inner * m.cols;
-    if (run_ == m.inner * m.cols && (m.rows == m.inner || outer_ == run_)) run_ = m.rows * m.cols;
+    if (m.cols > 1 && col_ != 1) return;
+    const bool one_outer = m.rows == m.inner;
+    run_ = m.cols;
+    if (m.inner > 1 && inner_ != run_) {
+      if (one_outer || outer_ == m.inner * inner_) step_ = inner_;
+      return;
+    }
+    run_ *= m.inner;
+    step_ = outer_;
+    if (!one_outer && outer_ != run_) return;
+    whole_ = true;
+    run_ = step_ = m.rows * m.cols;
   }
   View(const Input& in, const Problem& p, const Matrix& m)
       : View(const_cast<void*>(in.data), in.stride, p, m) {}
@@ -137,71 +148,81 @@ class View {
 
   explicit operator bool() const { return data_ != nullptr; }
 
-  // n elements from `begin` of z's storage: the memory itself where it can be read like a tile, else
-  // `buffer`.
-  const R* read(int64_t begin, int n, R* buffer) const {
-    return as_type<R>(dtype_, [&](auto zero) -> const R* {
-      using T = decltype(zero);
-      const T* data = static_cast<const T*>(data_);
-      if (in_one_run(begin, n)) {
-        const T* from = data + offset(begin);
-        if constexpr (std::is_same_v<T, R>) {
-          if (n % kLanes == 0) return from;
-        }
-        load_dense(from, buffer, n);
-        return buffer;
-      }
-      for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
-        const T* from = data + offset(row, col);
-        if (col_ == 1)
-          load_dense(from, buffer + at, len);
+  // The width that the rows of a tile have to have for the tile to be computed in place; kTile where any will
+  // do, or none.
+  int width() const {
+    const bool rows = step_ != 0 && run_ < kTile && run_ % kLanes == 0 && kTile % run_ == 0;
+    return same_type() && rows ? static_cast<int>(run_) : kTile;
+  }
+
+  // n elements from `begin` of z's storage as rows of `width`: where they are if they can be read like a tile
+  // there, else in `buffer`.
+  Rows<const R> read(int64_t begin, int n, int width, R* buffer) const {
+    if (const Rows<R> there = direct(begin, n, width); there.at) return {there.at, there.stride};
+    as_type<R>(dtype_, [&](auto zero) {
+      const auto* data = static_cast<const decltype(zero)*>(data_);
+      for_pieces(begin, n, [&](int64_t from, int64_t stride, int at, int rows, int len) {
+        if (col_ == 1 || m_.cols == 1)
+          load_rows(data + from, stride, rows, len, buffer + at);
         else
-          for (int i = 0; i < len; ++i) buffer[at + i] = widen(from[i * col_]);
+          for (int i = 0; i < len; ++i) buffer[at + i] = widen(data[from + i * col_]);
       });
-      return buffer;
     });
+    return {buffer, width};
   }
 
   // Where a tile may be computed in place; null where it has to go through `write`.
-  R* direct(int64_t begin, int n) const {
-    const bool same = sizeof(R) == 8 || dtype_ == DType::f32;
-    return same && n % kLanes == 0 && in_one_run(begin, n) ? static_cast<R*>(data_) + offset(begin) : nullptr;
+  Rows<R> direct(int64_t begin, int n, int width) const {
+    if (!same_type() || n % kLanes != 0) return {};
+    R* data = static_cast<R*>(data_);
+    if (in_one_run(begin, n)) return {data + offset(begin), width};
+    if (run_ == width && step_ != 0 && begin % width == 0) return {data + offset(begin), step_};
+    return {};
   }
 
   void write(int64_t begin, int n, const R* from) const {
     as_type<R>(dtype_, [&](auto zero) {
-      using T = decltype(zero);
-      T* data = static_cast<T*>(data_);
-      if (in_one_run(begin, n)) {
-        store_dense(from, data + offset(begin), n);
-        return;
-      }
-      for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
-        T* to = data + offset(row, col);
-        if (col_ == 1)
-          store_dense(from + at, to, len);
+      auto* data = static_cast<decltype(zero)*>(data_);
+      for_pieces(begin, n, [&](int64_t to, int64_t stride, int at, int rows, int len) {
+        if (col_ == 1 || m_.cols == 1)
+          store_rows(from + at, data + to, stride, rows, len);
         else
-          for (int i = 0; i < len; ++i) narrow(from[at + i], to[i * col_]);
+          for (int i = 0; i < len; ++i) narrow(from[at + i], data[to + i * col_]);
       });
     });
   }
 
  private:
-  bool in_one_run(int64_t begin, int n) const {
-    return run_ != 0 && (run_ == m_.rows * m_.cols || begin % run_ + n <= run_);
-  }
+  bool same_type() const { return sizeof(R) == 8 || dtype_ == DType::f32; }
+  bool in_one_run(int64_t begin, int n) const { return whole_ || (run_ != 0 && begin % run_ + n <= run_); }
   int64_t offset(int64_t begin) const {
-    return run_ == m_.rows * m_.cols ? begin : offset(begin / m_.cols, begin % m_.cols);
+    if (whole_) return begin;
+    if (step_ != 0) return begin / run_ * step_ + begin % run_;
+    const int64_t row = begin / m_.cols;
+    return row / m_.inner * outer_ + row % m_.inner * inner_ + begin % m_.cols * col_;
   }
-  int64_t offset(int64_t row, int64_t col) const {
-    return row / m_.inner * outer_ + row % m_.inner * inner_ + col * col_;
+
+  // Calls f(offset in memory, stride, offset in the tile, rows, length of a row) for what makes up
+  // [begin, begin + n): whole runs together, what is cut off at either end, or the pieces of rows.
+  template <class F>
+  void for_pieces(int64_t begin, int n, const F& f) const {
+    const int64_t run = step_ != 0 ? run_ : m_.cols;
+    for (int at = 0; at < n;) {
+      const int64_t left = run - (begin + at) % run;
+      const int len = static_cast<int>(std::min<int64_t>(n - at, left));
+      const int rows = step_ != 0 && len == run ? (n - at) / len : 1;
+      f(offset(begin + at), step_, at, rows, len);
+      at += rows * len;
+    }
   }
 
   void* data_ = nullptr;
   DType dtype_ = DType::f32;
   Matrix m_{};
   int64_t outer_ = 0, inner_ = 0, col_ = 0;
-  int64_t run_ = 0;  // so many elements of z's storage lie side by side here as well; 0: none do
+  bool whole_ = false;  // memory is one run
+  int64_t run_ = 0;     // 0: no two elements do
+  int64_t step_ = 0;    // 0: the runs lie otherwise
 };
 
 // The normals of a tile, sample k.

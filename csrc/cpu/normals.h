@@ -15,20 +15,7 @@
 #include <utility>
 
 #include "../philox.h"
-
-// Whether the instruction set is chosen at run time; 0 compiles for that of the compiler's flags alone.
-#if !defined(VK_X86_DISPATCH)
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
-#define VK_X86_DISPATCH 1
-#else
-#define VK_X86_DISPATCH 0
-#endif
-#endif
-#if VK_X86_DISPATCH
-#include <immintrin.h>
-// Wide vectors are passed between functions, all of which are inlined.
-#pragma GCC diagnostic ignored "-Wpsabi"
-#endif
+#include "isa.h"
 
 namespace vk::cpu {
 
@@ -290,12 +277,11 @@ struct Generator {
 
 #if VK_X86_DISPATCH
 VK_GENERATOR(baseline, 4, )
-VK_GENERATOR(avx2, 8, __attribute__((target("arch=x86-64-v3"))))
-VK_GENERATOR(avx512, 16, __attribute__((target("arch=x86-64-v4"))))
+VK_GENERATOR(avx2, 8, VK_AVX2)
+VK_GENERATOR(avx512, 16, VK_AVX512)
 inline const Generator& best_generator() {
-  if (__builtin_cpu_supports("x86-64-v4")) return k_avx512;
-  if (__builtin_cpu_supports("x86-64-v3")) return k_avx2;
-  return k_baseline;
+  const Isa isa = best_isa();
+  return isa == Isa::avx512 ? k_avx512 : isa == Isa::avx2 ? k_avx2 : k_baseline;
 }
 #else
 #if !defined(VK_LANES)  // set by a test, which runs them all

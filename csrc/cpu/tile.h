@@ -8,19 +8,11 @@
 
 #include <bit>
 #include <cstdint>
-#include <cstring>
 
 #include "../gaussian.h"
 #include "../problem.h"
 #include "normals.h"
-
-// One source, three compilations, chosen at load time. Spelled as architecture levels: with single features
-// GCC leaves scalar calls and loses the fused multiply-add.
-#if VK_X86_DISPATCH
-#define VK_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define VK_CLONES
-#endif
+#include "numbers.h"
 
 // A lambda that is inlined into the clone that calls it: out of line it would be compiled for the baseline
 // only.
@@ -28,7 +20,7 @@
 
 namespace vk::cpu {
 
-inline constexpr int kLanes = 64;
+inline constexpr int kLanes = 32;
 
 // How many elements the loops below run over for n wanted ones.
 inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
@@ -40,60 +32,6 @@ VK_FN void lanes(int n, const Body& body) {
 #pragma GCC ivdep
 #pragma GCC unroll 2
   for (int i = 0; i < whole; ++i) body(i);
-}
-
-// ---- numbers in memory ----------------------------------------------------------------------------------
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-VK_FN float widen(float x) { return x; }
-VK_FN double widen(double x) { return x; }
-VK_FN float widen(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
-VK_FN float widen(Half x) {
-  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7FFFu) << 13;
-  // Multiplying by 2^112 moves the exponent over and turns subnormals into normal numbers.
-  const float scaled = std::bit_cast<float>(magnitude) * 5.192296858534828e33f;
-  const uint32_t special = magnitude | 0x7F800000u;  // inf and NaN keep their payload
-  const uint32_t bits = (x.bits & 0x7C00u) == 0x7C00u ? special : std::bit_cast<uint32_t>(scaled);
-  return std::bit_cast<float>(bits | sign);
-}
-
-VK_FN void narrow(float x, float& out) { out = x; }
-VK_FN void narrow(double x, double& out) { out = x; }
-VK_FN void narrow(float x, BFloat16& out) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint32_t even = bits + 0x7FFFu + ((bits >> 16) & 1u);
-  out.bits = static_cast<uint16_t>(x != x ? 0x7FC0u : even >> 16);
-}
-VK_FN void narrow(float x, Half& out) {
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint32_t sign = (bits >> 16) & 0x8000u, magnitude = bits & 0x7FFFFFFFu;
-  // Normal results: rebias the exponent and round to even in the integer domain; 65520 and above become inf.
-  const uint32_t normal = (magnitude - 0x38000000u + 0xFFFu + ((magnitude >> 13) & 1u)) >> 13;
-  // Subnormal results: adding 1/2 aligns the digits so that the float addition does the rounding.
-  const uint32_t small =
-      std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - std::bit_cast<uint32_t>(0.5f);
-  uint32_t half = magnitude < 0x38800000u ? small : normal;
-  half = magnitude >= 0x477FF000u ? 0x7C00u : half;
-  half = magnitude > 0x7F800000u ? 0x7E00u : half;
-  out.bits = static_cast<uint16_t>(half | sign);
-}
-
-template <class T, class R>
-VK_CLONES void load_dense(const T* __restrict from, R* __restrict to, int n) {
-#pragma GCC unroll 4
-  for (int i = 0; i < n; ++i) to[i] = widen(from[i]);
-}
-template <class T, class R>
-VK_CLONES void store_dense(const R* __restrict from, T* __restrict to, int n) {
-#pragma GCC unroll 2
-  for (int i = 0; i < n; ++i) narrow(from[i], to[i]);
 }
 
 // ---- normals ---------------------------------------------------------------------------------------------
@@ -114,9 +52,21 @@ inline void normals_of(const Words* words, int quads, double* eps) {
 
 enum class Mode { sample, standard, prior };  // no KL; the KL to N(0, I); the KL to a given Gaussian
 
+// Rows of a tile, or of what it is made from, where they lie: `stride` apart.
+template <class R>
+struct Rows {
+  R* at = nullptr;
+  int64_t stride = 0;
+  VK_FN R* operator[](int row) const { return at + row * stride; }
+};
+
+struct TileShape {
+  int rows, width;  // width: a multiple of kLanes
+};
+
 template <class R>
 struct TileInputs {
-  const R *mu, *scale, *prior_mu, *prior_scale;
+  Rows<const R> mu, scale, prior_mu, prior_scale;
   AnyRange range = {};  // here the compiler does not know its numbers, which math.h wants
 };
 
@@ -155,29 +105,38 @@ VK_FN auto bounds_for(const Bounds<R>& bounds) {
     return bounds;
 }
 
-// Draw: z = mu + sd eps at once, for the one sample that most calls want. Else the standard deviations go to
-// `z`, for sample_tile.
-template <Param P, Mode M, bool Draw, bool Near, class R>
-VK_CLONES bool forward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __restrict eps, R* __restrict z,
-                            R* __restrict kl, int n) {
-  const R* __restrict mu = in.mu;
-  const R* __restrict s = in.scale;
-  const R* __restrict prior_mu = in.prior_mu;
-  const R* __restrict prior_s = in.prior_scale;
-  const auto b = bounds_for<Near>(bounds);
-  const auto range = range_of<Near>(in);
-  LargestScale largest;
-  lanes(n, [&](int i) VK_LAMBDA {
+// The pointers of a row are parameters of a function, since only there does the compiler heed `restrict`.
+template <Param P, Mode M, bool Draw, bool Near, class R, class B, class Range>
+VK_FN void forward_row(const R* __restrict mu, const R* __restrict s, const R* __restrict prior_mu,
+                       const R* __restrict prior_s, const R* __restrict eps, R* __restrict z,
+                       R* __restrict kl, int width, const B& bounds, const Range& range,
+                       LargestScale& largest) {
+  lanes(width, [&](int i) VK_LAMBDA {
     if constexpr (Near) {
       largest.see(s[i]);
       if constexpr (M == Mode::prior) largest.see(prior_s[i]);
     }
-    const Posterior<R> q = posterior_of<P>(scale_of<P>(s[i]), b, range);
+    const Posterior<R> q = posterior_of<P>(scale_of<P>(s[i]), bounds, range);
     z[i] = Draw ? mu[i] + q.sd * eps[i] : q.sd;
     if constexpr (M == Mode::standard) kl[i] = kl_standard(mu[i], q.excess);
     if constexpr (M == Mode::prior)
       kl[i] = kl_prior(prior_of<P>(mu[i], q.x, prior_mu[i], scale_of<P>(prior_s[i]), range));
   });
+}
+
+// Draw: z = mu + sd eps at once, for the one sample that most calls want. Else the standard deviations go to
+// `z`, for sample_tile.
+template <Param P, Mode M, bool Draw, bool Near, class R>
+VK_CLONES bool forward_tile(const TileInputs<R>& in, Bounds<R> bounds, const R* eps, Rows<R> z, R* kl,
+                            TileShape shape) {
+  const auto b = bounds_for<Near>(bounds);
+  const auto range = range_of<Near>(in);
+  LargestScale largest;
+  for (int row = 0; row < shape.rows; ++row) {
+    const int at = row * shape.width;
+    forward_row<P, M, Draw, Near>(in.mu[row], in.scale[row], in.prior_mu[row], in.prior_scale[row], eps + at,
+                                  z[row], kl + at, shape.width, b, range, largest);
+  }
   return !Near || largest.near<P>();
 }
 
@@ -199,27 +158,17 @@ VK_CLONES void add_noise_tile(const R* __restrict grad_z, const R* __restrict ep
 
 template <class R>
 struct TileGradients {
-  R *mu, *scale, *prior_mu, *prior_scale;
+  Rows<R> mu, scale, prior_mu, prior_scale;
 };
 
-// In: the sums over samples of grad_z and of grad_z eps; c, the gradient of the loss with respect to each
-// element's KL. Draw: of one sample, and `noise` holds eps itself.
-template <Param P, Mode M, bool Draw, bool Near, class R>
-VK_CLONES bool backward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __restrict sum,
-                             const R* __restrict noise, const R* __restrict c, R posterior_share,
-                             R prior_share, TileGradients<R> out, int n) {
-  const R* __restrict mu = in.mu;
-  const R* __restrict s = in.scale;
-  const R* __restrict prior_mu = in.prior_mu;
-  const R* __restrict prior_s = in.prior_scale;
-  R* __restrict grad_mu = out.mu;
-  R* __restrict grad_s = out.scale;
-  R* __restrict grad_prior_mu = out.prior_mu;
-  R* __restrict grad_prior_s = out.prior_scale;
-  const auto b = bounds_for<Near>(bounds);
-  const auto range = range_of<Near>(in);
-  LargestScale largest;
-  lanes(n, [&](int i) VK_LAMBDA {
+template <Param P, Mode M, bool Draw, bool Near, class R, class B, class Range>
+VK_FN void backward_row(const R* __restrict mu, const R* __restrict s, const R* __restrict prior_mu,
+                        const R* __restrict prior_s, const R* __restrict sum, const R* __restrict noise,
+                        const R* __restrict c, R* __restrict grad_mu, R* __restrict grad_s,
+                        R* __restrict grad_prior_mu, R* __restrict grad_prior_s, R posterior_share,
+                        R prior_share, int width, const B& bounds, const Range& range,
+                        LargestScale& largest) {
+  lanes(width, [&](int i) VK_LAMBDA {
     if constexpr (Near) {
       largest.see(s[i]);
       if constexpr (M == Mode::prior) largest.see(prior_s[i]);
@@ -227,20 +176,38 @@ VK_CLONES bool backward_tile(TileInputs<R> in, Bounds<R> bounds, const R* __rest
     const R grad_sd = Draw ? sum[i] * noise[i] : noise[i];
     if constexpr (M == Mode::prior) {
       const ElementGradients<R> g =
-          gradients_prior<P>(mu[i], s[i], prior_mu[i], prior_s[i], b, sum[i], grad_sd, c[i] * posterior_share,
-                             c[i] * prior_share, range);
+          gradients_prior<P>(mu[i], s[i], prior_mu[i], prior_s[i], bounds, sum[i], grad_sd,
+                             c[i] * posterior_share, c[i] * prior_share, range);
       grad_mu[i] = g.mu;
       grad_s[i] = g.scale;
       grad_prior_mu[i] = g.prior_mu;
       grad_prior_s[i] = g.prior_scale;
     } else {
-      const ElementGradients<R> g = M == Mode::sample
-                                        ? gradients_sample<P>(s[i], b, sum[i], grad_sd, range)
-                                        : gradients_standard<P>(mu[i], s[i], b, sum[i], grad_sd, c[i], range);
+      const ElementGradients<R> g =
+          M == Mode::sample ? gradients_sample<P>(s[i], bounds, sum[i], grad_sd, range)
+                            : gradients_standard<P>(mu[i], s[i], bounds, sum[i], grad_sd, c[i], range);
       grad_mu[i] = g.mu;
       grad_s[i] = g.scale;
     }
   });
+}
+
+// In: the sums over samples of grad_z and of grad_z eps; c, the gradient of the loss with respect to each
+// element's KL. Draw: of one sample, and `noise` holds eps itself.
+template <Param P, Mode M, bool Draw, bool Near, class R>
+VK_CLONES bool backward_tile(const TileInputs<R>& in, Bounds<R> bounds, const R* sum, const R* noise,
+                             const R* c, R posterior_share, R prior_share, const TileGradients<R>& out,
+                             TileShape shape) {
+  const auto b = bounds_for<Near>(bounds);
+  const auto range = range_of<Near>(in);
+  LargestScale largest;
+  for (int row = 0; row < shape.rows; ++row) {
+    const int at = row * shape.width;
+    backward_row<P, M, Draw, Near>(in.mu[row], in.scale[row], in.prior_mu[row], in.prior_scale[row], sum + at,
+                                   noise + at, c + at, out.mu[row], out.scale[row], out.prior_mu[row],
+                                   out.prior_scale[row], posterior_share, prior_share, shape.width, b, range,
+                                   largest);
+  }
   return !Near || largest.near<P>();
 }
 
