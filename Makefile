@@ -7,6 +7,7 @@
 #   make bench         the speed table
 #   make install-matrix  installs the package in every way, in fresh environments (20 minutes, 10 GB, a registry)
 #   make instructions  counts the CPU kernels' instructions per element (needs valgrind)
+#   make predicted-cycles  what llvm-mca expects of those loops on other processors
 #   make sass          the CUDA kernels' instructions, counted (needs nvcc): benchmarks/results/sass.csv
 #   make gpu-check     everything that a GPU can tell about the kernels; installs and downloads nothing:
 #   make gpu-bench     it and the speed on a GPU use PYTHON's own torch (make gpu-check PYTHON=/usr/bin/python3)
@@ -16,8 +17,8 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations check-slow docs install-matrix bench instructions lint types cuda-objects
-.PHONY: sass gpu-check gpu-bench build clean
+.PHONY: help demo test test-integrations check-slow docs install-matrix bench instructions predicted-cycles
+.PHONY: lint types cuda-objects sass gpu-check gpu-bench build clean
 
 PYTHON ?= python3
 OUT ?= build/gpu
@@ -100,6 +101,9 @@ install-matrix: $(ENVIRONMENT)
 
 instructions: $(BUILT)
 	$(PY) tests/instruction_counts.py
+
+predicted-cycles: $(BUILT)
+	$(PY) tests/predicted_cycles.py
 
 bench: $(BUILT)
 	$(PY) -m vaekernels bench --quick
