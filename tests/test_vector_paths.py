@@ -1,12 +1,14 @@
-"""One source, several instruction sets: z and the rates are the same bits on every CPU with FMA."""
+"""One source, several instruction sets: all results are the same bits on every CPU with FMA."""
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ ROWS, COLS = 67, 241
 STATE = (1234567890123, 40)
 # What the library's clones are compiled for, by the name that `build_info` gives the CPU.
 LEVELS = {"baseline": "x86-64", "avx2": "x86-64-v3", "avx512": "x86-64-v4"}
+# The parts of the kernels that a program needs.
+PROGRAMS = {"vector_path": ["forward"], "problems": ["forward", "backward"]}
 
 
 def inputs() -> torch.Tensor:
@@ -31,9 +35,9 @@ def inputs() -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory):
-    """run(level, tensors, lanes) -> (z, rate) from the kernels compiled for that level alone, with vectors of
-    `lanes` quads."""
+def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """build(program, level, lanes): the program on kernels compiled for that level alone, with vectors of
+    `lanes` quads; or, with None for a level, on kernels that choose at run time, as those of the library."""
     require_kernels("cpu")
     if platform.machine() != "x86_64":
         pytest.skip(f"the levels are those of x86-64, this is {platform.machine()}")
@@ -44,15 +48,33 @@ def run(tmp_path_factory: pytest.TempPathFactory):
     tests, csrc = Path(__file__).parent, _build.source_dir()
     assert csrc is not None
 
+    @functools.cache
+    def compiled(source: Path, level: str | None, lanes: int) -> str:
+        made = folder / f"{source.stem}-{level}-{lanes}.o"
+        flags = [*_build.CXX_FLAGS, f"-I{csrc}"]
+        if level is not None:
+            flags += [f"-march={LEVELS[level]}", "-DVK_X86_DISPATCH=0", f"-DVK_LANES={lanes}"]
+        subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(made)], check=True)
+        return str(made)
+
+    @functools.cache
+    def build(program: str, level: str | None, lanes: int = 4) -> Path:
+        made = folder / f"{program}-{level}-{lanes}"
+        sources = [tests / f"{program}.cpp", *(csrc / "cpu" / f"{part}.cpp" for part in PROGRAMS[program])]
+        objects = [compiled(source, level, lanes) for source in sources]
+        subprocess.run([*compiler, *objects, "-o", str(made)], check=True)
+        return made
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def run(build):
+    """run(level, tensors, lanes) -> (z, rate)."""
+
     def call(level: str, tensors: torch.Tensor, lanes: int = 4) -> tuple[np.ndarray, np.ndarray]:
-        program = folder / f"{level}-{lanes}"
-        if not program.exists():
-            flags = [*_build.CXX_FLAGS, f"-march={level}", "-DVK_X86_DISPATCH=0", f"-DVK_LANES={lanes}"]
-            flags += [f"-I{csrc}"]
-            sources = [str(tests / "vector_path.cpp"), str(csrc / "cpu" / "forward.cpp")]
-            subprocess.run([*compiler, *flags, *sources, "-o", str(program)], check=True)
         result = subprocess.run(
-            [str(program), str(ROWS), str(COLS)],
+            [str(build("vector_path", level, lanes)), str(ROWS), str(COLS)],
             input=tensors.numpy().tobytes(),
             capture_output=True,
             check=True,
@@ -76,15 +98,32 @@ def test_every_level_with_fma_gives_the_bits_of_the_library(level, lanes, run):
     if not available(level):
         pytest.skip(f"this CPU has no {level}")
     tensors = inputs()
-    z, rate = run(LEVELS[level], tensors, lanes)
+    z, rate = run(level, tensors, lanes)
     ours = vk.sample_kl(*tensors, free_bits=0.25, rng=torch.tensor(STATE))
     assert np.array_equal(z, ours.z.numpy().ravel())
     assert np.array_equal(rate, ours.kl_per_group.numpy())
 
 
+@pytest.mark.parametrize("level", ["avx2", "avx512"])
+def test_every_level_with_fma_gives_all_results_of_the_choice_at_run_time(level, build):
+    """Forward and backward, every dtype, layout and option. Where a CPU has AVX-512 this compares it, through
+    the choice that it makes, with AVX2."""
+    if not available(level):
+        pytest.skip(f"this CPU has no {level}")
+    command = ["0", "3000", "2000"]
+    chosen, alone = (
+        subprocess.run(
+            [str(build("problems", one)), *command], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        for one in (None, level)
+    )
+    assert len(chosen) == 3000
+    assert [pair for pair in zip(chosen, alone, strict=True) if pair[0] != pair[1]] == []
+
+
 def test_without_fma_the_numbers_agree(run):
     tensors = inputs()
-    z, rate = run(LEVELS["baseline"], tensors)
+    z, rate = run("baseline", tensors)
     ours = vk.sample_kl(*tensors, free_bits=0.25, rng=torch.tensor(STATE))
     # 1e-5 on the normals, which sd scales
     error = np.abs(z - ours.z.numpy().ravel()) / (1.0 + np.exp(0.5 * tensors[1].numpy().ravel()))
