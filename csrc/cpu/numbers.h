@@ -68,8 +68,8 @@ VK_CLONES void store_rows_plainly(const R* __restrict from, T* __restrict to, in
 }
 
 #if VK_X86_DISPATCH
-// The conversions in AVX2: 1.4 instructions a bfloat16, where the compiler takes 1.6, and 0.4 a float16 (5).
-// The results are the same but for what a NaN of float16 carries.
+// The conversions in AVX2. Storing a bfloat16 takes 1.4 instructions, where the compiler's takes 1.6, and a
+// float16 0.4 (5). The results are the same but for what a NaN of float16 carries.
 struct Avx2Numbers {
   VK_AVX2 VK_FN static void widen8(const BFloat16* from, float* to) {
     const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
