@@ -23,6 +23,7 @@ from instruction_counts import compiler_version
 from vaekernels import _native
 
 FILE = Path(__file__).parents[1] / "benchmarks" / "results" / "predicted-cycles.csv"
+MCA = os.environ.get("LLVM_MCA", "llvm-mca")
 COLUMNS = [
     "clone",
     "processor",
@@ -80,8 +81,7 @@ def cycles(loop: list[str], cpu: str, folder: Path) -> float:
     lines[-1] = lines[-1].split()[0] + " .L0"
     source = folder / "loop.s"
     source.write_text(".L0:\n" + "\n".join(lines) + "\n")
-    mca = os.environ.get("LLVM_MCA", "llvm-mca")
-    command = [mca, f"-mcpu={cpu}", "-iterations=200", "-mtriple=x86_64-linux-gnu", str(source)]
+    command = [MCA, f"-mcpu={cpu}", "-iterations=200", "-mtriple=x86_64-linux-gnu", str(source)]
     said = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     total = re.search(r"Total Cycles:\s+(\d+)", said)
     assert total, said
@@ -114,11 +114,10 @@ def loops(library: str) -> Iterator[Loop]:
 
 
 def main() -> int:
-    mca = os.environ.get("LLVM_MCA", "llvm-mca")
-    if _native.C is None or shutil.which(mca) is None or shutil.which("objdump") is None:
+    if _native.C is None or shutil.which(MCA) is None or shutil.which("objdump") is None:
         print("needs the compiled library, objdump (binutils) and llvm-mca (LLVM)", file=sys.stderr)
         return 2
-    version = subprocess.run([mca, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([MCA, "--version"], capture_output=True, text=True, check=True).stdout
     model = re.search(r"LLVM version (\S+)", version)
     assert model, version
     rows = []
@@ -130,7 +129,8 @@ def main() -> int:
     with open(FILE, "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(COLUMNS)
-        table.writerows((*row, compiler_version(), f"llvm-mca {model[1]}") for row in rows)
+        versions = (compiler_version(), f"llvm-mca {model[1]}")
+        table.writerows((*row, *versions) for row in rows)
     for row in rows:
         print("{:8} {:16} {:16} {:>6} {:>6}".format(*row))
     print(f"written to {FILE}")

@@ -162,7 +162,7 @@ class View {
     as_type<R>(dtype_, [&](auto zero) {
       const auto* data = static_cast<const decltype(zero)*>(data_);
       for_pieces(begin, n, [&](int64_t from, int64_t stride, int at, int rows, int len) {
-        if (col_ == 1 || m_.cols == 1)
+        if (run_ != 0)
           load_rows(data + from, stride, rows, len, buffer + at);
         else
           for (int i = 0; i < len; ++i) buffer[at + i] = widen(data[from + i * col_]);
@@ -184,7 +184,7 @@ class View {
     as_type<R>(dtype_, [&](auto zero) {
       auto* data = static_cast<decltype(zero)*>(data_);
       for_pieces(begin, n, [&](int64_t to, int64_t stride, int at, int rows, int len) {
-        if (col_ == 1 || m_.cols == 1)
+        if (run_ != 0)
           store_rows(from + at, data + to, stride, rows, len);
         else
           for (int i = 0; i < len; ++i) narrow(from[at + i], data[to + i * col_]);
