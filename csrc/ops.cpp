@@ -7,7 +7,7 @@
 #include <stdexcept>
 
 #include "cpu/latent.h"
-#include "operators.h"
+#include "launch.h"
 
 namespace vk {
 namespace {
@@ -56,8 +56,7 @@ struct CpuBackend {
   static void backward(const Backward& call, const Tensor&) { cpu::backward(call, run_parallel); }
 
   static Tensor philox_words(const Tensor& rng, int64_t n, int64_t first_quad) {
-    check_rng(rng, rng);
-    TORCH_CHECK_VALUE(n >= 0, "n must not be negative, got ", n);
+    check_words(rng, n);
     Tensor words = at::empty({n}, rng.options());
     const int64_t* state = rng.const_data_ptr<int64_t>();
     cpu::philox_words(static_cast<uint64_t>(state[0]), static_cast<uint64_t>(state[1]),
@@ -70,14 +69,6 @@ struct CpuBackend {
 
 // The shapes, dtypes and strides of what the kernels return, for symbolic sizes too.
 struct Meta {
-  using Sizes = std::vector<c10::SymInt>;
-
-  static std::pair<Tensor, Tensor> halves(const Tensor& moments, int64_t dim) {
-    const int64_t axis = at::maybe_wrap_dim(dim, moments.dim());
-    const c10::SymInt half = moments.sym_size(axis) / 2;
-    return {moments.narrow_symint(axis, 0, half), moments.narrow_symint(axis, half, half)};
-  }
-
   static Tensor state(const Tensor& like) { return at::empty({2}, like.options().dtype(at::kLong)); }
 
   static Tensor z(const Tensor& mu, const OptSymInt& num_samples) {
@@ -89,85 +80,64 @@ struct Meta {
     return at::empty_strided_symint(sizes, strides, mu.options());
   }
 
-  static Tensors4 kl(const Tensor& mu, VK_KL_ARGS) {
-    const auto options = mu.options().dtype(compute_type(mu));
-    Sizes batch, group;
-    c10::SymInt B = 1, G = 1;
-    std::vector<bool> is_group(static_cast<size_t>(mu.dim()), !group_dims.has_value());
-    if (group_dims)
-      for (const int64_t d : *group_dims)
-        is_group[static_cast<size_t>(at::maybe_wrap_dim(d, mu.dim()))] = true;
-    for (int64_t d = 0; d < mu.dim(); ++d) {
-      const c10::SymInt size = mu.sym_size(d);
-      if (d < batch_dims) {
-        batch.push_back(size);
-        B = B * size;
-      } else if (is_group[static_cast<size_t>(d)]) {
-        group.push_back(size);
-        G = G * size;
-      }
+  template <class Result, class Noise>
+  static Result latent(const Options& o, const Tensor& first, const OptTensor& second, int64_t dim,
+                       const Noise& noise, const OptTensor& prior_mu, const OptTensor& prior_logvar,
+                       bool sample, bool kl, OptSymInt num_samples, const OptTensor& weight,
+                       const OptTensor& free_bits_per_group) {
+    const Latent in = latent_of(first, second, dim, prior_mu, prior_logvar, weight);
+    const Roles roles = check_forward(in, o, kl, num_samples, free_bits_per_group);
+    const auto options = in.mu.options().dtype(compute_type(in.mu));
+    const auto empty = [&](Sizes sizes) { return at::empty_symint(sizes, options); };
+    const auto count = [](const Sizes& sizes) {
+      c10::SymInt product = 1;
+      for (const auto& size : sizes) product *= size;
+      return product;
+    };
+    Results out;
+    if constexpr (std::is_same_v<Noise, OptTensor>) {
+      if (sample) check_rng(in.mu, noise);
+    } else {
+      out.rng = sample ? state(in.mu) : at::empty({0}, options.dtype(at::kLong));
     }
-    const bool clamped = has_free_bits(free_bits, free_bits_per_group);
-    const Clamp c = clamped ? clamp_of(clamp) : Clamp::none;
-    const Reduction r = reduction_of(reduction);
-    check_reduction(r, c, weight.has_value());
-    Tensor value = r == Reduction::elementwise
-                       ? at::empty_like(mu, options)
-                       : at::empty_symint(r == Reduction::none ? batch : Sizes(), options);
-    const c10::SymInt gates = c == Clamp::batch ? G : c10::SymInt(1);
-    const c10::SymInt bytes = c == Clamp::sample ? (B * G + 7) / 8 : c10::SymInt(0);
-    return {value, at::empty_symint(group, options), at::empty_symint({gates}, options),
-            at::empty_symint({bytes}, options.dtype(at::kByte))};
+    out.z = sample ? z(in.mu, num_samples) : at::empty({0}, in.mu.options());
+    if (!kl) {
+      out.kl = empty({0});
+      out.kl_per_group = empty({0});
+      out.gate = empty({0});
+      out.open = at::empty({0}, options.dtype(at::kByte));
+      return std::move(out);
+    }
+    const Sizes batch = sizes_of(in.mu, roles, Role::batch), group = sizes_of(in.mu, roles, Role::group);
+    const Clamp clamp = clamp_of(o, free_bits_per_group);
+    out.kl = o.reduction == Reduction::elementwise ? at::empty_like(in.mu, options)
+                                                   : empty(o.reduction == Reduction::none ? batch : Sizes());
+    out.kl_per_group = empty(group);
+    out.gate = empty({clamp == Clamp::batch ? count(group) : c10::SymInt(1)});
+    const c10::SymInt bytes = clamp == Clamp::sample ? (count(batch) * count(group) + 7) / 8 : c10::SymInt(0);
+    out.open = at::empty_symint(Sizes{bytes}, options.dtype(at::kByte));
+    return std::move(out);
   }
 
-  static Tensor reparameterize(VK_TARGET_ARGS, const Tensor&, OptSymInt num_samples, VK_PARAM_ARGS) {
-    return z(mu, num_samples);
+  static Tensors4 latent_backward(const Options& o, const OptTensor& grad_z, const OptTensor& grad_kl,
+                                  const OptTensor& grad_kl_per_group, const Tensor& first,
+                                  const OptTensor& second, int64_t dim, const OptTensor& rng,
+                                  const OptTensor& prior_mu, const OptTensor& prior_logvar,
+                                  const OptTensor& gate, const OptTensor& open, const OptTensor& weight,
+                                  bool prior_grads) {
+    const Latent in = latent_of(first, second, dim, prior_mu, prior_logvar, weight);
+    const Incoming grads{grad_z, grad_kl, grad_kl_per_group};
+    check_backward(in, o, grads, Saved{rng, gate, open}, prior_grads);
+    const auto gradient = [&](bool wanted) { return wanted ? at::empty_like(in.mu) : Tensor(); };
+    Tensor to_first = second ? gradient(!grad_mu_is_grad_z(grads, in.mu)) : at::empty_like(first);
+    return {to_first, gradient(second.has_value()), gradient(prior_grads), gradient(prior_grads)};
   }
-  static Tensors2 reparameterize_draw(VK_TARGET_ARGS, const OptGenerator&, OptSymInt num_samples,
-                                      VK_PARAM_ARGS) {
-    return {z(mu, num_samples), state(mu)};
+
+  static Tensor rng_state(const Tensor& like, const OptGenerator&) { return state(like); }
+  static Tensor philox_words(const Tensor& rng, int64_t n, int64_t) {
+    check_words(rng, n);
+    return at::empty({n}, rng.options());
   }
-  static Tensor reparameterize_packed(VK_PACKED_ARGS, const Tensor&, OptSymInt num_samples, VK_PARAM_ARGS) {
-    return z(halves(VK_PACKED_PASS).first, num_samples);
-  }
-  static Tensors2 reparameterize_packed_draw(VK_PACKED_ARGS, const OptGenerator&, OptSymInt num_samples,
-                                             VK_PARAM_ARGS) {
-    return {z(halves(VK_PACKED_PASS).first, num_samples), state(moments)};
-  }
-  static Tensors4 gaussian_kl(VK_TARGET_ARGS, VK_PRIOR_ARGS, VK_KL_ARGS) { return kl(mu, VK_KL_PASS); }
-  static Tensors4 gaussian_kl_packed(VK_PACKED_ARGS, VK_PRIOR_ARGS, VK_KL_ARGS) {
-    return kl(halves(VK_PACKED_PASS).first, VK_KL_PASS);
-  }
-  static Tensors5 sample_kl(VK_TARGET_ARGS, const Tensor&, VK_PRIOR_ARGS, OptSymInt num_samples, VK_KL_ARGS) {
-    return std::tuple_cat(std::make_tuple(z(mu, num_samples)), kl(mu, VK_KL_PASS));
-  }
-  static Tensors6 sample_kl_draw(VK_TARGET_ARGS, VK_PRIOR_ARGS, const OptGenerator&, OptSymInt num_samples,
-                                 VK_KL_ARGS) {
-    return std::tuple_cat(std::make_tuple(z(mu, num_samples)), kl(mu, VK_KL_PASS),
-                          std::make_tuple(state(mu)));
-  }
-  static Tensors5 sample_kl_packed(VK_PACKED_ARGS, const Tensor&, VK_PRIOR_ARGS, OptSymInt num_samples,
-                                   VK_KL_ARGS) {
-    const Tensor mu = halves(VK_PACKED_PASS).first;
-    return std::tuple_cat(std::make_tuple(z(mu, num_samples)), kl(mu, VK_KL_PASS));
-  }
-  static Tensors6 sample_kl_packed_draw(VK_PACKED_ARGS, VK_PRIOR_ARGS, const OptGenerator&,
-                                        OptSymInt num_samples, VK_KL_ARGS) {
-    const Tensor mu = halves(VK_PACKED_PASS).first;
-    return std::tuple_cat(std::make_tuple(z(mu, num_samples)), kl(mu, VK_KL_PASS),
-                          std::make_tuple(state(moments)));
-  }
-  static Tensors4 latent_backward(VK_GRAD_ARGS, VK_TARGET_ARGS, VK_SAVED_ARGS) {
-    const auto gradient = [&](bool wanted) { return wanted ? at::empty_like(mu) : Tensor(); };
-    return {gradient(!grad_mu_is_grad_z(VK_GRAD_PASS, mu)), gradient(true), gradient(prior_grads),
-            gradient(prior_grads)};
-  }
-  static Tensors3 latent_backward_packed(VK_GRAD_ARGS, VK_PACKED_ARGS, VK_SAVED_ARGS) {
-    const auto prior = [&] { return prior_grads ? at::empty_like(halves(VK_PACKED_PASS).first) : Tensor(); };
-    return {at::empty_like(moments), prior(), prior()};
-  }
-  static Tensor _rng_state(const Tensor& like, const OptGenerator&) { return state(like); }
-  static Tensor _philox_words(const Tensor& rng, int64_t n, int64_t) { return at::empty({n}, rng.options()); }
 };
 
 }  // namespace
@@ -180,60 +150,22 @@ TORCH_LIBRARY(vaekernels, m) {
   const auto def = [&m](const std::string& schema, const std::vector<at::Tag>& tags) {
     m.def(schema.c_str(), tags);
   };
-  const std::string sample = ", *, SymInt? num_samples=None, " VK_PARAM_SCHEMA ") -> ";
-  const std::string prior = "Tensor? prior_mu=None, Tensor? prior_logvar=None, *, ";
-  const std::string kl = VK_KL_SCHEMA ") -> ";
-  const std::string draw = "*, Generator? generator=None, SymInt? num_samples=None, ";
-  const std::string grads = "(Tensor? grad_z, Tensor? grad_kl, Tensor? grad_kl_per_group, ";
-  const std::string saved =
-      ", Tensor? rng, Tensor? prior_mu, Tensor? prior_logvar, Tensor? gate, Tensor? open, "
-      "*, " VK_BACKWARD_SCHEMA ") -> ";
-  const std::string returned = "Tensor kl, Tensor kl_per_group, Tensor gate, Tensor open";
-
+  const std::string inputs = "(Tensor first, Tensor? second, int dim, ";
+  const std::string results = "(Tensor z, Tensor kl, Tensor kl_per_group, Tensor gate, Tensor open";
+  const std::string options = options_schema();
+  const std::string backward = kBackwardSchema + options + ") -> (Tensor, Tensor, Tensor, Tensor)";
+  def("latent" + inputs + "Tensor? rng" + kLatentSchema + options + ") -> " + results + ")", pure);
+  def("latent_draw" + inputs + "Generator? generator" + kLatentSchema + options + ") -> " + results +
+          ", Tensor rng)",
+      drawing);
+  def("latent_backward" + backward, pure);
+  // Implemented in vaekernels/_double_backward.py: the formulas that double backward differentiates.
+  def("latent_backward_reference" + backward, pure);
   def("_rng_state(Tensor like, *, Generator? generator=None) -> Tensor", drawing);
   def("_philox_words(Tensor rng, int n, int first_quad=0) -> Tensor", pure);
-  for (const auto& [suffix, target] : {std::pair<std::string, std::string>{"", "(Tensor mu, Tensor logvar"},
-                                       {"_packed", "(Tensor moments, int dim"}}) {
-    const std::string prior_draw = ", Tensor? prior_mu=None, Tensor? prior_logvar=None, " + draw;
-    def("reparameterize" + suffix + target + ", Tensor rng" + sample + "Tensor", pure);
-    def("reparameterize" + suffix + "_draw" + target + ", " + draw +
-            VK_PARAM_SCHEMA ") -> (Tensor z, Tensor rng)",
-        drawing);
-    def("gaussian_kl" + suffix + target + ", " + prior + kl + "(" + returned + ")", pure);
-    def("sample_kl" + suffix + target + ", Tensor rng, " + prior + "SymInt? num_samples=None, " + kl +
-            "(Tensor z, " + returned + ")",
-        pure);
-    def("sample_kl" + suffix + "_draw" + target + prior_draw + kl + "(Tensor z, " + returned +
-            ", Tensor rng)",
-        drawing);
-    const std::string args = target.substr(1);
-    const std::string results =
-        suffix.empty() ? "(Tensor, Tensor, Tensor, Tensor)" : "(Tensor, Tensor, Tensor)";
-    def("latent_backward" + suffix + grads + args + saved + results, pure);
-    // Implemented in vaekernels/reference.py: the formulas that double backward differentiates.
-    def("latent_backward" + suffix + "_reference" + grads + args + saved + results, pure);
-  }
 }
 
-TORCH_LIBRARY_IMPL(vaekernels, CPU, m) { register_ops<CpuBackend>(m); }
-
-TORCH_LIBRARY_IMPL(vaekernels, Meta, m) {
-#define VK_META(name) m.impl(#name, &Meta::name);
-  VK_META(_rng_state)
-  VK_META(_philox_words)
-  VK_META(reparameterize)
-  VK_META(reparameterize_draw)
-  VK_META(reparameterize_packed)
-  VK_META(reparameterize_packed_draw)
-  VK_META(gaussian_kl)
-  VK_META(gaussian_kl_packed)
-  VK_META(sample_kl)
-  VK_META(sample_kl_draw)
-  VK_META(sample_kl_packed)
-  VK_META(sample_kl_packed_draw)
-  VK_META(latent_backward)
-  VK_META(latent_backward_packed)
-#undef VK_META
-}
+TORCH_LIBRARY_IMPL(vaekernels, CPU, m) { register_kernels<Operators<CpuBackend>, CpuBackend>(m); }
+TORCH_LIBRARY_IMPL(vaekernels, Meta, m) { register_kernels<Meta, Meta>(m); }
 
 }  // namespace vk

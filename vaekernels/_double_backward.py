@@ -7,6 +7,7 @@ saved.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,63 +40,8 @@ def latent_backward_reference(
     grad_z: Tensor | None,
     grad_kl: Tensor | None,
     grad_kl_per_group: Tensor | None,
-    mu: Tensor,
-    logvar: Tensor,
-    rng: Tensor | None,
-    prior_mu: Tensor | None,
-    prior_logvar: Tensor | None,
-    gate: Tensor | None,
-    open: Tensor | None,
-    *,
-    prior_grads: bool = False,
-    clamp: str = "batch",
-    batch_dims: int = 1,
-    group_dims: Sequence[int] | None = None,
-    weight: Tensor | None = None,
-    balance: float | None = None,
-    reduction: str = "batchmean",
-    group_sums: bool = False,
-    parameterization: str = "logvar",
-    logvar_bounds: Sequence[float] | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients for (mu, logvar, prior_mu, prior_logvar); the last two None without `prior_grads`."""
-    want_kl = grad_kl is not None or grad_kl_per_group is not None
-    frozen = None
-    if want_kl and gate is not None and open is not None:
-        frozen = reference.Frozen(gate, open)
-    with torch.enable_grad():
-        inputs = [_standing_in(mu), _standing_in(logvar)]
-        prior: tuple[Tensor | None, Tensor | None] = prior_mu, prior_logvar
-        if prior_grads and prior_mu is not None and prior_logvar is not None:
-            inputs += [_standing_in(prior_mu), _standing_in(prior_logvar)]
-            prior = inputs[2], inputs[3]
-        outputs = reference.latent(
-            inputs[0],
-            inputs[1],
-            None if grad_z is None else rng,
-            *prior,
-            want_kl=want_kl,
-            num_samples=None if grad_z is None or grad_z.ndim == mu.ndim else grad_z.shape[0],
-            frozen=frozen,
-            clamp=clamp,
-            batch_dims=batch_dims,
-            group_dims=group_dims,
-            weight=weight,
-            balance=balance,
-            reduction=reduction,
-            group_sums=group_sums,
-            parameterization=parameterization,
-            logvar_bounds=logvar_bounds,
-        )
-        found = _gradients(inputs, outputs, (grad_z, grad_kl, grad_kl_per_group))
-    return (found[0], found[1], found[2], found[3]) if len(found) == 4 else (found[0], found[1], None, None)
-
-
-def latent_backward_packed_reference(
-    grad_z: Tensor | None,
-    grad_kl: Tensor | None,
-    grad_kl_per_group: Tensor | None,
-    moments: Tensor,
+    first: Tensor,
+    second: Tensor | None,
     dim: int,
     rng: Tensor | None,
     prior_mu: Tensor | None,
@@ -103,54 +49,49 @@ def latent_backward_packed_reference(
     gate: Tensor | None,
     open: Tensor | None,
     *,
-    prior_grads: bool = False,
-    clamp: str = "batch",
-    batch_dims: int = 1,
-    group_dims: Sequence[int] | None = None,
     weight: Tensor | None = None,
-    balance: float | None = None,
-    reduction: str = "batchmean",
-    group_sums: bool = False,
-    parameterization: str = "logvar",
-    logvar_bounds: Sequence[float] | None = None,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients for (moments, prior_mu, prior_logvar)."""
+    prior_grads: bool = False,
+    free_bits: float | None = None,  # the decisions of the clamp are in gate and open
+    **options: Any,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients for (first, second, prior_mu, prior_logvar); None for what is not there or not wanted."""
+    kl = grad_kl is not None or grad_kl_per_group is not None
+    frozen = reference.Frozen(gate, open) if kl and gate is not None and open is not None else None
     with torch.enable_grad():
-        mu, logvar = moments.chunk(2, dim)
-        to_mu, to_logvar, to_prior_mu, to_prior_logvar = latent_backward_reference(
-            grad_z,
-            grad_kl,
-            grad_kl_per_group,
-            mu,
-            logvar,
+        inputs = [_standing_in(first)] + ([] if second is None else [_standing_in(second)])
+        posterior = len(inputs)
+        prior: tuple[Tensor | None, Tensor | None] = prior_mu, prior_logvar
+        if prior_grads and prior_mu is not None and prior_logvar is not None:
+            inputs += [_standing_in(prior_mu), _standing_in(prior_logvar)]
+            prior = inputs[-2], inputs[-1]
+        outputs = reference.latent(
+            inputs[0],
+            None if second is None else inputs[1],
+            dim,
             rng,
-            prior_mu,
-            prior_logvar,
-            gate,
-            open,
-            prior_grads=prior_grads,
-            clamp=clamp,
-            batch_dims=batch_dims,
-            group_dims=group_dims,
+            *prior,
+            sample=grad_z is not None,
+            kl=kl,
+            num_samples=None if grad_z is None or grad_z.ndim == first.ndim else grad_z.shape[0],
             weight=weight,
-            balance=balance,
-            reduction=reduction,
-            group_sums=group_sums,
-            parameterization=parameterization,
-            logvar_bounds=logvar_bounds,
+            frozen=frozen,
+            **options,
         )
-        return torch.cat((to_mu, to_logvar), dim), to_prior_mu, to_prior_logvar
+        found = _gradients(inputs, outputs, (grad_z, grad_kl, grad_kl_per_group))
+    to_prior = (found[-2], found[-1]) if len(found) > posterior else (None, None)
+    return found[0], None if second is None else found[1], *to_prior
 
 
 _LIBRARY: list[torch.library.Library] = []
 
 
 def register() -> None:
-    """Gives the operators `latent_backward*_reference`, declared by the compiled library, their kernels."""
+    """Gives the operator `latent_backward_reference`, declared by the compiled library, its kernel."""
     if _LIBRARY:
         return
     library = torch.library.Library("vaekernels", "IMPL")  # type: ignore[no-untyped-call]
-    for kernel in (latent_backward_reference, latent_backward_packed_reference):
-        library.impl(kernel.__name__, kernel, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
+    library.impl(  # type: ignore[no-untyped-call]
+        "latent_backward_reference", latent_backward_reference, "CompositeImplicitAutograd"
+    )
     # The registration lives as long as the library object.
     _LIBRARY.append(library)

@@ -1,29 +1,55 @@
-"""The public ops: defaults, argument checks, formulas (nats). `vaekernels._routing` chooses who computes."""
+"""The public ops: their types and defaults, their formulas (nats), one example each.
+
+`vaekernels._dispatch` checks the arguments and chooses who computes.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast, overload
 
 import torch
 from torch import Tensor
 
-from vaekernels import _checks
-from vaekernels._routing import draw_state, draws, entry_for, kl_options, sample_options, short_entry
+from vaekernels import _checks, _dispatch
+from vaekernels._dispatch import KL, PACKED, SAMPLE, entry
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+    from typing_extensions import Unpack
+
+Clamp = Literal["batch", "sample"]
+Penalty = Literal["floor", "hinge", "mask"]
+Reduction = Literal["batchmean", "sum", "mean", "none", "elementwise"]
+Parameterization = Literal["logvar", "log_std", "std", "softplus"]
+
+
+class KLOptions(TypedDict, total=False):
+    """The options of `gaussian_kl` and `sample_kl`, which state their meaning."""
+
+    free_bits: float | Tensor | None
+    clamp: Clamp
+    penalty: Penalty
+    batch_dims: int
+    group_dims: int | Sequence[int] | None
+    weight: Tensor | None
+    balance: float | None
+    reduction: Reduction
+    parameterization: Parameterization
+    logvar_bounds: tuple[float, float] | None
+    process_group: ProcessGroup | None
 
 
 class SampleKL(NamedTuple):
-    """What `sample_kl` returns: the sample, the loss term and the unclamped rate of each group, in nats."""
+    """What `sample_kl` returns: the sample, the loss term and the rate of each group, in nats."""
 
     z: Tensor
     """the sample"""
     kl: Tensor
     """the term of the loss"""
     kl_per_group: Tensor
-    """the rates, unclamped and differentiable; log these, and build other objectives from them"""
+    """the rates: the KL of each group, unclamped and differentiable; log these, and build other objectives
+    from them"""
 
 
 # What NamedTuple puts in front of this, a function in Python, takes three times as long.
@@ -38,12 +64,17 @@ def rng_state(like: Tensor, *, generator: torch.Generator | None = None) -> Tens
     reproduces a run. The numbers are those of Philox4x32-10 (Salmon et al. 2011), the same on every device.
 
     Raises TypeError or ValueError where `like` is no tensor or the generator does not fit it.
+
+    >>> state = rng_state(torch.zeros(2), generator=torch.Generator().manual_seed(1))
+    >>> z = [reparameterize(torch.zeros(2), torch.zeros(2), rng=state) for _ in range(2)]
+    >>> torch.equal(*z)
+    True
     """
     if not isinstance(like, Tensor):
         raise TypeError(f"like must be a torch.Tensor, got {type(like).__name__}")
     if generator is not None:
         _checks.check_random(like, None, generator)
-    return draw_state(entry_for(like), like, generator)
+    return _dispatch.rng_state(like, generator)
 
 
 def reparameterize(
@@ -53,7 +84,7 @@ def reparameterize(
     num_samples: int | None = None,
     generator: torch.Generator | None = None,
     rng: Tensor | None = None,
-    parameterization: str = "logvar",
+    parameterization: Parameterization = "logvar",
     logvar_bounds: tuple[float, float] | None = None,
 ) -> Tensor:
     """The reparameterized sample z = mu + exp(logvar / 2) * eps, eps ~ N(0, I) (Kingma & Welling 2014).
@@ -74,22 +105,16 @@ def reparameterize(
 
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that differ, an unknown string, a bad state.
+
+    >>> mu, logvar = torch.zeros(128, 32), torch.zeros(128, 32)
+    >>> reparameterize(mu, logvar).shape, reparameterize(mu, logvar, num_samples=5).shape
+    (torch.Size([128, 32]), torch.Size([5, 128, 32]))
     """
-    short = short_entry()
-    if short is not None:
-        draw, scale = (num_samples, generator, rng), (parameterization, logvar_bounds)
-        if (drawn := short.short_reparameterize(mu, logvar, draw, scale)) is not None:
-            return cast(Tensor, drawn)
-    _checks.check_pair("mu", mu, "logvar", logvar)
-    options = sample_options(mu, num_samples, generator, rng, parameterization, logvar_bounds)
-    entry = entry_for(mu)
-    if rng is None:
-        if draws(entry):
-            z: Tensor = entry.reparameterize_draw(mu, logvar, generator=generator, **options)[0]
-            return z
-        rng = draw_state(entry, mu, generator)
-    z = entry.reparameterize(mu, logvar, rng.contiguous(), **options)
-    return z
+    z, _, _ = entry()(
+        SAMPLE, mu, logvar, 1, None, None, None, num_samples, generator, rng,
+        parameterization=parameterization, logvar_bounds=logvar_bounds,
+    )  # fmt: skip
+    return cast(Tensor, z)
 
 
 def reparameterize_packed(
@@ -99,28 +124,34 @@ def reparameterize_packed(
     num_samples: int | None = None,
     generator: torch.Generator | None = None,
     rng: Tensor | None = None,
-    parameterization: str = "logvar",
+    parameterization: Parameterization = "logvar",
     logvar_bounds: tuple[float, float] | None = None,
 ) -> Tensor:
     """`reparameterize` of `mu, logvar = moments.chunk(2, dim)`; its gradient is packed, without a `cat`.
 
-    An odd size along `dim` is a ValueError; everything else is as in `reparameterize`.
+    Args:
+        moments: mu, then logvar, side by side along `dim`; float32, bfloat16, float16 or float64.
+        dim: the axis that holds both.
+        num_samples: K, for z of shape ``[K, *mu.shape]``; None for the shape of mu.
+        generator: the torch.Generator to draw from instead of the default one. Not while compiling.
+        rng: a state from `rng_state`, in place of a generator: the same state gives the same z.
+        parameterization: what the second half holds: "logvar", "log_std", "std" or "softplus".
+        logvar_bounds: (lo, hi), clamps the posterior's log-variance.
+
+    Returns:
+        z, in the shape of mu, as from `reparameterize`.
+
+    Raises:
+        TypeError, ValueError: an odd size along `dim`; else as `reparameterize`.
+
+    >>> reparameterize_packed(torch.zeros(8, 2 * 4, 16, 16)).shape
+    torch.Size([8, 4, 16, 16])
     """
-    short = short_entry()
-    if short is not None:
-        draw, scale = (num_samples, generator, rng), (parameterization, logvar_bounds)
-        if (drawn := short.short_reparameterize_packed(moments, dim, draw, scale)) is not None:
-            return cast(Tensor, drawn)
-    _checks.packed_shape(moments, dim)
-    options = sample_options(moments, num_samples, generator, rng, parameterization, logvar_bounds)
-    entry = entry_for(moments)
-    if rng is None:
-        if draws(entry):
-            z: Tensor = entry.reparameterize_packed_draw(moments, dim, generator=generator, **options)[0]
-            return z
-        rng = draw_state(entry, moments, generator)
-    z = entry.reparameterize_packed(moments, dim, rng.contiguous(), **options)
-    return z
+    z, _, _ = entry()(
+        SAMPLE | PACKED, moments, None, dim, None, None, None, num_samples, generator, rng,
+        parameterization=parameterization, logvar_bounds=logvar_bounds,
+    )  # fmt: skip
+    return cast(Tensor, z)
 
 
 @overload
@@ -130,18 +161,8 @@ def gaussian_kl(
     prior_mu: Tensor | None = ...,
     prior_logvar: Tensor | None = ...,
     *,
-    free_bits: float | Tensor | None = ...,
-    clamp: str = ...,
-    penalty: str = ...,
-    batch_dims: int = ...,
-    group_dims: int | Sequence[int] | None = ...,
-    weight: Tensor | None = ...,
-    balance: float | None = ...,
-    reduction: str = ...,
-    parameterization: str = ...,
-    logvar_bounds: tuple[float, float] | None = ...,
-    process_group: ProcessGroup | None = ...,
     return_per_group: Literal[False] = ...,
+    **options: Unpack[KLOptions],
 ) -> Tensor: ...
 
 
@@ -152,18 +173,8 @@ def gaussian_kl(
     prior_mu: Tensor | None = ...,
     prior_logvar: Tensor | None = ...,
     *,
-    free_bits: float | Tensor | None = ...,
-    clamp: str = ...,
-    penalty: str = ...,
-    batch_dims: int = ...,
-    group_dims: int | Sequence[int] | None = ...,
-    weight: Tensor | None = ...,
-    balance: float | None = ...,
-    reduction: str = ...,
-    parameterization: str = ...,
-    logvar_bounds: tuple[float, float] | None = ...,
-    process_group: ProcessGroup | None = ...,
     return_per_group: Literal[True],
+    **options: Unpack[KLOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -174,14 +185,14 @@ def gaussian_kl(
     prior_logvar: Tensor | None = None,
     *,
     free_bits: float | Tensor | None = None,
-    clamp: str = "batch",
-    penalty: str = "floor",
+    clamp: Clamp = "batch",
+    penalty: Penalty = "floor",
     batch_dims: int = 1,
     group_dims: int | Sequence[int] | None = None,
     weight: Tensor | None = None,
     balance: float | None = None,
-    reduction: str = "batchmean",
-    parameterization: str = "logvar",
+    reduction: Reduction = "batchmean",
+    parameterization: Parameterization = "logvar",
     logvar_bounds: tuple[float, float] | None = None,
     process_group: ProcessGroup | None = None,
     return_per_group: bool = False,
@@ -232,19 +243,19 @@ def gaussian_kl(
         TypeError, ValueError: arguments that do not fit each other, unknown strings, negative or NaN values
             in free_bits or weight. In CUDA tensors such values are not looked for, as that would wait for the
             device; a bad one gives a NaN loss.
+
+    >>> mu, logvar = torch.ones(4, 2), torch.zeros(4, 2)  # each element has a KL of 1/2
+    >>> gaussian_kl(mu, logvar), gaussian_kl(mu, logvar, free_bits=0.75)
+    (tensor(1.), tensor(1.5000))
+    >>> gaussian_kl(mu, logvar, free_bits=0.75, return_per_group=True)[1]  # the rates stay unclamped
+    tensor([0.5000, 0.5000])
     """
-    given = (
-        prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance, reduction,
-        parameterization, logvar_bounds, process_group,
+    _, kl, rate = entry()(
+        KL, mu, logvar, 1, prior_mu, prior_logvar, weight, free_bits=free_bits, clamp=clamp,
+        penalty=penalty, batch_dims=batch_dims, group_dims=group_dims, balance=balance, reduction=reduction,
+        parameterization=parameterization, logvar_bounds=logvar_bounds, process_group=process_group,
     )  # fmt: skip
-    short = short_entry()
-    if short is not None and (out := short.short_gaussian_kl(mu, logvar, free_bits, given)) is not None:
-        return (out[0], out[1]) if return_per_group else out[0]
-    _checks.check_pair("mu", mu, "logvar", logvar)
-    options, shared = kl_options("mu", mu, mu.shape, free_bits, *given)
-    out = entry_for(mu).gaussian_kl(mu, logvar, prior_mu, prior_logvar, **options)
-    kl, per_group = (out[0], out[1]) if shared is None else shared.reduce(out[0], out[1])
-    return (kl, per_group) if return_per_group else kl
+    return (kl, rate) if return_per_group else cast(Tensor, kl)
 
 
 @overload
@@ -254,18 +265,8 @@ def gaussian_kl_packed(
     prior_mu: Tensor | None = ...,
     prior_logvar: Tensor | None = ...,
     *,
-    free_bits: float | Tensor | None = ...,
-    clamp: str = ...,
-    penalty: str = ...,
-    batch_dims: int = ...,
-    group_dims: int | Sequence[int] | None = ...,
-    weight: Tensor | None = ...,
-    balance: float | None = ...,
-    reduction: str = ...,
-    parameterization: str = ...,
-    logvar_bounds: tuple[float, float] | None = ...,
-    process_group: ProcessGroup | None = ...,
     return_per_group: Literal[False] = ...,
+    **options: Unpack[KLOptions],
 ) -> Tensor: ...
 
 
@@ -276,18 +277,8 @@ def gaussian_kl_packed(
     prior_mu: Tensor | None = ...,
     prior_logvar: Tensor | None = ...,
     *,
-    free_bits: float | Tensor | None = ...,
-    clamp: str = ...,
-    penalty: str = ...,
-    batch_dims: int = ...,
-    group_dims: int | Sequence[int] | None = ...,
-    weight: Tensor | None = ...,
-    balance: float | None = ...,
-    reduction: str = ...,
-    parameterization: str = ...,
-    logvar_bounds: tuple[float, float] | None = ...,
-    process_group: ProcessGroup | None = ...,
     return_per_group: Literal[True],
+    **options: Unpack[KLOptions],
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -298,38 +289,55 @@ def gaussian_kl_packed(
     prior_logvar: Tensor | None = None,
     *,
     free_bits: float | Tensor | None = None,
-    clamp: str = "batch",
-    penalty: str = "floor",
+    clamp: Clamp = "batch",
+    penalty: Penalty = "floor",
     batch_dims: int = 1,
     group_dims: int | Sequence[int] | None = None,
     weight: Tensor | None = None,
     balance: float | None = None,
-    reduction: str = "batchmean",
-    parameterization: str = "logvar",
+    reduction: Reduction = "batchmean",
+    parameterization: Parameterization = "logvar",
     logvar_bounds: tuple[float, float] | None = None,
     process_group: ProcessGroup | None = None,
     return_per_group: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """`gaussian_kl` of `mu, logvar = moments.chunk(2, dim)`; its gradient is packed, without a `cat`.
 
-    `group_dims` counts the axes of mu. An odd size along `dim` is a ValueError; everything else is as in
-    `gaussian_kl`.
+    Formulas and details of the arguments: `gaussian_kl`.
+
+    Args:
+        moments: mu, then logvar, side by side along `dim`; float32, bfloat16, float16 or float64.
+        dim: the axis that holds both. `group_dims` counts the axes of mu.
+        prior_mu, prior_logvar: the prior, in the shape of mu; both or neither, for N(0, I).
+        free_bits: the rate of a group, in nats, below which the loss pushes it no further; None: no clamp.
+        clamp: "batch" clamps the mean over the batch, "sample" each row.
+        penalty: "floor" max(t, x), "hinge" max(0, x - t) or "mask" x where x >= t, else 0.
+        batch_dims: how many leading axes are batch.
+        group_dims: the axes of mu that index groups; None: every latent element is a group, (): one group.
+        weight: non-negative weights in the batch shape.
+        balance: the share of the gradient that goes to the prior.
+        reduction: "batchmean", "sum", "mean", "none" or "elementwise".
+        parameterization: what the second half and `prior_logvar` hold: "logvar", "log_std", "std" or
+            "softplus".
+        logvar_bounds: (lo, hi), clamps the posterior's log-variance.
+        process_group: the ranks whose rows are one batch.
+        return_per_group: also return the rates, in the group shape: unclamped, and differentiable.
+
+    Returns:
+        kl, or (kl, kl_per_group), as from `gaussian_kl`.
+
+    Raises:
+        TypeError, ValueError: an odd size along `dim`; else as `gaussian_kl`.
+
+    >>> gaussian_kl_packed(torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
+    tensor(1.)
     """
-    given = (
-        prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance, reduction,
-        parameterization, logvar_bounds, process_group,
+    _, kl, rate = entry()(
+        KL | PACKED, moments, None, dim, prior_mu, prior_logvar, weight, free_bits=free_bits, clamp=clamp,
+        penalty=penalty, batch_dims=batch_dims, group_dims=group_dims, balance=balance, reduction=reduction,
+        parameterization=parameterization, logvar_bounds=logvar_bounds, process_group=process_group,
     )  # fmt: skip
-    short = short_entry()
-    if (
-        short is not None
-        and (out := short.short_gaussian_kl_packed(moments, dim, free_bits, given)) is not None
-    ):
-        return (out[0], out[1]) if return_per_group else out[0]
-    shape = _checks.packed_shape(moments, dim)
-    options, shared = kl_options("moments", moments, shape, free_bits, *given)
-    out = entry_for(moments).gaussian_kl_packed(moments, dim, prior_mu, prior_logvar, **options)
-    kl, per_group = (out[0], out[1]) if shared is None else shared.reduce(out[0], out[1])
-    return (kl, per_group) if return_per_group else kl
+    return (kl, rate) if return_per_group else cast(Tensor, kl)
 
 
 def sample_kl(
@@ -342,21 +350,39 @@ def sample_kl(
     generator: torch.Generator | None = None,
     rng: Tensor | None = None,
     free_bits: float | Tensor | None = None,
-    clamp: str = "batch",
-    penalty: str = "floor",
+    clamp: Clamp = "batch",
+    penalty: Penalty = "floor",
     batch_dims: int = 1,
     group_dims: int | Sequence[int] | None = None,
     weight: Tensor | None = None,
     balance: float | None = None,
-    reduction: str = "batchmean",
-    parameterization: str = "logvar",
+    reduction: Reduction = "batchmean",
+    parameterization: Parameterization = "logvar",
     logvar_bounds: tuple[float, float] | None = None,
     process_group: ProcessGroup | None = None,
 ) -> SampleKL:
     """The reparameterized sample and the KL divergence, from one reading of mu and logvar.
 
-    The arguments are those of `reparameterize` and `gaussian_kl`. The rates of the groups are always
-    returned.
+    Formulas and details of the arguments: `reparameterize` and `gaussian_kl`.
+
+    Args:
+        mu, logvar: the posterior, of one shape ``[*batch, *latent]``, dtype (float32, bfloat16, float16 or
+            float64) and device.
+        prior_mu, prior_logvar: the prior, in the shape of mu; both or neither, for N(0, I).
+        num_samples: K, for z of shape ``[K, *mu.shape]``; None for the shape of mu.
+        generator: the torch.Generator to draw from instead of the default one. Not while compiling.
+        rng: a state from `rng_state`, in place of a generator: the same state gives the same z.
+        free_bits: the rate of a group, in nats, below which the loss pushes it no further; None: no clamp.
+        clamp: "batch" clamps the mean over the batch, "sample" each row.
+        penalty: "floor" max(t, x), "hinge" max(0, x - t) or "mask" x where x >= t, else 0.
+        batch_dims: how many leading axes are batch.
+        group_dims: the axes of mu that index groups; None: every latent element is a group, (): one group.
+        weight: non-negative weights in the batch shape.
+        balance: the share of the gradient that goes to the prior.
+        reduction: "batchmean", "sum", "mean", "none" or "elementwise".
+        parameterization: what `logvar` and `prior_logvar` hold: "logvar", "log_std", "std" or "softplus".
+        logvar_bounds: (lo, hi), clamps the posterior's log-variance.
+        process_group: the ranks whose rows are one batch.
 
     Returns:
         SampleKL(z, kl, kl_per_group): z in the dtype and memory format of mu, ``[K, *mu.shape]`` with
@@ -366,32 +392,18 @@ def sample_kl(
 
     Raises:
         TypeError, ValueError: as `reparameterize` and `gaussian_kl`.
+
+    >>> z, kl, kl_per_group = sample_kl(torch.zeros(128, 32), torch.zeros(128, 32), free_bits=0.25)
+    >>> z.shape, kl, kl_per_group.sum()
+    (torch.Size([128, 32]), tensor(8.), tensor(0.))
     """
-    given = (
-        prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance, reduction,
-        parameterization, logvar_bounds, process_group,
+    out = entry()(
+        SAMPLE | KL, mu, logvar, 1, prior_mu, prior_logvar, weight, num_samples, generator, rng,
+        free_bits=free_bits, clamp=clamp, penalty=penalty, batch_dims=batch_dims, group_dims=group_dims,
+        balance=balance, reduction=reduction, parameterization=parameterization,
+        logvar_bounds=logvar_bounds, process_group=process_group,
     )  # fmt: skip
-    short = short_entry()
-    if short is not None:
-        draw = (num_samples, generator, rng)
-        if (out := short.short_sample_kl(mu, logvar, free_bits, given, draw)) is not None:
-            return _new_tuple(SampleKL, out)
-    _checks.check_pair("mu", mu, "logvar", logvar)
-    options, shared = kl_options("mu", mu, mu.shape, free_bits, *given)
-    if num_samples is not None:
-        _checks.check_num_samples(num_samples)
-        options["num_samples"] = num_samples
-    if rng is not None or generator is not None:
-        _checks.check_random(mu, rng, generator)
-    entry = entry_for(mu)
-    if rng is None and draws(entry):
-        out = entry.sample_kl_draw(mu, logvar, prior_mu, prior_logvar, generator=generator, **options)
-    else:
-        state = draw_state(entry, mu, generator) if rng is None else rng.contiguous()
-        out = entry.sample_kl(mu, logvar, state, prior_mu, prior_logvar, **options)
-    if shared is not None:
-        return SampleKL(out[0], *shared.reduce(out[1], out[2]))
-    return SampleKL(out[0], out[1], out[2])
+    return _new_tuple(SampleKL, out)
 
 
 def sample_kl_packed(
@@ -404,46 +416,55 @@ def sample_kl_packed(
     generator: torch.Generator | None = None,
     rng: Tensor | None = None,
     free_bits: float | Tensor | None = None,
-    clamp: str = "batch",
-    penalty: str = "floor",
+    clamp: Clamp = "batch",
+    penalty: Penalty = "floor",
     batch_dims: int = 1,
     group_dims: int | Sequence[int] | None = None,
     weight: Tensor | None = None,
     balance: float | None = None,
-    reduction: str = "batchmean",
-    parameterization: str = "logvar",
+    reduction: Reduction = "batchmean",
+    parameterization: Parameterization = "logvar",
     logvar_bounds: tuple[float, float] | None = None,
     process_group: ProcessGroup | None = None,
 ) -> SampleKL:
     """`sample_kl` of `mu, logvar = moments.chunk(2, dim)`; its gradient is packed, without a `cat`.
 
-    `group_dims` counts the axes of mu. An odd size along `dim` is a ValueError; everything else is as in
-    `sample_kl`.
+    Formulas and details of the arguments: `reparameterize` and `gaussian_kl`.
+
+    Args:
+        moments: mu, then logvar, side by side along `dim`; float32, bfloat16, float16 or float64.
+        dim: the axis that holds both. `group_dims` counts the axes of mu.
+        prior_mu, prior_logvar: the prior, in the shape of mu; both or neither, for N(0, I).
+        num_samples: K, for z of shape ``[K, *mu.shape]``; None for the shape of mu.
+        generator: the torch.Generator to draw from instead of the default one. Not while compiling.
+        rng: a state from `rng_state`, in place of a generator: the same state gives the same z.
+        free_bits: the rate of a group, in nats, below which the loss pushes it no further; None: no clamp.
+        clamp: "batch" clamps the mean over the batch, "sample" each row.
+        penalty: "floor" max(t, x), "hinge" max(0, x - t) or "mask" x where x >= t, else 0.
+        batch_dims: how many leading axes are batch.
+        group_dims: the axes of mu that index groups; None: every latent element is a group, (): one group.
+        weight: non-negative weights in the batch shape.
+        balance: the share of the gradient that goes to the prior.
+        reduction: "batchmean", "sum", "mean", "none" or "elementwise".
+        parameterization: what the second half and `prior_logvar` hold: "logvar", "log_std", "std" or
+            "softplus".
+        logvar_bounds: (lo, hi), clamps the posterior's log-variance.
+        process_group: the ranks whose rows are one batch.
+
+    Returns:
+        SampleKL(z, kl, kl_per_group), as from `sample_kl`.
+
+    Raises:
+        TypeError, ValueError: an odd size along `dim`; else as `sample_kl`.
+
+    >>> z, kl, kl_per_group = sample_kl_packed(torch.zeros(8, 2 * 4, 16, 16), group_dims=1, free_bits=0.25)
+    >>> z.shape, kl, kl_per_group.shape
+    (torch.Size([8, 4, 16, 16]), tensor(1.), torch.Size([4]))
     """
-    given = (
-        prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance, reduction,
-        parameterization, logvar_bounds, process_group,
+    out = entry()(
+        SAMPLE | KL | PACKED, moments, None, dim, prior_mu, prior_logvar, weight, num_samples, generator, rng,
+        free_bits=free_bits, clamp=clamp, penalty=penalty, batch_dims=batch_dims, group_dims=group_dims,
+        balance=balance, reduction=reduction, parameterization=parameterization,
+        logvar_bounds=logvar_bounds, process_group=process_group,
     )  # fmt: skip
-    short = short_entry()
-    if short is not None:
-        draw = (num_samples, generator, rng)
-        if (out := short.short_sample_kl_packed(moments, dim, free_bits, given, draw)) is not None:
-            return _new_tuple(SampleKL, out)
-    shape = _checks.packed_shape(moments, dim)
-    options, shared = kl_options("moments", moments, shape, free_bits, *given)
-    if num_samples is not None:
-        _checks.check_num_samples(num_samples)
-        options["num_samples"] = num_samples
-    if rng is not None or generator is not None:
-        _checks.check_random(moments, rng, generator)
-    entry = entry_for(moments)
-    if rng is None and draws(entry):
-        out = entry.sample_kl_packed_draw(
-            moments, dim, prior_mu, prior_logvar, generator=generator, **options
-        )
-    else:
-        state = draw_state(entry, moments, generator) if rng is None else rng.contiguous()
-        out = entry.sample_kl_packed(moments, dim, state, prior_mu, prior_logvar, **options)
-    if shared is not None:
-        return SampleKL(out[0], *shared.reduce(out[1], out[2]))
-    return SampleKL(out[0], out[1], out[2])
+    return _new_tuple(SampleKL, out)

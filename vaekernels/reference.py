@@ -21,17 +21,14 @@ from vaekernels import _checks
 from vaekernels._philox import normals, philox_words, rng_state
 
 __all__ = [
+    "Frozen",
     "clamped",
-    "gaussian_kl",
-    "gaussian_kl_packed",
+    "compute_dtype",
+    "latent",
     "normals",
     "philox_words",
     "reduce_groups",
-    "reparameterize",
-    "reparameterize_packed",
     "rng_state",
-    "sample_kl",
-    "sample_kl_packed",
     "total_weight",
 ]
 
@@ -322,47 +319,53 @@ def _reduce(
     return loss, sums if group_sums else rate
 
 
-# --- the ops ------------------------------------------------------------------------------------------------
+# --- the operators ------------------------------------------------------------------------------------------
 
 
 def latent(
-    mu: Tensor,
-    logvar: Tensor,
+    first: Tensor,
+    second: Tensor | None,
+    dim: int,
     rng: Tensor | None,
-    prior_mu: Tensor | None,
-    prior_logvar: Tensor | None,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
     *,
-    want_kl: bool,
+    sample: bool = True,
+    kl: bool = True,
     num_samples: int | None = None,
-    balance: float | None = None,
-    parameterization: str = "logvar",
-    logvar_bounds: Sequence[float] | None = None,
-    frozen: Frozen | None = None,
-    free_bits: float | None = None,
+    weight: Tensor | None = None,
     free_bits_per_group: Tensor | None = None,
+    free_bits: float | None = None,
     clamp: str = "batch",
     penalty: str = "floor",
     batch_dims: int = 1,
     group_dims: Sequence[int] | None = None,
-    weight: Tensor | None = None,
+    balance: float | None = None,
     reduction: str = "batchmean",
     group_sums: bool = False,
+    parameterization: str = "logvar",
+    logvar_bounds: Sequence[float] | None = None,
+    frozen: Frozen | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(z, kl, kl_per_group), None for what was not asked: z wants `rng`, the divergence `want_kl`."""
+    """(z, kl, kl_per_group), None for what is not wanted; the operator `torch.ops.vaekernels.latent`.
+
+    `frozen`: the clamp's decisions of an earlier forward, in place of free bits.
+    """
+    mu, logvar = first.chunk(2, dim) if second is None else (first, second)
     dtype = compute_dtype(mu.dtype)
     m = mu.to(dtype)
     x, sd = _scale(logvar.to(dtype), parameterization, logvar_bounds)
-    z = None if rng is None else _sample(m, sd, rng, num_samples, mu)
-    if not want_kl:
+    z = _sample(m, sd, rng, num_samples, mu) if sample and rng is not None else None
+    if not kl:
         return z, None, None
     _checks.check_values(free_bits_per_group, weight)
     if prior_mu is None or prior_logvar is None:
-        kl = _divergence(m, x, None)
+        divergence = _divergence(m, x, None)
     else:
         prior = prior_mu.to(dtype), _scale(prior_logvar.to(dtype), parameterization)[0]
-        kl = _divergence(m, x, prior) if balance is None else _balanced(m, x, prior, balance)
+        divergence = _divergence(m, x, prior) if balance is None else _balanced(m, x, prior, balance)
     loss, per_group = _reduce(
-        kl,
+        divergence,
         free_bits=free_bits,
         free_bits_per_group=free_bits_per_group,
         clamp=clamp,
@@ -377,68 +380,6 @@ def latent(
     return z, loss, per_group
 
 
-def reparameterize(mu: Tensor, logvar: Tensor, rng: Tensor, **options: Any) -> Tensor:
-    """z = mu + sd * eps, see `vaekernels.reparameterize`."""
-    z, _, _ = latent(mu, logvar, rng, None, None, want_kl=False, **options)
-    assert z is not None
-    return z
-
-
-def gaussian_kl(
-    mu: Tensor,
-    logvar: Tensor,
-    prior_mu: Tensor | None = None,
-    prior_logvar: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """(kl, kl_per_group), see `vaekernels.gaussian_kl`."""
-    _, kl, per_group = latent(mu, logvar, None, prior_mu, prior_logvar, want_kl=True, **options)
-    assert kl is not None and per_group is not None
-    return kl, per_group
-
-
-def sample_kl(
-    mu: Tensor,
-    logvar: Tensor,
-    rng: Tensor,
-    prior_mu: Tensor | None = None,
-    prior_logvar: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, kl, kl_per_group), see `vaekernels.sample_kl`."""
-    z, kl, per_group = latent(mu, logvar, rng, prior_mu, prior_logvar, want_kl=True, **options)
-    assert z is not None and kl is not None and per_group is not None
-    return z, kl, per_group
-
-
-def _halves(moments: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    mu, logvar = moments.chunk(2, dim)
-    return mu, logvar
-
-
-def reparameterize_packed(moments: Tensor, dim: int, rng: Tensor, **options: Any) -> Tensor:
-    """`reparameterize` of the two halves of `moments` along `dim`."""
-    return reparameterize(*_halves(moments, dim), rng, **options)
-
-
-def gaussian_kl_packed(
-    moments: Tensor,
-    dim: int,
-    prior_mu: Tensor | None = None,
-    prior_logvar: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """`gaussian_kl` of the two halves of `moments` along `dim`."""
-    return gaussian_kl(*_halves(moments, dim), prior_mu, prior_logvar, **options)
-
-
-def sample_kl_packed(
-    moments: Tensor,
-    dim: int,
-    rng: Tensor,
-    prior_mu: Tensor | None = None,
-    prior_logvar: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`sample_kl` of the two halves of `moments` along `dim`."""
-    return sample_kl(*_halves(moments, dim), rng, prior_mu, prior_logvar, **options)
+def _rng_state(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """The operator `torch.ops.vaekernels._rng_state`."""
+    return rng_state(like, generator)

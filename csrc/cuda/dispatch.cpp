@@ -9,7 +9,7 @@
 #include <mutex>
 #include <utility>
 
-#include "../operators.h"
+#include "../launch.h"
 #include "latent.h"
 
 namespace vk {
@@ -103,6 +103,7 @@ struct CudaBackend {
   }
 
   static at::Tensor philox_words(const at::Tensor& rng, int64_t n, int64_t first_quad) {
+    check_words(rng, n);
     const c10::DeviceGuard guard(rng.device());
     at::Tensor words = at::empty({n}, rng.options());
     C10_CUDA_CHECK(cuda::philox_words(rng.const_data_ptr<int64_t>(), static_cast<uint64_t>(first_quad), n,
@@ -113,6 +114,6 @@ struct CudaBackend {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(vaekernels, CUDA, m) { register_ops<CudaBackend>(m); }
+TORCH_LIBRARY_IMPL(vaekernels, CUDA, m) { register_kernels<Operators<CudaBackend>, CudaBackend>(m); }
 
 }  // namespace vk

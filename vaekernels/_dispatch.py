@@ -1,0 +1,219 @@
+"""From the arguments of a public op to the operator `latent`, and to who computes it.
+
+Eager calls go to the compiled entry, compiled code to the registered operators, and what neither serves (no
+kernels for the device, an active `torch.func` transform, forward-mode AD) to `vaekernels.reference`. All
+agree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from vaekernels import _checks, _distributed, _native, reference
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+# What a call of `latent` wants, and the form of its tensors.
+SAMPLE, KL, PACKED = 1, 2, 4
+
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_compiling = torch.compiler.is_compiling
+
+
+def entry() -> Callable[..., tuple[Any, Any, Any]]:
+    """Who takes a call, with the arguments of `latent`: the compiled library, or `latent` itself.
+
+    The compiled entry keeps the outcome of `checked`, so that a second call with the same options, shapes,
+    dtypes and devices is not checked again, and calls `latent` where it cannot serve.
+    """
+    # The kernels' C++ autograd functions know neither functorch nor forward-mode AD.
+    if _native.C is None or _transforms_active() or forward_ad._current_level >= 0 or _is_compiling():
+        return latent
+    compiled: Callable[..., tuple[Any, Any, Any]] = _native.C.latent
+    return compiled
+
+
+def operators_for(t: Tensor) -> Any:
+    """Who computes for `t`: `torch.ops.vaekernels`, or `vaekernels.reference`, whose functions are alike."""
+    if _transforms_active() or forward_ad._current_level >= 0:
+        return reference
+    device = "cpu" if t.is_cpu else t.device.type
+    if _native.has_kernels(device) or (device == "meta" and _native.C is not None):
+        return torch.ops.vaekernels
+    if device != "meta":
+        _native.warn_fallback(device)
+    return reference
+
+
+def rng_state(like: Tensor, generator: torch.Generator | None) -> Tensor:
+    state: Tensor = operators_for(like)._rng_state(like, generator=generator)
+    return state
+
+
+def latent(
+    want: int,
+    first: Tensor,
+    second: Tensor | None,
+    dim: int,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    weight: Tensor | None = None,
+    num_samples: int | None = None,
+    generator: torch.Generator | None = None,
+    rng: Tensor | None = None,
+    /,
+    *,
+    process_group: ProcessGroup | None = None,
+    **options: Any,
+) -> tuple[Any, Any, Any]:
+    """(z, kl, kl_per_group), None for what `want` does not name: SAMPLE, KL or both.
+
+    `first` is mu and `second` the logvar; with PACKED in `want`, `first` holds both along `dim`. The options
+    are those of the public ops.
+    """
+    sample, kl = bool(want & SAMPLE), bool(want & KL)
+    operator_options = check(
+        want, first, second, dim, prior_mu, prior_logvar, weight, num_samples, generator, rng,
+        process_group=process_group, **options,
+    )  # fmt: skip
+    shared = None
+    if process_group is not None:
+        shape = mu_shape(want, first, dim)
+        operator_options, shared = _local_options(operator_options, shape, weight, process_group)
+    operators = operators_for(first)
+    operator_options |= {"sample": sample, "kl": kl, "num_samples": num_samples, "weight": weight}
+    if sample and rng is None and operators is not reference and not _is_compiling():
+        out = operators.latent_draw(first, second, dim, generator, prior_mu, prior_logvar, **operator_options)
+    else:
+        if sample and rng is None:
+            rng = operators._rng_state(first, generator=generator)
+        out = operators.latent(first, second, dim, rng, prior_mu, prior_logvar, **operator_options)
+    z, loss, rate = out[0] if sample else None, out[1] if kl else None, out[2] if kl else None
+    return (z, loss, rate) if shared is None else (z, *shared.reduce(loss, rate))
+
+
+def checked(want: int, first: Any, /, *given: Any, **options: Any) -> dict[str, Any] | None:
+    """What `check` finds, for the compiled entry to keep; None where that cannot serve the call."""
+    if options.get("process_group") is not None or not isinstance(first, Tensor):
+        return None
+    device = "cpu" if first.is_cpu else first.device.type
+    if not (_native.has_kernels(device) or device == "meta"):
+        return None
+    return check(want, first, *given, **options)
+
+
+def check(
+    want: int,
+    first: Tensor,
+    second: Tensor | None,
+    dim: int,
+    prior_mu: Tensor | None = None,
+    prior_logvar: Tensor | None = None,
+    weight: Tensor | None = None,
+    num_samples: int | None = None,
+    generator: torch.Generator | None = None,
+    rng: Tensor | None = None,
+    /,
+    *,
+    free_bits: float | Tensor | None = None,
+    clamp: str = "batch",
+    penalty: str = "floor",
+    batch_dims: int = 1,
+    group_dims: int | Sequence[int] | None = None,
+    balance: float | None = None,
+    reduction: str = "batchmean",
+    parameterization: str = "logvar",
+    logvar_bounds: Sequence[float] | None = None,
+    process_group: ProcessGroup | None = None,
+) -> dict[str, Any]:
+    """Refuses what does not fit; returns the options as the operators take them, without those at default."""
+    if not want & PACKED:
+        _checks.check_pair("mu", first, "logvar", second)
+    name, shape = "moments" if want & PACKED else "mu", mu_shape(want, first, dim)
+    options: dict[str, Any] = {}
+    if parameterization != "logvar":
+        _checks.check_choice("parameterization", parameterization, _checks.PARAMETERIZATIONS)
+        options["parameterization"] = parameterization
+    if logvar_bounds is not None:
+        options["logvar_bounds"] = _checks.check_bounds(logvar_bounds)
+    if num_samples is not None:
+        _checks.check_num_samples(num_samples)
+    if rng is not None or generator is not None:
+        _checks.check_random(first, rng, generator)
+    if not want & KL:
+        return options
+
+    ndim = len(shape)
+    _checks.check_batch_dims(ndim, batch_dims)
+    if batch_dims != 1:
+        options["batch_dims"] = batch_dims
+    if clamp != "batch":
+        _checks.check_choice("clamp", clamp, _checks.CLAMPS)
+        options["clamp"] = clamp
+    if penalty != "floor":
+        _checks.check_choice("penalty", penalty, _checks.PENALTIES)
+        options["penalty"] = penalty
+    if reduction != "batchmean":
+        _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
+        _checks.check_reduction(reduction, clamp, free_bits, weight, process_group)
+        options["reduction"] = reduction
+    has_prior = prior_mu is not None or prior_logvar is not None
+    if has_prior:
+        _checks.check_prior(shape, name, first, prior_mu, prior_logvar)
+    if balance is not None:
+        options["balance"] = _checks.check_balance(balance, has_prior)
+    if group_dims is not None:
+        options["group_dims"] = _checks.group_axes(ndim, batch_dims, group_dims)
+    if weight is not None:
+        _checks.check_weight(weight, shape[:batch_dims], first)
+    if isinstance(free_bits, Tensor):
+        axes = options.get("group_dims")
+        group_shape = shape[batch_dims:] if axes is None else [shape[axis] for axis in axes]
+        options["free_bits_per_group"] = _checks.free_bits_tensor(free_bits, group_shape, first)
+    elif free_bits is not None:
+        options["free_bits"] = _checks.free_bits_number(free_bits)
+    return options
+
+
+def mu_shape(want: int, first: Tensor, dim: int) -> Sequence[int]:
+    return _checks.packed_shape(first, dim) if want & PACKED else first.shape
+
+
+class Shared(NamedTuple):
+    """What the ranks of a process group do with their sums, see `_distributed.reduce_ranks`."""
+
+    group: ProcessGroup
+    options: dict[str, Any]
+
+    def reduce(self, numerator: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+        return _distributed.reduce_ranks(numerator, sums, self.group, **self.options)
+
+
+def _local_options(
+    options: dict[str, Any], shape: Sequence[int], weight: Tensor | None, process_group: ProcessGroup
+) -> tuple[dict[str, Any], Shared]:
+    """The options by which each rank delivers plain sums, and what is then done with them."""
+    clamp, batch_dims = options.get("clamp", "batch"), options.get("batch_dims", 1)
+    # A clamp on the batch mean has to wait for the sums of the other ranks.
+    take = options.pop if clamp == "batch" else options.get
+    number, per_group = take("free_bits", None), take("free_bits_per_group", None)
+    shared = Shared(
+        process_group,
+        {
+            "weight": weight,
+            "batch_shape": shape[:batch_dims],
+            "latent_numel": math.prod(shape[batch_dims:]),
+            "threshold": number if per_group is None else per_group,
+            "clamp": clamp,
+            "penalty": options.get("penalty", "floor"),
+            "reduction": options.get("reduction", "batchmean"),
+        },
+    )
+    return {**options, "reduction": "sum", "group_sums": True}, shared
