@@ -313,11 +313,11 @@ def _(matrix: Matrix) -> Outcome:
     return message(made, cpu=True)
 
 
-@cell("arch-list-misspelt", "`TORCH_CUDA_ARCH_LIST=Hopper`")
+@cell("arch-list-misspelt", "`TORCH_CUDA_ARCH_LIST=Hoper`")
 def _(matrix: Matrix) -> Outcome:
     needs_cuda(matrix)
     made = matrix.environment("arch-list-misspelt")
-    made.pip(matrix.source(), TORCH_CUDA_ARCH_LIST="Hopper")
+    made.pip(matrix.source(), TORCH_CUDA_ARCH_LIST="Hoper")
     return message(made, cpu=True)
 
 
