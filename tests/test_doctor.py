@@ -79,6 +79,8 @@ def test_a_gpu_that_the_library_has_no_code_for(
         _build.VERSION, _build.python_tag(), str(torch.__version__), "13.0", _build.Library("_C.so"), built
     )
     record.write(tmp_path)
+    for name in ("_C.so", "_C_cuda.so"):
+        (tmp_path / name).touch()
     monkeypatch.setattr(_native, "FOUND", _native.Found(Library(), tmp_path, {"cpu": None, "cuda": None}))
     monkeypatch.setattr(_native, "_AVAILABLE", {"cpu": True, "cuda": True})
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -156,6 +158,7 @@ def test_a_failed_build_leaves_the_earlier_one(
         _build.VERSION, _build.python_tag(), str(torch.__version__), None, library, library
     )
     earlier.write(folder)
+    (folder / "_C.so").touch()
     monkeypatch.setenv("CXX", "false")
     assert cli.main(["build"]) == 1
     assert "the earlier build" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 import warnings
 import zipfile
 from pathlib import Path
@@ -138,6 +139,7 @@ def test_a_build_with_cuda_is_preferred_under_a_cuda_torch(
     record = dataclasses.replace(FITTING, torch_cuda="13.0")
     package = write(tmp_path / "package", record)
     cache = write(tmp_path / "user", dataclasses.replace(record, cuda=_build.Library("_C_cuda.so")))
+    (cache / "_C_cuda.so").touch()
     found = _native.load([package])
     assert found.reasons == {"cpu": None, "cuda": "nvcc was not found. Install it."}
     found = _native.load([package, cache])
@@ -273,6 +275,77 @@ def test_objects_are_made_again_only_when_something_changed(tmp_path: Path) -> N
     assert compiled("-O2") == 3
 
 
+NAMES = [
+    "o'brien",
+    "a b",
+    "é ü",
+    "$HOME",
+    "#1",
+    "a\\b",
+    "a\\ b",
+    "a\\\\ b",
+    "100%",
+    "x: y",
+    'q"r',
+    "`id`",
+    "a;b&c",
+]
+NAMES += ["tab\there", "a\\#b", "a\\$b", os.fsdecode(b"lat\xe9")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_folders_of_any_name_are_built_in(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / "a.cpp").write_text('#include "a.h"\n')
+    (folder / "a.h").touch()
+    compiler = shutil.which("c++") or pytest.skip("there is no C++ compiler")
+
+    def compiled() -> int:
+        said: list[str] = []
+        _build.compile_sources([(folder / "a.cpp", [compiler, f"-I{folder}"])], folder, said.append)
+        return len(said)
+
+    assert [compiled(), compiled()] == [1, 0]
+    later = time.time_ns() + 10**10
+    os.utime(folder / "a.h", ns=(later, later))
+    assert compiled() == 1
+
+
+def test_a_rule_for_make_that_names_nothing_is_not_up_to_date(tmp_path: Path) -> None:
+    for name in ("a.o", "a.d"):
+        (tmp_path / name).touch()
+    assert not _build._up_to_date(tmp_path / "a.o", tmp_path / "a.d")
+    assert _build.dependencies("x/a.o: a.cpp \\\n  b\\ c.h \\\r\n $$d.h\n\nb c.h:\n")[:3] == [
+        "a.cpp",
+        "b c.h",
+        "$d.h",
+    ]
+
+
+def test_the_standard_is_ours_and_the_other_flags_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXXFLAGS", "-std=c++17 -O2 -march=nocona")
+    for _, command in _build.cpu_jobs(CUDA_TORCH, ["c++"]):
+        assert [flag for flag in command if flag.startswith("-std")][-1] == "-std=c++20"
+        assert [flag for flag in command if flag.startswith("-O")][-1] == "-O2" and "-march=nocona" in command
+
+
+@pytest.mark.parametrize("version", ["59.6.0", "65.5.0", "76.1.0"])
+def test_an_old_setuptools_is_named_in_one_line(tmp_path: Path, version: str) -> None:
+    fake = tmp_path / "setuptools" / "__init__.py"
+    fake.parent.mkdir()
+    fake.write_text(f"__version__ = {version!r}\nExtension = setup = None\n")
+    (fake.parent / "command").mkdir()
+    for name in ("__init__", "build_ext", "build_py"):
+        (fake.parent / "command" / f"{name}.py").write_text("build_ext = build_py = object\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, str(REPOSITORY / "setup.py"), "build"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 1 and f"setuptools >= 77 is needed, and {sys.executable} has {version}" in line
+    assert '"setuptools>=77"' in (REPOSITORY / "pyproject.toml").read_text()
+
+
 def test_the_excerpt_starts_at_the_first_error() -> None:
     output = "\n".join(["a.cpp:1: warning: w", "a.cpp:7: error: no", *(f"line {i}" for i in range(99))])
     shown = _build.excerpt(output, lines=5).splitlines()
@@ -282,7 +355,7 @@ def test_the_excerpt_starts_at_the_first_error() -> None:
 
 def test_the_cache_is_keyed_by_every_version(tmp_path: Path) -> None:
     folder = _build.cache_dir("2.13.0+cu130", "13.0")
-    assert folder.parent == tmp_path / "cache" / "vaekernels"
+    assert folder is not None and folder.parent == tmp_path / "cache" / "vaekernels"
     for part in (_build.VERSION, "torch2.13.0+cu130", _build.python_tag(), "cuda13.0"):
         assert part in folder.name
 
@@ -315,22 +388,121 @@ def test_nvcc_of_another_major(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_architectures_are_torchs_capped_by_nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nvcc = fake_nvcc(tmp_path)
-    assert _build.cuda_arch_flags(CUDA_TORCH, nvcc) == [
+    assert _build.cuda_arch_flags(CUDA_TORCH, nvcc, print) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90,code=sm_90",
         "-gencode=arch=compute_90,code=compute_90",
     ]
-    told = _build._architectures(_build.cuda_arch_flags(CUDA_TORCH, nvcc))
+    told = _build._architectures(_build.cuda_arch_flags(CUDA_TORCH, nvcc, print))
     assert told == "sm_80 sm_90 compute_90"
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a+PTX")
-    assert _build.cuda_arch_flags(CUDA_TORCH, nvcc) == [
+    assert _build.cuda_arch_flags(CUDA_TORCH, nvcc, print) == [
         "-gencode=arch=compute_86,code=sm_86",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_90a,code=compute_90a",
     ]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Volcano")
     with pytest.raises(_build.BuildProblem, match="Volcano"):
-        _build.cuda_arch_flags(CUDA_TORCH, nvcc)
+        _build.cuda_arch_flags(CUDA_TORCH, nvcc, print)
+
+
+@pytest.mark.parametrize(
+    ("asked", "made"),
+    [
+        ("Hopper", "sm_90 compute_90"),
+        ("Ampere", "sm_80 sm_86 compute_86"),
+        ("Ampere+Tegra;Ada", "sm_87 sm_89 compute_89"),
+        ("Turing Blackwell+Tegra", "sm_75 compute_75 sm_110"),
+        ("8.6+PTX", "sm_86 compute_86"),
+        ("9.0a", "sm_90a"),
+        ("10.0f;12.1a+PTX", "sm_100f sm_121a compute_121a"),
+        ("9.0;9.0", "sm_90"),
+        ("Pascal;Volta", "sm_70 compute_70"),
+        ("6.1;7.5", "sm_75"),
+    ],
+)
+def test_an_architecture_list_is_read_as_torch_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, made: str
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    flags = _build.cuda_arch_flags(CUDA_TORCH, fake_nvcc(tmp_path), print)
+    assert _build._architectures(flags) == made
+    extension = pytest.importorskip("torch.utils.cpp_extension")
+    if "f" not in asked:
+        assert set(extension._get_cuda_arch_flags()) >= set(flags)
+
+
+def test_the_names_of_generations_are_torchs() -> None:
+    extension = pytest.importorskip("torch.utils.cpp_extension")
+    for name in _build.ARCH_NAMES:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("TORCH_CUDA_ARCH_LIST", name)
+            flags = [flag for a in _build._named_archs(name) for flag in gencode(a)]
+            assert sorted(flags) == extension._get_cuda_arch_flags(), name
+
+
+def gencode(arch: str) -> list[str]:
+    return _build._gencode(arch.partition("+")[0], ptx=arch.endswith("+PTX"))
+
+
+def test_architectures_too_old_for_the_kernels_are_left_out_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvcc = fake_nvcc(tmp_path, "12.6", "compute_50 compute_60 compute_70 compute_90")
+    torch_126 = dataclasses.replace(CUDA_TORCH, cuda="12.6", cuda_archs="sm_50 sm_60 sm_70 sm_75 sm_90")
+    said: list[str] = []
+    flags = _build.cuda_arch_flags(torch_126, nvcc, said.append)
+    assert _build._architectures(flags) == "sm_70 sm_90 compute_90"
+    (line,) = said
+    assert "5.0, 6.0" in line and "the kernels need 7.0" in line
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "6.1;8.0")
+    assert _build._architectures(_build.cuda_arch_flags(torch_126, nvcc, said.append)) == "sm_80"
+    assert "left out of TORCH_CUDA_ARCH_LIST=6.1;8.0: 6.1;" in said[1]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Pascal")
+    with pytest.raises(_build.BuildProblem, match=r"=Pascal has no GPU architecture of 7\.0 or later"):
+        _build.cuda_arch_flags(torch_126, nvcc, said.append)
+
+
+def test_native_takes_the_gpus_of_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = fake_nvcc(tmp_path)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
+    for gpus, made in (
+        ([[9, 0], [8, 6], [9, 0]], "sm_86 sm_90 compute_90"),
+        # Newer than this nvcc: the newest that it knows, whose PTX runs there.
+        ([[12, 0]], "sm_100 compute_100"),
+    ):
+        monkeypatch.setattr(_build, "_ask_torch", lambda what, gpus=gpus: gpus)
+        assert _build._architectures(_build.cuda_arch_flags(CUDA_TORCH, nvcc, print)) == made
+    monkeypatch.undo()
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "native")
+    if not torch.cuda.is_available():
+        with pytest.raises(_build.BuildProblem, match="torch sees no GPU"):
+            _build.cuda_arch_flags(CUDA_TORCH, nvcc, print)
+
+
+@pytest.mark.parametrize(
+    ("asked", "taken"),
+    [
+        (None, []),
+        ("g++ -m64", ["-ccbin", "g++"]),
+        ("ccache g++", ["-ccbin", "g++"]),
+        ("/usr/bin/ccache distcc clang++ -O1", ["-ccbin", "clang++"]),
+    ],
+)
+def test_nvcc_is_given_the_compiler_and_not_what_starts_it(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, taken: list[str]
+) -> None:
+    if asked is not None:
+        monkeypatch.setenv("CXX", asked)
+    assert _build._host_compiler() == taken
+
+
+@pytest.mark.parametrize("name", ["$HOME", "a`b", 'a"b', "a\\b"])
+def test_a_folder_that_nvcc_cannot_work_in_is_named(tmp_path: Path, name: str) -> None:
+    nvcc = script(tmp_path / "nvcc", f"touch {tmp_path}/called")
+    with pytest.raises(_build.BuildProblem, match="cannot compile in") as caught:
+        _build.compile_cuda_objects(CUDA_TORCH, nvcc, [], tmp_path / name, print)
+    assert str(tmp_path / name) in caught.value.problem and not (tmp_path / "called").exists()
 
 
 # ---- real installs, each into an environment of its own that borrows this one's torch

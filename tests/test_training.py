@@ -10,6 +10,7 @@ import os
 import random
 import resource
 import signal
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -258,6 +259,22 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append("replace"), replace_(a, b))[1])
     stopped_run(tmp_path)
     assert order[-3:] == ["fsync", "replace", "fsync"], "the file, its new name, the folder"
+
+
+def test_a_checkpoint_is_written_in_its_own_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in the folder for temporary files when a run is killed, nobody removes."""
+    made = tempfile.mkstemp
+
+    def watched(*arguments: Any, **keywords: Any) -> tuple[int, str]:
+        assert keywords.get("dir") == tmp_path
+        return made(*arguments, **keywords)
+
+    monkeypatch.setattr(tempfile, "mkstemp", watched)
+    run = trainer(settings(), tmp_path)
+    run.fit()
+    assert checkpoint_of(tmp_path)
 
 
 def test_a_run_resumed_with_other_settings_is_refused(tmp_path: Path) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import TorchCheckpointIO
 
 from vaekernels.training.config import EngineConfig
 from vaekernels.training.errors import ConfigError
@@ -17,6 +20,19 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 __all__ = ["launch", "leave", "process_group", "single_device"]
+
+
+class SavesInPlace(TorchCheckpointIO):
+    """Writes a checkpoint where it is to lie, and nowhere else. Fabric's own way goes by a file in the folder
+    for temporary files, which stays there when the process is killed."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        # By way of memory, as Fabric does: what fails is then the file's writing, with an OSError.
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).write_bytes(content.getbuffer())
 
 
 def launch(config: EngineConfig) -> Fabric:
@@ -36,6 +52,7 @@ def launch(config: EngineConfig) -> Fabric:
         num_nodes=nodes,
         strategy=strategy,
         precision=config.precision,
+        plugins=[SavesInPlace()],
     )
     fabric.launch()
     return fabric
