@@ -35,9 +35,10 @@ class CollapseMonitor(Callback):
     """Measures the latent every n training steps, logs it, and warns once when collapse starts.
 
     Logged to every logger of the trainer, in nats, each under `prefix`: rate, rate/0 ... (one per dimension),
-    active_units, mi_lower, mi_upper and shuffle_gap (see `vaekernels.collapse.Reading`). The warning is a
-    `vaekernels.collapse.CollapseWarning`. A reading that is NaN or inf somewhere is not logged. Steps are those of the optimizer. Under several processes rank 0
-    measures, on the module itself, so nothing waits for another rank.
+    active_units, mi_lower, mi_upper and shuffle_gap (see `vaekernels.collapse.Reading`). A reading that is
+    NaN or inf somewhere is not logged. The warning is a `vaekernels.collapse.CollapseWarning`. Steps are
+    those of the optimizer. Under several processes rank 0 measures, on the module itself, so nothing waits
+    for another rank.
 
     Args:
         heldout: examples that are not trained on, as in `vaekernels.collapse.CollapseMonitor`. None: the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ class Controller(ABC):
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue from ``state``. ValueError if it is not the state of this kind of controller."""
         own = self._state()
-        ignored = state.get("ignored")
+        ignored: Any = state.get("ignored")
         valid = (
             state.keys() == own.keys() | {"ignored"}
             and all(isinstance(x, int | float) and math.isfinite(x) for x in state.values())
