@@ -38,7 +38,7 @@ from torch import Tensor
 from vaekernels.training import checkpoint
 from vaekernels.training import settings as texts
 from vaekernels.training.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
-from vaekernels.training.evaluate import evaluate
+from vaekernels.training.evaluate import Evaluation, evaluate
 from vaekernels.training.loop import Trainer
 from vaekernels.training.run_folder import CHECKPOINT, CONFIG, LOG, METRICS
 
@@ -146,6 +146,49 @@ def test_log_lines_after_the_checkpoint_are_dropped_on_resumption(tmp_path: Path
         file.write(json.dumps({"kind": "step", "epoch": 2, "step": 99}) + '\n{"kind": "epoch", "st')
     trainer(config, tmp_path / "killed", resume=True).fit()
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "killed")
+
+
+def tensorboard_of(run: Path) -> dict[str, list[tuple[int, float]]]:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in tags
+        if "seconds" not in tag
+    }
+
+
+@pytest.mark.parametrize("every", [1, 5, 7])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_an_epoch_whose_checkpoint_was_not_written_is_logged_once(
+    epoch: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """14 steps an epoch: the last checkpoint is that of the epoch's last step, or is earlier."""
+    config = settings(given=f"engine.checkpoint_steps={every} engine.log_steps=7 engine.tensorboard=true")
+    trainer(config, tmp_path / "whole").fit()
+    run = trainer(config, tmp_path / "killed")
+    log_epoch = Trainer._log_epoch
+
+    def killed(self: Trainer, evaluation: Evaluation) -> None:
+        log_epoch(self, evaluation)
+        if self.progress.epoch + 1 == epoch:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_log_epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.fit()
+        run.log.close()
+    saved = checkpoint_of(tmp_path / "killed")["progress"]
+    assert (saved["epoch"], saved["step"]) == (epoch - 1, 14 * epoch // every * every)
+    assert epochs_of(tmp_path / "killed")[-1] == epoch
+    resumed = trainer(config, tmp_path / "killed", resume=True)
+    resumed.fit()
+    assert same(checkpoint_of(tmp_path / "whole"), checkpoint_of(tmp_path / "killed"))
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "killed")
+    assert tensorboard_of(tmp_path / "whole") == tensorboard_of(tmp_path / "killed")
 
 
 def test_ctrl_c_finishes_the_step_saves_and_gives_the_signal_back(tmp_path: Path) -> None:

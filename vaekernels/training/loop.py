@@ -308,7 +308,7 @@ class Trainer:
             )
         if self.fabric.is_global_zero:
             self.folder.write_config(self.config)
-        self.log.resume(self.progress.step)
+        self.log.resume(self.progress.step, self.progress.epoch)
 
     def _save(self) -> None:
         progress = self.progress
