@@ -88,6 +88,15 @@ def test_train_then_resume() -> None:
     assert "leave out the preset and --config" in call("train", "docstrings", "--resume", "run", status=2)
 
 
+def test_runs_that_begin_in_one_second_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.strftime", lambda form: "20250101-000000")
+    for seed in "123":
+        call("train", "digits", *SMALL, "--seed", seed)
+    for number, seed in (("", 1), ("-2", 2), ("-3", 3)):
+        run = Path("runs", f"digits-20250101-000000{number}")
+        assert f"seed = {seed}\n" in (run / CONFIG).read_text() and epochs_of(run) == [1, 2]
+
+
 def test_ctrl_c_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[int] = []
     forward = ELBO.forward

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import gc
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 
 from vaekernels.training.config import EngineConfig
-from vaekernels.training.errors import ConfigError
+from vaekernels.training.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["launch", "leave", "process_group", "single_device"]
+__all__ = ["launch", "leave", "once", "process_group", "single_device"]
+
+T = TypeVar("T")
 
 
 def launch(config: EngineConfig) -> Fabric:
@@ -39,6 +42,23 @@ def launch(config: EngineConfig) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def once(fabric: Fabric, action: Callable[[], T]) -> T:
+    """What ``action`` returns in the first process, in every process. A TrainingError is raised in all of
+    them: the others would wait for the first one."""
+    done: T | None = None
+    failed: TrainingError | None = None
+    if fabric.is_global_zero:
+        try:
+            done = action()
+        except TrainingError as error:
+            failed = error
+    if fabric.world_size > 1:
+        done, failed = fabric.broadcast((done, failed))
+    if failed is not None:
+        raise failed
+    return done  # type: ignore[return-value]
 
 
 def leave(fabric: Fabric) -> None:
