@@ -31,8 +31,8 @@ _RESUMABLE = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``config.toml``, ``log.jsonl``, ``checkpoint.pt``, ``metrics.json``, ``tensorboard/``, and ``run.lock``.
-    That file may stay behind: the lock itself is the operating system's, and ends with the process."""
+    """``config.toml``, ``log.jsonl``, ``checkpoint.pt``, ``metrics.json``, ``tensorboard/`` and ``run.lock``,
+    which may stay behind: the lock itself is the operating system's, and ends with the process."""
 
     path: Path
 
