@@ -232,8 +232,8 @@ def gaussian_kl(
 
     Raises:
         TypeError, ValueError: arguments that do not fit each other, unknown strings, options that differ
-            between the ranks of process_group, negative or NaN values in free_bits or weight. In CUDA tensors such values are not looked for, as that would wait for the
-            device; a bad one gives a NaN loss.
+            between the ranks of process_group, negative or NaN values in free_bits or weight. In CUDA tensors
+            such values are not looked for, as that would wait for the device; a bad one gives a NaN loss.
     """
     given = (
         prior_mu, prior_logvar, clamp, penalty, batch_dims, group_dims, weight, balance, reduction,
