@@ -24,7 +24,7 @@ from tiny_runs import (
 from typer.testing import CliRunner
 
 from vaekernels.collapse import Estimate, Report
-from vaekernels.training import diagnosis, gallery, presets
+from vaekernels.training import checkpoint, diagnosis, gallery, presets
 from vaekernels.training import settings as texts
 from vaekernels.training.cli import app
 from vaekernels.training.data import Arrays
@@ -118,6 +118,7 @@ def test_what_cannot_be_diagnosed_is_one_clear_line(arguments: list[str], status
     state = torch.load("torn/checkpoint.pt", weights_only=True)
     state["model"].popitem()
     torch.save(state, "torn/checkpoint.pt")
+    checkpoint.seal(Path("torn/checkpoint.pt"))
     output = call("diagnose", *arguments, status=status)
     assert output.startswith(message) and len(output.splitlines()) == 1
 
@@ -135,6 +136,7 @@ def test_a_run_of_other_data_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> N
     trainer(settings("digits"), Path("run")).fit()
     state = torch.load("run/checkpoint.pt", weights_only=True)
     torch.save(state | {"data": "f" * 64}, "run/checkpoint.pt")
+    checkpoint.seal(Path("run/checkpoint.pt"))
     with pytest.raises(CheckpointError, match="was trained on other digits data"):
         open_run(Path("run"), quiet)
 

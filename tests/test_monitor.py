@@ -141,5 +141,28 @@ def test_errors():
         CollapseMonitor(identity, torch.zeros(8, 4), patience=1)
     with pytest.raises(ValueError, match="heldout must"):
         CollapseMonitor(identity, torch.zeros(2, 4))
-    with pytest.raises(ValueError, match="encode"):
-        CollapseMonitor(identity, torch.full((8, 4), float("nan"))).read(1)
+    with pytest.raises(TypeError, match="encode"):
+        CollapseMonitor(lambda x: x, torch.zeros(8, 4)).read(1)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["encode", "log_likelihood"])
+def test_a_reading_that_is_not_finite_is_ignored_and_counted(where, bad):
+    spoilt = {"encode": 0.0, "log_likelihood": 0.0}
+    monitor = CollapseMonitor(
+        lambda x: (x[:, :2] + spoilt["encode"], x[:, 2:]),
+        torch.randn(32, 4),
+        lambda x, z: -((x[:, :2] - z) ** 2).sum(1) + spoilt["log_likelihood"],
+        every_n_steps=1,
+    )
+    first = monitor.step()
+    spoilt[where] = bad
+    with pytest.warns(RuntimeWarning, match="not measured at step 2: .* ignored and counted") as caught:
+        assert monitor.step() is None and monitor.step() is None
+    assert len(caught) == 1 and caught[0].filename == __file__
+    spoilt[where] = 0.0
+    last = monitor.step()
+    assert monitor.history == [first, last] and monitor.ignored == 2 and last.step == 4
+    again = CollapseMonitor(identity, torch.zeros(8, 4))
+    again.load_state_dict(monitor.state_dict())
+    assert again.ignored == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
@@ -83,6 +84,29 @@ def test_running_rates_are_a_mean_that_becomes_a_moving_one(backend):
     assert not layer.running_rate.any() and layer.num_batches_tracked == 0
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_batch_whose_rates_are_not_finite_is_left_out_of_the_running_ones_and_counted(
+    bad, compiled, backend
+):
+    clean, met = GaussianLatent(3, momentum=0.25), GaussianLatent(3, momentum=0.25)
+    run = torch.compile(met, backend="eager") if compiled else met
+    spoiled = TABLE.clone()
+    spoiled[1, 0] = bad
+    for n, scale in enumerate((1.0, 2.0, 0.0, 3.0, 1.0, 2.0)):
+        if n in (0, 2, 5):  # the first batch of all, too
+            run(spoiled)
+        clean(TABLE * scale)
+        run(TABLE * scale)
+    assert torch.equal(met.running_rate, clean.running_rate)
+    assert met.num_batches_tracked == 6 and met.num_batches_ignored == 3
+    fresh = GaussianLatent(3)
+    fresh.load_state_dict(met.state_dict())
+    assert fresh.num_batches_ignored == 3
+    met.reset_running_stats()
+    assert met.num_batches_ignored == 0
+
+
 def test_the_running_rate_is_unclamped_and_unweighted_and_detached(backend):
     layer = GaussianLatent(3, beta=100.0, free_bits=7.0)
     layer(TABLE.clone().requires_grad_())
@@ -133,7 +157,7 @@ def test_a_checkpoint_continues_schedules_and_statistics(backend):
         layer(TABLE)
         layer.step()
     state = layer.state_dict()
-    assert set(state) == {"running_rate", "num_batches_tracked", "beta.steps"}
+    assert set(state) == {"running_rate", "num_batches_tracked", "num_batches_ignored", "beta.steps"}
     assert all(isinstance(value, torch.Tensor) for value in state.values())
     fresh = make()
     fresh.load_state_dict(copy.deepcopy(state))

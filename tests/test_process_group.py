@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import traceback
 import warnings
 from pathlib import Path
@@ -43,6 +44,57 @@ FACTORS = {
     "prior": ["standard", "balanced"],
 }
 CASES = [tuple(case.values()) for case in pairwise(FACTORS, lambda case: True)]
+
+
+# By rank: what only ranks 0 and 2 do, and what rank 1 does; then what the error says of it.
+TWO = (torch.zeros(2, 4), torch.zeros(2, 4))
+DIFFERING = {
+    "free_bits": ({"free_bits": 0.1}, {"free_bits": 0.5}, "free_bits is 0.1 on ranks 0, 2 and 0.5 on rank 1"),
+    "free_bits_or_none": ({}, {"free_bits": 0.5}, "free_bits is None on ranks 0, 2 and 0.5 on rank 1"),
+    "free_bits_tensor": (
+        {"free_bits": torch.tensor([0.125, 0.125, 0.125, 0.125])},
+        {"free_bits": torch.tensor([0.125, 0.125, 0.125, 0.5])},
+        r"free_bits is \[0.125, .*, 0.125\] on ranks 0, 2 and \[0.125, .*, 0.5\] on rank 1",
+    ),
+    "clamp": (
+        {"free_bits": 0.1},
+        {"free_bits": 0.1, "clamp": "sample"},
+        "clamp is batch on ranks 0, 2 and sample on rank 1",
+    ),
+    "penalty": (
+        {"free_bits": 0.1},
+        {"free_bits": 0.1, "penalty": "hinge"},
+        "penalty is floor on ranks 0, 2 and hinge on rank 1",
+    ),
+    "reduction": ({}, {"reduction": "sum"}, "reduction is batchmean on ranks 0, 2 and sum on rank 1"),
+    "batch_dims": ({"group_dims": ()}, {"batch_dims": 2}, "batch_dims is 1 on ranks 0, 2 and 2 on rank 1"),
+    "group_dims": ({}, {"group_dims": ()}, r"group_dims is None on ranks 0, 2 and \(\) on rank 1"),
+    "parameterization": ({}, {"parameterization": "softplus"}, "parameterization is logvar on ranks 0, 2"),
+    "logvar_bounds": ({}, {"logvar_bounds": (-5, 5)}, r"logvar_bounds is None .* \(-5.0, 5.0\) on rank 1"),
+    "prior": ({}, {"prior_mu": TWO[0], "prior_logvar": TWO[0]}, "prior is False on ranks 0, 2 and True on"),
+    "balance": (
+        {"prior_mu": TWO[0], "prior_logvar": TWO[0], "balance": 0.8},
+        {"prior_mu": TWO[0], "prior_logvar": TWO[0], "balance": 0.7},
+        "balance is 0.8 on ranks 0, 2 and 0.7 on rank 1",
+    ),
+    "shape": ({}, {"mu": torch.zeros(2, 7)}, r"shape_of_groups is \(4,\) on ranks 0, 2 and \(7,\) on rank 1"),
+    "elements": (
+        {"reduction": "mean", "group_dims": ()},
+        {"reduction": "mean", "group_dims": (), "mu": torch.zeros(2, 7)},
+        "latent_elements is 4 on ranks 0, 2 and 7 on rank 1",
+    ),
+    "dtype": ({}, {"mu": torch.zeros(2, 4).double()}, r"dtype is torch.float32 .* torch.float64 on rank 1"),
+}
+ALIKE = {
+    "weight": ({}, {"weight": torch.ones(2)}),
+    "rows": ({}, {"mu": torch.zeros(5, 4)}),
+    "positions": (
+        {"group_dims": (2,), "mu": torch.zeros(2, 3, 4)},
+        {"group_dims": (2,), "mu": torch.zeros(2, 5, 4)},
+    ),
+    "half": ({}, {"mu": torch.zeros(2, 4).bfloat16()}),
+    "number": ({"free_bits": 1}, {"free_bits": 1.0}),
+}
 
 
 def problem(world: int, rows: tuple[int, ...], weighted: bool, prior: bool):
@@ -100,12 +152,47 @@ def work(rank: int, folder: str, reference: bool) -> None:
     results["backward"] = _backward_alone(rank, groups[3])
     results["compiled"] = _compiled(rank, groups[3])
     results["collectives"] = _collectives(rank, groups[3])
+    results["differing"] = _differing(rank, groups[3])
+    results["comparisons"] = _comparisons(rank, groups[3])
     results["half"] = vk.gaussian_kl(
         torch.ones(2, 3).bfloat16(), torch.zeros(2, 3).bfloat16(), process_group=groups[3]
     )
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _call(options: dict, group) -> object:
+    options = dict(options)
+    mu = options.pop("mu", TWO[0])
+    try:
+        return float(vk.gaussian_kl(mu, torch.zeros_like(mu) + 0.5, process_group=group, **options))
+    except ValueError as error:
+        return str(error)
+
+
+def _differing(rank: int, group) -> dict[str, object]:
+    """What each rank is told where the ranks' options differ, and that the group still works after it."""
+    said: dict[str, object] = {}
+    for name, (most, one, *_) in (DIFFERING | ALIKE).items():
+        said[name] = _call(one if rank == 1 else most, group)
+        said[f"{name}, after"] = _call({"free_bits": 0.25}, group)
+    return said
+
+
+def _comparisons(rank: int, group) -> list[int]:
+    """How many comparisons each call makes: of new options, of the same, of others, of the first."""
+    calls: list[int] = []
+    original = dist.all_gather
+    counts = []
+    dist.all_gather = lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs)
+    try:
+        for bits in (0.375, 0.375, torch.tensor(0.375), torch.tensor(0.5), 0.4375, 0.375):
+            _call({"free_bits": bits}, group)
+            counts.append(len(calls))
+    finally:
+        dist.all_gather = original
+    return counts
 
 
 def _backward_alone(rank: int, group) -> object:
@@ -217,6 +304,29 @@ def test_compiled_calls_use_functional_collectives(ranks):
 
 def test_one_all_reduce_for_each_call(ranks):
     assert [r["collectives"] for r in ranks] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("name", DIFFERING)
+def test_ranks_with_different_options_are_all_told_which(name, ranks):
+    said = [rank["differing"][name] for rank in ranks]
+    assert said[0] == said[1] == said[2]
+    assert re.match(
+        "process_group: every rank must be called with the same options, and they differ: .*"
+        + DIFFERING[name][2],
+        str(said[0]),
+    ), said[0]
+    after = {rank["differing"][f"{name}, after"] for rank in ranks}
+    assert len(after) == 1 and isinstance(after.pop(), float)
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_may_differ_between_ranks_is_not_refused(name, ranks):
+    said = {rank["differing"][name] for rank in ranks}
+    assert len(said) == 1 and isinstance(said.pop(), float)
+
+
+def test_the_same_options_are_compared_once(ranks):
+    assert [rank["comparisons"] for rank in ranks] == [[1, 1, 2, 2, 3, 3]] * 3
 
 
 def test_half_types_reduce_in_float32(ranks):

@@ -293,12 +293,58 @@ def test_geco_falls_when_the_constraint_is_met_and_stays_positive() -> None:
     assert control.value.item() == pytest.approx(1e3)
 
 
+NOT_FINITE = [math.nan, math.inf, -math.inf, 1e300, -1e300]
+
+
+def given_as(measured: float, form: str) -> torch.Tensor | float:
+    return measured if form == "number" else torch.tensor(measured, dtype=getattr(torch, form))
+
+
+@pytest.mark.parametrize("form", ["number", "float32", "float64", "float16"])
 @pytest.mark.parametrize("make", CONTROLLERS.values(), ids=CONTROLLERS)
-def test_nan_is_not_hidden(make: Callable[[], Controller]) -> None:
-    control = make()
-    control.step(math.nan)
-    control.step(1.0)
-    assert math.isnan(control.value.item())
+@given(st.lists(st.floats(0, 50, width=16), min_size=1, max_size=20), st.data())
+def test_measurements_that_are_not_finite_move_nothing_and_are_counted(
+    make: Callable[[], Controller], form: str, measured: list[float], data: st.DataObject
+) -> None:
+    clean, met = make(), make()
+    bad = data.draw(
+        st.lists(st.tuples(st.integers(0, len(measured)), st.sampled_from(NOT_FINITE)), max_size=5)
+    )
+    for n in range(len(measured) + 1):
+        for _, number in (each for each in bad if each[0] == n):
+            met.step(given_as(number, form))
+        for control in (clean, met) if n < len(measured) else ():
+            control.step(given_as(measured[n], form))
+    assert met.state_dict() == clean.state_dict() | {"ignored": len(bad)}
+    assert met.ignored.item() == len(bad)
+
+
+@pytest.mark.parametrize("make", CONTROLLERS.values(), ids=CONTROLLERS)
+def test_the_count_of_ignored_measurements_is_seen_and_kept(make: Callable[[], Controller]) -> None:
+    control, again = make(), make()
+    assert "ignored" not in repr(control)
+    for number in (math.nan, 1.0, math.inf):
+        control.step(number)
+    assert "ignored 2 measurements that were not finite" in repr(control)
+    again.load_state_dict(control.state_dict())
+    assert again.state_dict() == control.state_dict() and again.ignored.item() == 2
+
+
+def test_a_target_that_is_not_finite_for_a_step_is_ignored_too() -> None:
+    target = torch.tensor(4.0)
+    control = PIController(target)
+    control.step(5.0)
+    before = control.state_dict()
+    target.fill_(math.nan)
+    control.step(5.0)
+    assert control.state_dict() == before | {"ignored": 1}
+
+
+@pytest.mark.parametrize("control", [PIController(0.0, kp=3e38, ki=3e38), GECO(-3e38, speed=3e38)])
+def test_finite_measurements_of_any_size_leave_a_finite_state(control: Controller) -> None:
+    for number in (3e38, -3e38, 1e-45, 0.0, 3e38):
+        control.step(number)
+        assert all(map(math.isfinite, control.state_dict().values())), control.state_dict()
 
 
 # --- inside somebody's loop
@@ -347,13 +393,20 @@ def test_bad_state(state: dict[str, int]) -> None:
 
 @pytest.mark.parametrize(
     "state",
-    [{}, {"value": 1.0}, {"value": math.nan, "integral": 0.0}, {"value": 1.0, "integral": "0"}],
+    [
+        {},
+        {"value": 1.0, "integral": 0.0},
+        {"value": math.nan, "integral": 0.0, "ignored": 0},
+        {"value": 1.0, "integral": "0", "ignored": 0},
+        {"value": 1.0, "integral": 0.0, "ignored": -1},
+        {"value": 1.0, "integral": 0.0, "ignored": 0.5},
+    ],
 )
 def test_bad_controller_state(state: dict[str, float]) -> None:
     control = PIController(1.0)
     with pytest.raises(ValueError, match="state of a PIController is finite numbers for value, integral"):
         control.load_state_dict(state)
-    assert control.state_dict() == {"value": 0.0, "integral": 0.0}
+    assert control.state_dict() == {"value": 0.0, "integral": 0.0, "ignored": 0}
 
 
 @pytest.mark.parametrize(

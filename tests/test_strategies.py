@@ -132,6 +132,18 @@ def test_burning_in_ends_when_the_information_on_held_out_data_falls(tmp_path: P
     assert other.state_dict() == strategy.state_dict()
 
 
+def test_information_that_is_not_finite_does_not_end_burning_in_and_is_counted(tmp_path: Path) -> None:
+    run, strategy = aggressive(tmp_path)
+    evaluation = run._evaluate()
+    for value, still in ((0.5, True), (math.nan, True), (math.inf, True), (0.6, True), (0.4, False)):
+        strategy.end_epoch(run, replace(evaluation, mi_lower=Estimate(value, 0.0, 9.0)))
+        assert strategy.burning_in is still
+    assert strategy.ignored == strategy.state_dict()["ignored"] == 2
+    other = trainer(settings("digits", "strategy.aggressive=true"), tmp_path / "other").strategy
+    other.load_state_dict(strategy.state_dict())
+    assert other.state_dict() == strategy.state_dict()
+
+
 # --- pretrained
 
 

@@ -12,6 +12,7 @@ import resource
 import signal
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,9 @@ from torch import Tensor
 from vaekernels.training import checkpoint
 from vaekernels.training import settings as texts
 from vaekernels.training.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
-from vaekernels.training.evaluate import evaluate
+from vaekernels.training.evaluate import Evaluation, evaluate
 from vaekernels.training.loop import Trainer
-from vaekernels.training.run_folder import CHECKPOINT, CONFIG, LOG, METRICS
+from vaekernels.training.run_folder import CHECKPOINT, CONFIG, LOCK, LOG, METRICS, RunFolder, new_folder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning"),
@@ -149,6 +150,49 @@ def test_log_lines_after_the_checkpoint_are_dropped_on_resumption(tmp_path: Path
     assert log_of(tmp_path / "whole") == log_of(tmp_path / "killed")
 
 
+def tensorboard_of(run: Path) -> dict[str, list[tuple[int, float]]]:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()["scalars"]
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in tags
+        if "seconds" not in tag
+    }
+
+
+@pytest.mark.parametrize("every", [1, 5, 7])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_an_epoch_whose_checkpoint_was_not_written_is_logged_once(
+    epoch: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """14 steps an epoch: the last checkpoint is that of the epoch's last step, or is earlier."""
+    config = settings(given=f"engine.checkpoint_steps={every} engine.log_steps=7 engine.tensorboard=true")
+    trainer(config, tmp_path / "whole").fit()
+    run = trainer(config, tmp_path / "killed")
+    log_epoch = Trainer._log_epoch
+
+    def killed(self: Trainer, evaluation: Evaluation) -> None:
+        log_epoch(self, evaluation)
+        if self.progress.epoch + 1 == epoch:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_log_epoch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run.fit()
+        run.log.close()
+    saved = checkpoint_of(tmp_path / "killed")["progress"]
+    assert (saved["epoch"], saved["step"]) == (epoch - 1, 14 * epoch // every * every)
+    assert epochs_of(tmp_path / "killed")[-1] == epoch
+    resumed = trainer(config, tmp_path / "killed", resume=True)
+    resumed.fit()
+    assert same(checkpoint_of(tmp_path / "whole"), checkpoint_of(tmp_path / "killed"))
+    assert log_of(tmp_path / "whole") == log_of(tmp_path / "killed")
+    assert tensorboard_of(tmp_path / "whole") == tensorboard_of(tmp_path / "killed")
+
+
 def test_ctrl_c_finishes_the_step_saves_and_gives_the_signal_back(tmp_path: Path) -> None:
     before = signal.getsignal(signal.SIGINT)
     run = trainer(settings(), tmp_path)
@@ -179,6 +223,62 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     assert not (tmp_path / CHECKPOINT).exists()
 
 
+# --- one run, one process
+
+
+def test_a_folder_where_a_process_trains_is_refused_until_it_has_ended(tmp_path: Path) -> None:
+    first = trainer(settings(), tmp_path)
+    said = rf"process {os.getpid()} trains in {tmp_path}; wait for it or stop it, or give another --run-dir"
+    for resume in (False, True):
+        with pytest.raises(CheckpointError, match=said):
+            trainer(settings(), tmp_path, resume=resume)
+    before = (tmp_path / LOG).read_bytes()
+    assert before == b"", "the log of the first is left alone"
+    stop_at(first, 3)
+    with pytest.raises(Interrupted):
+        first.fit()
+    second = trainer(settings(), tmp_path, resume=True)
+    with pytest.raises(CheckpointError, match=said):
+        trainer(settings(), tmp_path, resume=True)
+    assert second.fit() == trainer(settings(), tmp_path / "whole").fit()
+    trainer(settings(), tmp_path, resume=True).fit()
+
+
+def test_a_folder_is_free_again_after_a_trainer_that_could_not_begin(tmp_path: Path) -> None:
+    stopped_run(tmp_path)
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=r"objective\.beta"):
+            trainer(settings(beta=2.0), tmp_path, resume=True)
+        with pytest.raises(CheckpointError, match="already holds a run"):
+            trainer(settings(), tmp_path)
+    assert trainer(settings(), tmp_path, resume=True).fit()
+
+
+def test_a_folder_that_cannot_be_locked_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / LOCK).mkdir()
+    with pytest.raises(CheckpointError, match=f"cannot lock {tmp_path / LOCK}: "):
+        trainer(settings(), tmp_path)
+
+
+def test_a_lock_left_by_another_process_names_it(tmp_path: Path) -> None:
+    held = RunFolder(tmp_path).hold()
+    (tmp_path / LOCK).write_text("4321\nsome host\n")
+    with pytest.raises(CheckpointError, match="process 4321 trains in"):
+        RunFolder(tmp_path).hold()
+    held.release()
+    RunFolder(tmp_path).hold().release()
+
+
+def test_new_folders_are_made_by_one_caller_each(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda _: new_folder(tmp_path / "runs" / "a"), range(64)))
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == sorted(path.name for path in made) == sorted(["a", *(f"a-{n}" for n in range(2, 65))])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cannot make .*file/a: Not a directory"):
+        new_folder(tmp_path / "file" / "a")
+
+
 # --- disks that do not take what is written
 
 
@@ -204,7 +304,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(
     with pytest.raises(CheckpointError, match="No space left on device; nothing there was overwritten"):
         resumed.fit()
     assert same(checkpoint_of(tmp_path), before)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [CHECKPOINT, CONFIG, LOG]
+    assert {path.name for path in tmp_path.iterdir()} - {LOCK} == {CHECKPOINT, CONFIG, LOG}
 
 
 def test_a_limit_on_the_size_of_files_is_reported_and_loses_nothing(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,10 +25,12 @@ from tiny_runs import (
 )
 from typer.testing import CliRunner
 
+from vaekernels.training import checkpoint
 from vaekernels.training import data as datasets
 from vaekernels.training.cli import app
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data import Data
+from vaekernels.training.errors import CheckpointError
 from vaekernels.training.latents import ELBO
 from vaekernels.training.run_folder import CHECKPOINT, CONFIG, METRICS
 
@@ -82,6 +86,15 @@ def test_train_then_resume() -> None:
     )
     assert "already holds a run" in call("train", "digits", *SMALL, "--run-dir", "run", status=1)
     assert "leave out the preset and --config" in call("train", "docstrings", "--resume", "run", status=2)
+
+
+def test_runs_that_begin_in_one_second_have_folders_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.strftime", lambda form: "20250101-000000")
+    for seed in "123":
+        call("train", "digits", *SMALL, "--seed", seed)
+    for number, seed in (("", 1), ("-2", 2), ("-3", 3)):
+        run = Path("runs", f"digits-20250101-000000{number}")
+        assert f"seed = {seed}\n" in (run / CONFIG).read_text() and epochs_of(run) == [1, 2]
 
 
 def test_ctrl_c_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,14 +170,22 @@ def test_bad_arguments_are_one_clear_line(arguments: list[str], status: int, mes
     assert not Path("runs").exists()
 
 
+def sealed(state: object, path: Path) -> None:
+    torch.save(state, path)
+    checkpoint.seal(path)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "no checkpoint at"),
         (lambda path: path.write_bytes(path.read_bytes()[:1000]), "is damaged or no checkpoint"),
         (lambda path: path.write_bytes(b"hello"), "is damaged or no checkpoint"),
-        (lambda path: torch.save({"model": {}}, path), "is not a vaekernels checkpoint of format 2"),
-        (lambda path: torch.save(Path("evil"), path), "is damaged or no checkpoint"),
+        (lambda path: path.write_bytes(b""), "is damaged or no checkpoint"),
+        (lambda path: path.write_bytes(path.read_bytes() + b"more"), "it has no checksum at its end"),
+        (lambda path: torch.save(torch.load(path), path), "it has no checksum at its end"),
+        (lambda path: sealed({"model": {}}, path), "is not a vaekernels checkpoint of format 3"),
+        (lambda path: sealed(Path("evil"), path), "is damaged or no checkpoint"),
     ],
 )
 def test_bad_checkpoints(damage: Callable[[Path], object], message: str) -> None:
@@ -172,6 +193,30 @@ def test_bad_checkpoints(damage: Callable[[Path], object], message: str) -> None
     damage(Path("run", CHECKPOINT))
     output = call("train", "--resume", "run", status=1)
     assert message in output and len(output.splitlines()) == 1
+
+
+def test_a_byte_that_changed_anywhere_in_a_checkpoint_is_noticed() -> None:
+    call("train", "digits", *SMALL, "--run-dir", "run")
+    path = Path("run", CHECKPOINT)
+    whole = path.read_bytes()
+    assert zipfile.ZipFile(path).comment.startswith(b"sha256:"), "still a zip archive like any other"
+    draw = random.Random(0)
+    ends = [*range(64), *range(len(whole) - 256, len(whole))]
+    for position in (*ends, *draw.sample(range(len(whole)), 400)):
+        spoilt = bytearray(whole)
+        spoilt[position] ^= 1 << draw.randrange(8)
+        path.write_bytes(spoilt)
+        with pytest.raises(CheckpointError, match=r"run/checkpoint\.pt is damaged"):
+            checkpoint.load(path)
+    spoilt = bytearray(whole)
+    spoilt[len(whole) // 2] ^= 1
+    path.write_bytes(spoilt)
+    for command in (("train", "--resume", "run"), ("diagnose", "run", "-n", "8")):
+        output = call(*command, status=1)
+        assert output.startswith("error: run/checkpoint.pt is damaged: its checksum does not match")
+        assert len(output.splitlines()) == 1
+    path.write_bytes(whole)
+    call("train", "--resume", "run")
 
 
 def test_a_checkpoint_of_other_data_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,7 +234,7 @@ def test_a_checkpoint_of_another_shape_is_refused() -> None:
     path = Path("run", CHECKPOINT)
     state = torch.load(path, weights_only=True)
     del state["model"]["decoder.net.0.weight"]
-    torch.save(state, path)
+    sealed(state, path)
     assert "does not fit run/config.toml" in call("train", "--resume", "run", status=1).replace("\n", " ")
 
 

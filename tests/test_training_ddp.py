@@ -29,8 +29,9 @@ import vaekernels as vk
 from vaekernels.training import data as datasets
 from vaekernels.training import latents
 from vaekernels.training.config import Config
-from vaekernels.training.errors import Interrupted, NonFiniteError
+from vaekernels.training.errors import CheckpointError, Interrupted, NonFiniteError
 from vaekernels.training.latents import Layer
+from vaekernels.training.run_folder import RunFolder
 from vaekernels.training.seeds import derive
 
 pytestmark = pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning")
@@ -79,6 +80,7 @@ def work(rank: int, folder: str, port: int) -> None:
             results[scenario] = (evaluation.to_json(), run.model.state_dict())
         results["stopped"] = _stopped(rank, Path(folder, "stopped"))
         results["blamed"] = _blamed(rank, Path(folder, "blamed"))
+        results["in use"] = _in_use(rank, Path(folder, "in use"))
     except Exception:
         results["failed"] = traceback.format_exc()
     torch.save(results, f"{folder}/{rank}.pt")
@@ -112,6 +114,21 @@ def _blamed(rank: int, path: Path) -> str:
         run.fit()
     except NonFiniteError as error:
         return str(error)
+    return ""
+
+
+def _in_use(rank: int, path: Path) -> str:
+    """Another process trains in the folder, which the first process alone finds out."""
+    config = config_of("per dimension")
+    path.mkdir(exist_ok=True)
+    lock = RunFolder(path).hold() if rank == 0 else None
+    try:
+        trainer(config, path)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        if lock is not None:
+            lock.release()
     return ""
 
 
@@ -230,6 +247,12 @@ def test_the_process_with_the_bad_example_is_heard_by_all(pair: tuple[Path, list
     assert "step 1 (epoch 1, batch 1 of 12): loss" in results[0]["blamed"]
     assert "largest offender: NLL inf of training example" in results[0]["blamed"]
     assert "(row 2 of the batch)" in results[0]["blamed"]
+
+
+def test_a_folder_in_use_is_refused_in_all_processes(pair: tuple[Path, list[dict[str, Any]]]) -> None:
+    _, results = pair
+    assert results[0]["in use"] == results[1]["in use"]
+    assert "in use; wait for it or stop it, or give another --run-dir" in results[0]["in use"]
 
 
 def test_a_run_of_two_processes_goes_on_with_one(

@@ -153,7 +153,7 @@ def kl_options(
             options["free_bits"] = _checks.free_bits_number(free_bits)
     if process_group is None:
         return options, None
-    return _local_options(options, shape, batch_dims, clamp, penalty, process_group)
+    return _local_options(options, shape, batch_dims, clamp, penalty, has_prior, process_group)
 
 
 def _local_options(
@@ -162,15 +162,32 @@ def _local_options(
     batch_dims: int,
     clamp: str,
     penalty: str,
+    has_prior: bool,
     process_group: ProcessGroup,
 ) -> tuple[dict[str, Any], Shared]:
     """The options by which each rank delivers plain sums, and what is then done with them."""
     # A clamp on the batch mean has to wait for the sums of the other ranks.
     take = options.pop if clamp == "batch" else options.get
     number, per_group = take("free_bits", None), take("free_bits_per_group", None)
+    axes = options.get("group_dims")
+    settings = None
+    if not _is_compiling():  # a comparison is a wait for the other ranks, and nothing that a graph can hold
+        settings = _distributed.Settings(
+            number if per_group is None else tuple(per_group.shape),
+            clamp,
+            penalty,
+            options.get("reduction", "batchmean"),
+            batch_dims,
+            None if axes is None else tuple(axes),
+            options.get("parameterization", "logvar"),
+            options.get("logvar_bounds"),
+            has_prior,
+            options.get("balance"),
+        )
     shared = Shared(
         process_group,
         {
+            "settings": settings,
             "weight": options.get("weight"),
             "batch_shape": shape[:batch_dims],
             "latent_numel": math.prod(shape[batch_dims:]),

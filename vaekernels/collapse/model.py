@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vaekernels.collapse.inputs import Encode, Examples, LogLikelihood, count, take, to_device
 
-__all__ = ["BATCH", "Model", "moments", "require_finite"]
+__all__ = ["BATCH", "Model", "NotFiniteError", "moments", "require_finite"]
 
 BATCH = 256
 """Examples in one call of either function, unless told otherwise."""
@@ -152,11 +152,15 @@ def moments(
     return mu, logvar
 
 
+class NotFiniteError(ValueError):
+    """A function of the model gave NaN or inf."""
+
+
 def require_finite(name: str, values: Tensor) -> None:
-    """ValueError that counts the examples for which ``name`` is NaN or inf."""
+    """NotFiniteError that counts the examples for which ``name`` is NaN or inf."""
     bad = ~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)
     if bool(bad.any()):
-        raise ValueError(
+        raise NotFiniteError(
             f"{name} gave NaN or inf for {int(bad.sum())} of {len(values)} examples; no interval can be "
             f"drawn over them"
         )

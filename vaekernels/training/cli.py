@@ -21,7 +21,7 @@ from vaekernels.training.config import Config
 from vaekernels.training.data import Data
 from vaekernels.training.errors import ConfigError, Interrupted, TrainingError
 from vaekernels.training.loop import Trainer
-from vaekernels.training.run_folder import RunFolder
+from vaekernels.training.run_folder import RunFolder, new_folder
 from vaekernels.training.runs import open_run
 
 __all__ = ["app"]
@@ -175,9 +175,9 @@ def train(
 
 def _train(chosen: Config, fabric: Fabric, resume: Path | None, run_dir: Path | None) -> None:
     console = _console(fabric)
-    # The first process names the folder: the clocks of the others may differ.
-    directory = resume or run_dir or Path(fabric.broadcast(str(_default_run_dir(chosen.data.name))))
     data = datasets.load(chosen.data, console.print)
+    combinations.resolve(chosen, data)  # what it refuses leaves no empty folder
+    directory = resume or run_dir or engine.once(fabric, lambda: _new_run_dir(chosen.data.name))
     trainer = Trainer(chosen, data, directory, console, resume=resume is not None, fabric=fabric)
     _announce(trainer, data, console)
     evaluation = trainer.fit()
@@ -251,7 +251,7 @@ def demo(
         if epochs is not None:
             over["optim"] = {"epochs": epochs}
         torch.set_num_threads(threads)
-        demos.show(name, over, run_dir or _default_run_dir(f"demo-{name}"), Console())
+        demos.show(name, over, run_dir or _new_run_dir(f"demo-{name}"), Console())
 
 
 def _announce(trainer: Trainer, data: Data, console: Console) -> None:
@@ -295,9 +295,10 @@ def _resumed(folder: RunFolder, preset: str | None, config: Path | None) -> Conf
     return folder.settings()
 
 
-def _default_run_dir(name: str) -> Path:
+def _new_run_dir(name: str) -> Path:
+    """A folder of its own for a run that was given none, and its name: two runs may begin in one second."""
     plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.rstrip("/").rpartition("/")[2])
-    return Path("runs") / f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return new_folder(Path("runs") / f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _console(fabric: Fabric) -> Console:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import io
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,12 +15,14 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins import TorchCheckpointIO
 
 from vaekernels.training.config import EngineConfig
-from vaekernels.training.errors import ConfigError
+from vaekernels.training.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["launch", "leave", "process_group", "single_device"]
+__all__ = ["launch", "leave", "once", "process_group", "single_device"]
+
+T = TypeVar("T")
 
 
 class SavesInPlace(TorchCheckpointIO):
@@ -56,6 +59,23 @@ def launch(config: EngineConfig) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def once(fabric: Fabric, action: Callable[[], T]) -> T:
+    """What ``action`` returns in the first process, in every process. A TrainingError is raised in all of
+    them: the others would wait for the first one."""
+    done: T | None = None
+    failed: TrainingError | None = None
+    if fabric.is_global_zero:
+        try:
+            done = action()
+        except TrainingError as error:
+            failed = error
+    if fabric.world_size > 1:
+        done, failed = fabric.broadcast((done, failed))
+    if failed is not None:
+        raise failed
+    return done  # type: ignore[return-value]
 
 
 def leave(fabric: Fabric) -> None:

@@ -30,11 +30,21 @@ class Log:
         """Begin an empty log."""
         self._begin([], purge_step=None)
 
-    def resume(self, step: int) -> None:
-        """Go on after ``step``: lines of later steps, by a run that was killed after its last checkpoint, are
-        dropped."""
-        kept = [line for line in read(self._path) if line["step"] <= step]
-        self._begin(kept, purge_step=step + 1)
+    def resume(self, step: int, epochs: int) -> None:
+        """Go on after a checkpoint of ``step``, when ``epochs`` epochs were over. What a run that was killed
+        later than that had written since is dropped: lines of later steps, and that of the epoch that ended
+        with ``step``, where the checkpoint is from before its evaluation."""
+        kept = [
+            line
+            for line in read(self._path)
+            if line["step"] <= step and (line["kind"] != "epoch" or line["epoch"] <= epochs)
+        ]
+        # TensorBoard drops whole steps: what is kept of this one is written again.
+        self._begin(kept, purge_step=step)
+        for line in kept:
+            if line["step"] == step:
+                values = {key: value for key, value in line.items() if key not in ("kind", "step")}
+                self._show(line["kind"], step, values)
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
         if not self._fabric.is_global_zero:
@@ -43,14 +53,22 @@ class Log:
         try:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-            if self._tensorboard is not None:
-                self._tensorboard.log_metrics(dict(_numbers(kind, values)), step)
-        except (OSError, ValueError) as error:  # Fabric's logger turns an OSError into a ValueError
+        except OSError as error:
             raise CheckpointError(f"cannot write {self._path}: {_reason(error)}") from error
+        self._show(kind, step, values)
 
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.finalize("")
+
+    def _show(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self._tensorboard is None:
+            return
+        try:
+            self._tensorboard.log_metrics(dict(_numbers(kind, values)), step)
+        except (OSError, ValueError) as error:  # Fabric's logger turns an OSError into a ValueError
+            folder = self._tensorboard.log_dir
+            raise CheckpointError(f"cannot write into {folder}: {_reason(error)}") from error
 
     def _begin(self, lines: list[dict[str, Any]], purge_step: int | None) -> None:
         if not self._fabric.is_global_zero:
@@ -68,7 +86,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
             parsed = json.loads(line)
-            parsed["kind"], parsed["step"]
+            parsed["kind"], parsed["step"], parsed["epoch"]
         except (ValueError, KeyError, TypeError):
             continue
         lines.append(parsed)

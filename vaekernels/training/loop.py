@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from filelock import FileLock
 from lightning_fabric import Fabric
 from rich.console import Console
 from torch import Tensor
@@ -105,6 +106,7 @@ class Trainer:
         self.folder = RunFolder(run_dir)
         self.progress = Progress()
         self._stop = False
+        self._lock: FileLock | None = None  # of the folder, in the first process
 
         self.fabric = fabric or engine.launch(config.engine)
         self.console = console if self.fabric.is_global_zero else Console(quiet=True)
@@ -121,17 +123,29 @@ class Trainer:
         self._schedules = self._objective()
         self.strategy = strategies.build(config.strategy, self._schedules)
         self.log = Log(self.folder.log, self.fabric, tensorboard=config.engine.tensorboard)
-        if resume:
-            self._resume()
-        else:
-            self._start()
+        try:
+            engine.once(self.fabric, self._hold if resume else self._create)
+            if resume:
+                self._resume()
+            else:
+                self._start()
+        except BaseException:
+            self._release()
+            raise
 
     def fit(self) -> Evaluation:
-        """Train to the last epoch, evaluate, write ``metrics.json``.
+        """Train to the last epoch, evaluate, write ``metrics.json``. Then, whatever happened, other processes
+        may go on with the run.
 
         Interrupted after Ctrl-C, with all saved; NonFiniteError when a loss, a gradient or the evaluation is
         NaN or inf, with the last good checkpoint kept; CheckpointError when something cannot be written.
         """
+        try:
+            return self._fit()
+        finally:
+            self._release()
+
+    def _fit(self) -> Evaluation:
         epochs = self.config.optim.epochs
         evaluation: Evaluation | None = None
         steps = epochs * len(self.batches)
@@ -274,10 +288,18 @@ class Trainer:
 
     # --- what is kept
 
+    def _create(self) -> None:
+        self._lock = self.folder.create()
+        self.folder.write_config(self.config)
+
+    def _hold(self) -> None:
+        self._lock = self.folder.hold()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
     def _start(self) -> None:
-        if self.fabric.is_global_zero:
-            self.folder.create()
-            self.folder.write_config(self.config)
         self.log.start()
 
     def _resume(self) -> None:
@@ -308,7 +330,7 @@ class Trainer:
             )
         if self.fabric.is_global_zero:
             self.folder.write_config(self.config)
-        self.log.resume(self.progress.step)
+        self.log.resume(self.progress.step, self.progress.epoch)
 
     def _save(self) -> None:
         progress = self.progress
