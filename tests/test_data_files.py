@@ -18,6 +18,7 @@ from PIL import Image
 from vaekernels.training import data as datasets
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data import Arrays, Data, Text
+from vaekernels.training.data.base import UNK
 from vaekernels.training.errors import DataError
 
 DRAW = np.random.default_rng(0)
@@ -112,6 +113,51 @@ def test_text(tmp_path: Path) -> None:
     assert {data.sentence(row) for row in data.train} | {data.sentence(row) for row in data.heldout} == {
         f"the number {i if i in (0, 1) else '<unk>'} is {'odd' if i % 2 else 'even'} ." for i in range(60)
     }
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\r"])
+def test_only_a_newline_ends_a_line(inside: str, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    for end in ("\n", "\r\n"):
+        path.write_bytes("".join(f"cat {i} sat{inside} on it{end}" for i in range(100)).encode())
+        data, _ = load(f"text:{path}")
+        assert isinstance(data, Text) and len(data.train) + len(data.heldout) == 100
+        assert data.lengths(data.train).tolist() == [6] * 90
+        assert data.sentence(data.train[0]).split()[2:] == ["sat", "on", "it"]
+
+
+def test_nothing_splits_text_by_str_splitlines() -> None:
+    """Whoever reads a user's lines takes vaekernels._files.lines_of. Output of commands is no user's text."""
+    package = Path(datasets.__file__).parents[2]
+    commands = {package / "_build.py", package / "bench" / "__init__.py", package / "bench" / "gpu.py"}
+    commands.add(package / "bench" / "report.py")  # /proc/cpuinfo
+    paths = set(package.rglob("*.py")) - commands
+    assert [path for path in paths if ".splitlines(" in path.read_text(encoding="utf-8")] == []
+
+
+def test_unk_in_a_corpus_is_the_unknown_token(tmp_path: Path) -> None:
+    path = tmp_path / "ptb.txt"
+    path.write_text("\n".join(f"the <unk> number w{i % 30} sat on <unk>" for i in range(200)))
+    data, _ = load(f"text:{path}", vocabulary=10)
+    assert isinstance(data, Text)
+    assert data.vocabulary == ("<pad>", "<bos>", "<eos>", "<unk>", "number", "on", "sat", "the", "w0", "w1")
+    assert (data.train[:, [1, 6]] == UNK).all()
+
+
+@pytest.mark.parametrize("word", ["<pad>", "<bos>", "<eos>"])
+@pytest.mark.parametrize("frequent", [False, True])
+def test_special_words_in_a_corpus_are_words(word: str, frequent: bool, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.txt"
+    lines = ["the cat sat on the mat"] * 100 + [f"we {word} here and {word}"] * (100 if frequent else 1)
+    path.write_text("\n".join(lines))
+    data, _ = load(f"text:{path}", vocabulary=14 if frequent else 9)
+    assert isinstance(data, Text)
+    both = torch.cat([data.train, data.heldout])
+    lengths = sorted(data.lengths(both).tolist())
+    assert lengths == sorted(len(line.split()) + 1 for line in lines)
+    shown = {data.sentence(row) for row in both}
+    expected = f"we {word} here and {word}" if frequent else "<unk> <unk> <unk> <unk> <unk>"
+    assert shown == {"the cat sat on the mat", expected}
 
 
 def test_lines_left_out_are_counted(tmp_path: Path) -> None:

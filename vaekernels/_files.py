@@ -1,4 +1,4 @@
-"""Files that are whole at every moment."""
+"""Files that are whole at every moment, and text as lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,14 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["lines_of", "write_atomically"]
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines of ``text``, which end at ``\\n`` or ``\\r\\n`` and nowhere else. ``str.splitlines`` also ends them
+    at form feeds, U+0085, U+2028 and more, which stand inside lines of real text."""
+    lines = text.replace("\r\n", "\n").split("\n")
+    return lines if lines[-1] else lines[:-1]
 
 
 def write_atomically(path: Path, text: str) -> None:

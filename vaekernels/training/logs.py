@@ -9,6 +9,7 @@ from typing import Any
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
+from vaekernels._files import lines_of
 from vaekernels.training.checkpoint import write_text
 from vaekernels.training.errors import CheckpointError
 
@@ -65,7 +66,7 @@ class Log:
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a log; a last line that was not written to its end is left out."""
     lines: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in lines_of(path.read_text(encoding="utf-8")) if path.exists() else []:
         try:
             parsed = json.loads(line)
             parsed["kind"], parsed["step"]

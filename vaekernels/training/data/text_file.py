@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from vaekernels._files import lines_of
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data.base import FEWEST, Data
 from vaekernels.training.data.vocabulary import text_data
@@ -14,10 +15,10 @@ __all__ = ["load_text"]
 
 
 def load_text(config: DataConfig, say: Callable[[str], None]) -> Data:
-    """``text:PATH``: a UTF-8 file, one sentence per line, words separated by white space. Empty lines are
-    passed over; lines of more than ``config.max_tokens`` words are left out, and ``say`` is told how many."""
+    """``text:PATH``: a UTF-8 file, one sentence per line, words separated by white space; ``<unk>`` in it is the
+    unknown token, and any other word a word. Lines end at a newline and nowhere else. Empty lines are passed over; lines of more than ``config.max_tokens`` words are left out, and ``say`` is told how many."""
     path = Path(config.name.partition(":")[2])
-    lines = [line.split() for line in _decoded(path).splitlines()]
+    lines = [line.split() for line in lines_of(_decoded(path))]
     sentences = [words for words in lines if 0 < len(words) <= config.max_tokens]
     if len(sentences) < FEWEST:
         raise DataError(
