@@ -91,6 +91,10 @@ class DataConfig(_Checked):
     the largest ("threshold"), or each once and for all with its grey as the probability of a 1 ("sample",
     Salakhutdinov & Murray 2008). Text only: ``vocabulary``, the words known, the four
     special tokens included; ``max_tokens``, the longest line of a text file that is kept.
+
+    The user's own: ``max_gib``, data of more GiB are refused, compressed ones before they are unpacked;
+    ``corrupt``: an image file that cannot be read ends the run ("abort"), or is left out and counted
+    ("skip").
     """
 
     name: str
@@ -98,6 +102,8 @@ class DataConfig(_Checked):
     binarize: Literal["no", "threshold", "sample"] = "no"
     vocabulary: int = _at_least(5, 2000)
     max_tokens: int = _at_least(1, 100)
+    max_gib: float = _above(0, 4.0)
+    corrupt: Literal["abort", "skip"] = "abort"
 
 
 @dataclass(frozen=True)
