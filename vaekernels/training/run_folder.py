@@ -48,19 +48,23 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder. CheckpointError if it holds a run or cannot be made or written into."""
-        if self.checkpoint.exists() or self.config.exists():
-            raise CheckpointError(
-                f"{self.path} already holds a run; go on with it by --resume {self.path}, or give another "
-                f"--run-dir"
-            )
         try:
+            if self.checkpoint.exists() or self.config.exists():
+                raise CheckpointError(
+                    f"{self.path} already holds a run; go on with it by --resume {self.path}, or give "
+                    f"another --run-dir"
+                )
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot make {self.path}: {error.strerror}") from error
 
     def settings(self) -> Config:
         """The settings of the run in this folder. CheckpointError if there is none."""
-        if not self.config.is_file():
+        try:
+            there = self.config.is_file()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.config}: {error.strerror}") from error
+        if not there:
             raise CheckpointError(f"no run in {self.path} (it has no {CONFIG})")
         return settings.load(self.config)
 

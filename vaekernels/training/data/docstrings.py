@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from vaekernels._files import open_regular
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data.base import Data
 from vaekernels.training.data.synthetic_text import load_synthetic_text
@@ -127,10 +128,11 @@ def _read_cache(path: Path) -> list[str] | None:
     """The sentences, or None where the file is absent, damaged or of another format: they are then read
     again."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            stored = json.loads(file.read())
         sentences = stored["sentences"]
         whole = stored["format"] == _FORMAT and stored["sha256"] == _hash(sentences)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return sentences if whole else None
 
