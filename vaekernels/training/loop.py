@@ -59,6 +59,8 @@ class Progress:
     def of(cls, state: Mapping[str, Any]) -> Progress:
         """ValueError or TypeError unless ``state`` is that of a checkpoint."""
         progress, fresh = cls(**state), cls()
+        if len(state) < len(fields(cls)):
+            raise ValueError(f"progress has {', '.join(state) or 'nothing'} only")
         numbers = [
             (getattr(progress, f.name), getattr(fresh, f.name)) for f in fields(cls) if f.name != "sums"
         ]
