@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from vaekernels import _build, _native, _trust
+from vaekernels import _build, _command, _native, _trust
 from vaekernels._leftovers import claim, remove_dead
 
 TRAIN_MODULES = (
@@ -50,10 +50,15 @@ TRAIN_COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
+    return _command.run(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     if given and given[0] == "bench":
-        bench: Any = import_module("vaekernels.bench")
+        with _command.importing():
+            bench: Any = import_module("vaekernels.bench")
         return int(bench.main(given[1:], prog="vaekernels bench"))
     if given and not given[0].startswith("-") and given[0] not in ("doctor", "build"):
         return _train(given)
@@ -94,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(given: list[str]) -> int:
     try:
-        app = import_module("vaekernels.training.cli").app
+        with _command.importing():
+            app = import_module("vaekernels.training.cli").app
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in TRAIN_MODULES:
@@ -332,7 +338,8 @@ def _compile_into(goal: Path, in_use: _build.Torch) -> int:
         return 1
     print(f"vaekernels build: built into {goal}")
     check = [sys.executable, "-m", "vaekernels", "doctor"]
-    print(subprocess.run(check, capture_output=True, text=True).stdout, end="")
+    said = subprocess.run(check, capture_output=True, text=True, errors="backslashreplace")
+    print(said.stdout, end="")
     return 1 if failed else 0
 
 

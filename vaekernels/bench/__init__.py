@@ -8,6 +8,7 @@ benchmarks/ runs the same cases under pytest-benchmark.
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import sys
 from collections.abc import Sequence
@@ -59,6 +60,20 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m vaekerne
     if device.type == "cpu" and not options.quick and options.threads is None:
         rows += _fewer_threads(options.rounds, device, options.largest)
     described = machine(device)
+    try:
+        if options.csv:  # saved first, for standard output may be closed; printed even if it cannot be saved
+            write_csv(options.csv, rows, described)
+        drawn = plot(rows, options.plots, described) if options.plots else []
+    finally:
+        _print(rows, passes, described, earlier)
+    for path in drawn:
+        print(path)
+    return 0
+
+
+def _print(
+    rows: Sequence[Row], passes: Sequence[str], described: dict[str, str], earlier: list[Row] | None
+) -> None:
     print(", ".join(f"{key} {value}" for key, value in described.items() if value))
     fewest, most = min(r.rounds for r in rows), max(r.rounds for r in rows)
     rounds = f"{most}" if fewest == most else f"{fewest} to {most}"
@@ -68,12 +83,6 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m vaekerne
     print(memory(r for r in rows if r.threads == torch.get_num_threads()), end="\n\n")
     if earlier is not None:
         print(compare(rows, earlier), end="\n\n")
-    if options.csv:
-        write_csv(options.csv, rows, described)
-    if options.plots:
-        for path in plot(rows, options.plots, described):
-            print(path)
-    return 0
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -126,11 +135,16 @@ def _cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list
 def _earlier(parser: argparse.ArgumentParser, path: Path | None) -> list[Row] | None:
     try:
         return None if path is None else read_csv(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, csv.Error) as error:
         parser.error(f"--compare: {error}")
 
 
 def _check_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    for path in filter(None, (options.csv, options.plots)):
+        try:
+            path.exists()
+        except OSError as error:
+            parser.error(f"{path}: {error.strerror}")
     if options.csv is not None and not options.csv.absolute().parent.is_dir():
         parser.error(f"--csv {options.csv}: there is no folder {options.csv.parent}")
     if options.plots is not None and find_spec("matplotlib") is None:

@@ -88,9 +88,9 @@ def progress_bar(wanted: bool, total: int) -> Iterator[Callable[[str, int], None
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     columns = (
-        TextColumn("diagnosis: {task.description}"),
+        TextColumn("diagnosis: {task.description}", markup=False),
         BarColumn(bar_width=24),
         TaskProgressColumn(),
         TimeRemainingColumn(compact=True),

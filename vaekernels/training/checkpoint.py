@@ -120,6 +120,8 @@ def random_states(fabric: Fabric, noise: torch.Generator) -> list[dict[str, Any]
 def restore_random_states(fabric: Fabric, states: list[dict[str, Any]], noise: torch.Generator) -> bool:
     """Undo :func:`random_states`. False if the run had another number of processes or another kind of device,
     whose noise cannot go on here: nothing is restored then."""
+    if not isinstance(states, list) or not states:
+        raise TypeError(f"random is {states!r}, not a list of the states of every process")
     if len(states) != fabric.world_size:
         return False
     state = states[fabric.global_rank]

@@ -92,7 +92,7 @@ def leave(fabric: Fabric) -> None:
 
 def single_device(name: str) -> torch.device:
     """The device that a run of one process with this setting would take."""
-    _require_available(name)
+    _require_available(EngineConfig(device=name).device)  # type: ignore[arg-type]  # checked at run time
     return Fabric(accelerator=name, devices=1).device
 
 

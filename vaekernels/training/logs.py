@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 from lightning_fabric import Fabric
 from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
+from vaekernels._files import lines_of, open_regular
 from vaekernels.training.checkpoint import write_text
 from vaekernels.training.errors import CheckpointError
 
 __all__ = ["Log", "read"]
+
+
+_OF_AN_EPOCH = {  # numbers that are read again, as `_numbers` names them
+    "/weight",
+    "/train/rate",
+    "/train/nll",
+    "/heldout/rate",
+    "/heldout/nll",
+    "/heldout/active_units",
+    "/heldout/mi_lower/value",
+}
 
 
 class Log:
@@ -81,16 +94,37 @@ class Log:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; a last line that was not written to its end is left out."""
-    lines: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            parsed = json.loads(line)
-            parsed["kind"], parsed["step"], parsed["epoch"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        lines.append(parsed)
-    return lines
+    """The lines of a log. What is damaged is left out: a last line that was not written to its end, by a run
+    that was killed, without a word, other lines with a warning. CheckpointError if it cannot be read."""
+    try:
+        if not path.exists():
+            return []
+        with open_regular(path) as file:
+            text = file.read().decode("utf-8", errors="replace")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    parsed = [_parsed(line) for line in lines_of(text)]
+    damaged = [number for number, line in enumerate(parsed, 1) if line is None]
+    if damaged and damaged != [len(parsed)]:
+        warnings.warn(
+            f"{path}: damaged lines left out: {len(damaged)}, the first of them line {damaged[0]}",
+            stacklevel=2,
+        )
+    return [line for line in parsed if line is not None]
+
+
+def _parsed(line: str) -> dict[str, Any] | None:
+    """None if it is not what `Log.write` writes."""
+    try:
+        parsed = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(parsed, dict) or any(type(parsed.get(key)) is not int for key in ("step", "epoch")):
+        return None
+    numbers = dict(_numbers("", parsed))
+    if parsed.get("kind") == "epoch":
+        return parsed if numbers.keys() >= _OF_AN_EPOCH else None
+    return parsed if parsed.get("kind") == "step" else None
 
 
 def _numbers(prefix: str, values: dict[str, Any]) -> list[tuple[str, float]]:

@@ -94,7 +94,11 @@ class RunFolder:
 
     def settings(self) -> Config:
         """The settings of the run in this folder. CheckpointError if there is none."""
-        if not self.config.is_file():
+        try:
+            there = self.config.is_file()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.config}: {error.strerror}") from error
+        if not there:
             raise CheckpointError(f"no run in {self.path} (it has no {CONFIG})")
         return settings.load(self.config)
 

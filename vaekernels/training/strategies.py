@@ -46,7 +46,7 @@ class Strategy:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:
+        if state != {}:
             raise ValueError(f"the strategy has no state, got {dict(state)!r}")
 
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from vaekernels._build import NO_CACHE, user_cache
-from vaekernels._files import write_atomically
+from vaekernels._files import open_regular, write_atomically
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data.base import Data
 from vaekernels.training.data.synthetic_text import load_synthetic_text
@@ -133,10 +133,11 @@ def _read_cache(path: Path) -> list[str] | None:
     """The sentences, or None where the file is absent, damaged or of another format: they are then read
     again."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            stored = json.loads(file.read())
         sentences = stored["sentences"]
         whole = stored["format"] == _FORMAT and stored["sha256"] == _hash(sentences)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return sentences if whole else None
 
