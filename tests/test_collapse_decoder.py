@@ -12,11 +12,11 @@ from planted import Linear, generator
 from torch import Tensor, nn
 
 from vaekernels import gaussian_kl
-from vaekernels.collapse import decoder, derangement, probe
+from vaekernels.collapse import decoder, derangement, svi
 from vaekernels.collapse.decoder import Codes, importance_columns, importance_mean
+from vaekernels.collapse.measurements import Measurements
 from vaekernels.collapse.model import Model
 from vaekernels.collapse.redundancy import clusters, cost, find_redundant
-from vaekernels.collapse.split import Split
 
 NATS = [0.8, 0.4, 0.0]
 
@@ -105,9 +105,9 @@ def test_importance_mean_by_hand() -> None:
 # --- refinement ---------------------------------------------------------------------------------------------
 
 
-def refined(model: Model, x: Tensor) -> probe.Refinement:
+def refined(model: Model, x: Tensor) -> svi.Refinement:
     mu, logvar = model.moments(x)
-    return probe.refine(model, x, mu, logvar, generator(5))
+    return svi.refine(model, x, mu, logvar, generator(5))
 
 
 def test_refinement_finds_the_posterior(linear: tuple[Linear, Tensor]) -> None:
@@ -200,7 +200,7 @@ def redundant(log_likelihood: Callable[[Tensor, Tensor], Tensor], groups: list[l
         mu = torch.stack([x[:, 0], x[:, 0], x[:, 0], x[:, 1]], dim=1)
         return mu, torch.full_like(mu, -30.0)
 
-    split = Split("heldout", Model(encode, log_likelihood), x, 0, 0)
+    split = Measurements("heldout", Model(encode, log_likelihood), x, 0, 0)
     split.encode()
     split.shuffle()
     return find_redundant(split, groups)

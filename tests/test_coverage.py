@@ -18,8 +18,8 @@ from planted import Linear, generator
 from vaekernels.collapse.decoder import importance_columns, importance_mean
 from vaekernels.collapse.estimate import Bootstrap, Estimate
 from vaekernels.collapse.information import mi_bounds
+from vaekernels.collapse.measurements import Measurements, bracket
 from vaekernels.collapse.model import Model
-from vaekernels.collapse.split import Split, bracket
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "interval-coverage.csv"
 SEEDS = 200
@@ -69,7 +69,7 @@ def linear_truths(model: Linear, nats: list[float]) -> dict[str, float]:
 
 def measured(model: Linear, n: int, seed: int) -> dict[str, Estimate]:
     x = model.sample(n, generator(10_000 + seed))
-    split = Split("heldout", Model(model.encode, model.log_likelihood), x, seed, 0)
+    split = Measurements("heldout", Model(model.encode, model.log_likelihood), x, seed, 0)
     split.encode()
     split.shuffle()
     split.decode_information(32, n)

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from vaekernels import collapse
-from vaekernels.collapse import decide
-from vaekernels.collapse.decide import Dim, rule
+from vaekernels.collapse import verdict
 from vaekernels.collapse.estimate import Estimate
+from vaekernels.collapse.verdict import Dim, rule
 
 MODEL = Linear.worth([0.8, 0.3, 0.0], generator(0))
 X = MODEL.sample(400, generator(1))
@@ -287,7 +287,7 @@ def test_works_inside_no_grad_and_inference_mode(report: collapse.Report) -> Non
 def test_a_spent_budget_names_what_it_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that counts evaluations, 1000 a second, in place of one that measures."""
     now = [0.0]
-    monkeypatch.setattr("vaekernels.collapse.clock.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("vaekernels.collapse.budget.time.perf_counter", lambda: now[0])
 
     def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
         now[0] += len(z) / 1000
@@ -317,7 +317,7 @@ def test_a_spent_budget_names_what_it_skipped(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_is_decided_comes_before_what_is_only_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("vaekernels.collapse.clock.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("vaekernels.collapse.budget.time.perf_counter", lambda: now[0])
 
     def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
         now[0] += len(z) / 1000
@@ -400,9 +400,9 @@ def test_confidence_is_the_share_of_resamples() -> None:
 def test_every_state_has_its_row() -> None:
     """The table of states, one row after the other."""
     yes, no, unsure = (
-        decide.Answer(True, False, interval(1.0)),
-        decide.Answer(False, True, interval(0.0, 0.001)),
-        decide.Answer(False, False, interval(0.02, 0.05)),
+        verdict.Answer(True, False, interval(1.0)),
+        verdict.Answer(False, True, interval(0.0, 0.001)),
+        verdict.Answer(False, False, interval(0.02, 0.05)),
     )
     empty, full = interval(0.1, 0.05), interval(0.9, 0.05)
 
@@ -410,7 +410,7 @@ def test_every_state_has_its_row() -> None:
         rate: float, information: Any, share: Any, use: Any, train_only: bool = False, **more: Any
     ) -> str:
         redundant = more.get("redundant", ())
-        return decide.state_of(rate, information, share, use, train_only, redundant, more.get("train"))[0]
+        return verdict.state_of(rate, information, share, use, train_only, redundant, more.get("train"))[0]
 
     assert state(0.5, yes, full, yes) == "active"
     assert state(0.05, yes, full, yes) == "low-rate"

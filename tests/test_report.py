@@ -17,7 +17,7 @@ from planted import Linear, generator
 from torch import Tensor
 
 from vaekernels import _files, collapse
-from vaekernels.collapse import Curve, Extras, TextTable
+from vaekernels.collapse import Curve, Extras, TextTable, tables
 from vaekernels.collapse.report import JSON, PAGE
 
 MODEL = Linear.worth([0.8, 0.3, 0.04, 0.0], generator(0))
@@ -112,7 +112,28 @@ def test_a_long_table_fits_too() -> None:
     lines = str(wide).splitlines()
     assert max(map(len, lines)) <= 100
     assert "  and 36 more dimensions" in lines
-    assert "saturated" in str(wide) and wide.to_json()["saturated"]
+    assert "saturated" in str(wide)
+
+
+def test_json_names_every_saturated_estimate() -> None:
+    x = 1e3 * torch.randn(64, 3, generator=generator(0))
+    wide = collapse.diagnose(
+        lambda x: (x, torch.full_like(x, -20.0)),
+        lambda x, z: -((x - z) ** 2).sum(dim=1),
+        x,
+        train=x,
+        **SETTINGS,
+    )  # type: ignore[arg-type]
+    said = wide.to_json()
+    for named, estimates in (("saturated", wide.metrics), ("train_saturated", wide.train)):
+        assert estimates is not None and "mi_lower" in said[named]
+        assert said[named] == [name for name, each in estimates.items() if each and each.saturated]
+    assert [dim["saturated"] for dim in said["dims"]] == [["information", "mismatch"]] * 3
+    assert [tables.dims_of(said), tables.metrics_of(said), tables.train_of(said)] == [
+        wide.dims,
+        wide.metrics,
+        wide.train,
+    ]
 
 
 def test_the_page_holds_everything_itself(report: collapse.Report, tmp_path: Path) -> None:
@@ -166,7 +187,7 @@ def test_without_the_extra_the_json_is_written_and_the_extra_named(
         return real(name, *arguments, **more)
 
     monkeypatch.setattr(builtins, "__import__", absent)
-    for module in ("page", "pictures"):
+    for module in ("html", "plots"):
         monkeypatch.delitem(__import__("sys").modules, f"vaekernels.collapse.{module}", raising=False)
         monkeypatch.delattr(collapse, module, raising=False)
     with pytest.raises(

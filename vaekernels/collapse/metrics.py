@@ -19,7 +19,7 @@ from torch import Tensor
 from vaekernels import ops
 from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import RESAMPLES, Estimate, along_cycle, bootstrap_mean
-from vaekernels.collapse.inputs import Encode, Examples, LogLikelihood, count
+from vaekernels.collapse.examples import Encode, Examples, LogLikelihood, count
 from vaekernels.collapse.model import BATCH, Model, moments
 
 __all__ = [

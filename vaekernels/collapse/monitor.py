@@ -26,8 +26,8 @@ from vaekernels import _native
 from vaekernels.collapse import metrics
 from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import Bootstrap, Estimate, along_cycle
+from vaekernels.collapse.examples import Encode, LogLikelihood, select
 from vaekernels.collapse.information import mi_bounds
-from vaekernels.collapse.inputs import Encode, LogLikelihood, select
 from vaekernels.collapse.model import BATCH, Model, require_finite
 
 __all__ = ["CollapseMonitor", "CollapseWarning", "Reading"]

@@ -13,14 +13,14 @@ from vaekernels import ops
 from vaekernels.collapse import decoder
 from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import Bootstrap, Estimate, along_cycle
+from vaekernels.collapse.examples import Examples, count, take
+from vaekernels.collapse.extras import Samples
 from vaekernels.collapse.information import mi_bounds
-from vaekernels.collapse.inputs import Examples, count, take
 from vaekernels.collapse.metrics import ACTIVE_THRESHOLD, derangement
 from vaekernels.collapse.model import Model, require_finite
-from vaekernels.collapse.probe import Refinement, refine
-from vaekernels.collapse.report import Samples
+from vaekernels.collapse.svi import Refinement, refine
 
-__all__ = ["Encoded", "Split"]
+__all__ = ["Encoded", "Measurements"]
 
 USE_PAIRS = 1 << 14  # evaluations for shuffling single dimensions: 1024 examples for 16 dims, 64 for 256
 _USE_LEAST = 64
@@ -52,9 +52,9 @@ class Encoded(NamedTuple):
     mismatch: list[Estimate]
 
 
-class Split:
-    """One split: its examples, their codes, and in ``columns`` a float64 [n] for every measure, whose mean is
-    the measure and which may be resampled as if the examples were independent. A measure of fewer examples
+class Measurements:
+    """Of one split: its examples, their codes, and in ``columns`` a float64 [n] for every measure, whose mean
+    is the measure and which may be resampled as if the examples were independent. A measure of fewer examples
     has those of the first."""
 
     def __init__(self, name: str, model: Model, x: Examples, seed: int, number: int) -> None:

@@ -1,4 +1,4 @@
-"""Where the time goes: what each part of a diagnosis cost, how much is left, and a bar that shows it."""
+"""The budget of a diagnosis: evaluations and seconds spent by each part, what is left, and a progress bar."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-__all__ = ["Clock", "Cost", "OutOfTime", "progress_bar"]
+__all__ = ["Budget", "Cost", "OutOfTime", "progress_bar"]
 
 GRADIENT_COST = 3  # a backward pass costs about twice its forward pass
 
@@ -25,7 +25,7 @@ class Cost:
     evaluations: int = 0
 
 
-class Clock:
+class Budget:
     """Counts evaluations and seconds by part, and stops a part that overruns ``budget_s``."""
 
     def __init__(self, budget_s: float | None, advance: Callable[[str, int], None]) -> None:

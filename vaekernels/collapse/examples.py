@@ -1,4 +1,5 @@
-"""Examples, whatever they come in, and the adapter for latents that are no vectors."""
+"""The examples of a diagnosis: selected from tensors or a Dataset, moved, hashed. The types of the model's
+two functions, and the adapter for latents that are not vectors."""
 
 from __future__ import annotations
 

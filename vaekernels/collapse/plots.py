@@ -1,4 +1,4 @@
-"""The pictures of a report, drawn with matplotlib without its global state. Light background, 900 px wide."""
+"""The plots of a report, drawn with matplotlib without its global state. Light background, 900 px wide."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from vaekernels.collapse.decide import EPS_INFO, EPS_USE, Dim, State
 from vaekernels.collapse.estimate import Estimate
-from vaekernels.collapse.report import Curve, Samples
+from vaekernels.collapse.extras import Curve, Samples
+from vaekernels.collapse.verdict import EPS_INFO, EPS_USE, Dim, State
 
 __all__ = [
     "COLOURS",

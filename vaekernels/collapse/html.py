@@ -1,16 +1,17 @@
-"""report.html: one file with everything in it."""
+"""The page, report.html: what `Report.to_json` gives, with plots, in one file that needs no other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jinja2
 
-from vaekernels.collapse import pictures
-from vaekernels.collapse.decide import Dim, Verdict, ends
+from vaekernels.collapse import plots, tables
 from vaekernels.collapse.estimate import Estimate
-from vaekernels.collapse.report import LABELS, Extras, Report
+from vaekernels.collapse.extras import Extras, Samples
+from vaekernels.collapse.verdict import Dim, Verdict, ends
 
 __all__ = ["render"]
 
@@ -28,7 +29,7 @@ _DIMS_SHOWN = 256
 
 
 @dataclass(frozen=True)
-class Picture:
+class Plot:
     title: str
     caption: str
     source: str
@@ -46,8 +47,9 @@ class Interpolation:
         return f"{sum(a != b for a, b in steps)} of {len(steps)}"
 
 
-def render(report: Report, extras: Extras) -> str:
-    """The page. ValueError if an image grid has another shape than documented."""
+def render(said: Mapping[str, Any], samples: Samples, extras: Extras) -> str:
+    """The page. ``said``: what `Report.to_json` gives. ValueError if an image grid has another shape than
+    documented."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vaekernels.collapse", "."),
         autoescape=True,
@@ -56,84 +58,80 @@ def render(report: Report, extras: Extras) -> str:
         lstrip_blocks=True,
     )
     environment.filters["ends"] = _ends
-    said = report.to_json(extras)
+    dims = tables.dims_of(said)
     return environment.get_template("report.html.j2").render(
-        report=report,
-        labels=LABELS,
-        settings=said["settings"],
-        skipped=_skipped(said["skipped"]),
-        pictures=_pictures(report, extras),
-        grids=[Picture(title, "", pictures.image_grid(title, grid)) for title, grid in extras.images.items()],
+        said=said,
+        headline=tables.headline(said),
+        labels=tables.LABELS,
+        metrics=tables.metrics_of(said),
+        train=tables.train_of(said),
+        gaps=tables.gaps_of(said),
+        skipped=tables.by_reason(said["skipped"]),
+        plots=_plots(said, dims, samples, extras),
+        grids=[Plot(title, "", plots.image_grid(title, grid)) for title, grid in extras.images.items()],
         texts=extras.texts,
         interpolations=[Interpolation(*each) for each in extras.interpolations.items()],
         prior_samples=list(extras.prior_samples),
         distinct=len(set(extras.prior_samples)),
         samples_shown=_SAMPLES_SHOWN,
-        dims=_most_rate(report.dims),
-        colours=pictures.COLOURS,
-        tone=_TONES[report.verdict],
+        dims=_most_rate(dims),
+        colours=plots.COLOURS,
+        tone=_TONES[said["verdict"]],
     )
 
 
-def _pictures(report: Report, extras: Extras) -> list[Picture]:
+def _plots(said: Mapping[str, Any], dims: Sequence[Dim], samples: Samples, extras: Extras) -> list[Plot]:
     found = [
-        Picture(
+        Plot(
             "Dimensions",
             "What each dimension costs, what it tells of the example, and what shuffling it alone costs the "
             "decoder. Whiskers: 95% intervals, those of information and use for all dimensions together. "
             "Dotted: below this, nothing.",
-            pictures.bars(report.dims),
+            plots.bars(dims),
         )
     ]
-    if any(dim.use is not None for dim in report.dims):
+    if any(dim.use is not None for dim in dims):
         found.append(
-            Picture(
+            Plot(
                 "Use against rate",
                 "Paid for and unused: at the bottom right. Cheap and used: at the top left.",
-                pictures.use_against_rate(report.dims),
+                plots.use_against_rate(dims),
             )
         )
-    if report.rate_distortion:
+    if said["rate_distortion"]:
         found.append(
-            Picture(
+            Plot(
                 "Rate and distortion",
                 "On each grey line the NELBO is the same, lower lines are better. A collapsed model sits on "
                 "the left edge, whatever its NELBO.",
-                pictures.plane(report.rate_distortion, extras.points),
+                plots.plane(said["rate_distortion"], extras.points),
             )
         )
-    if report.samples.nll:
+    if samples.nll:
         found.append(
-            Picture(
+            Plot(
                 "Likelihood with other codes",
                 "If the histograms lie on each other, it makes no difference which z the decoder is given: "
                 "it does not look, or all are alike.",
-                pictures.likelihoods(report.samples),
+                plots.likelihoods(samples),
             )
         )
     found.append(
-        Picture(
+        Plot(
             "Aggregate posterior",
             "The distribution of each z_d over the held-out examples. Off the prior, the decoder meets other "
             "codes when it samples than when it was trained.",
-            pictures.aggregate_posterior(report.samples, report.dims),
+            plots.aggregate_posterior(samples, dims),
         )
     )
     if extras.curves:
-        found.append(Picture("Training", "", pictures.curves(extras.curves)))
+        found.append(Plot("Training", "", plots.curves(extras.curves)))
     return found
 
 
 def _most_rate(dims: Sequence[Dim]) -> list[Dim]:
     shown = sorted(dims, key=lambda dim: -dim.rate.value)[:_DIMS_SHOWN]
     return sorted(shown, key=lambda dim: dim.index)
-
-
-def _skipped(skipped: dict[str, str]) -> dict[str, list[str]]:
-    by_reason: dict[str, list[str]] = {}
-    for name, why in skipped.items():
-        by_reason.setdefault(why, []).append(name)
-    return by_reason
 
 
 def _ends(estimate: Estimate | None, name: str = "") -> str:

@@ -1,4 +1,5 @@
-"""From measurements to words: the state of every dimension, the verdict, and the numbers that decided."""
+"""The verdict: thresholds and rules that turn estimates into the state of every dimension, the verdict on the
+model, its reasons and advice."""
 
 from __future__ import annotations
 

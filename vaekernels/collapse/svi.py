@@ -1,5 +1,5 @@
-"""Would better inference find something to encode? Stochastic variational inference from the encoder's
-answer."""
+"""Stochastic variational inference (SVI): refines q(z|x) of single examples by gradient, starting at the
+encoder's mu and logvar. What that gains tells a lagging encoder from a model that has collapsed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vaekernels import ops
-from vaekernels.collapse.clock import GRADIENT_COST
-from vaekernels.collapse.inputs import Examples, count, take
+from vaekernels.collapse.budget import GRADIENT_COST
+from vaekernels.collapse.examples import Examples, count, take
 from vaekernels.collapse.model import Model
 
 __all__ = ["NOISES", "STEPS", "Refinement", "evaluations", "refine"]
@@ -34,7 +34,7 @@ class Refinement(NamedTuple):
 
 
 def evaluations(n: int) -> int:
-    """What the probe costs on ``n`` examples."""
+    """What :func:`refine` costs on ``n`` examples."""
     return n * (STEPS * GRADIENT_COST + 3 * NOISES)
 
 
@@ -50,23 +50,23 @@ def refine(
     """
     n, dims = mu.shape
     noises = torch.randn(NOISES, n, dims, generator=generator, dtype=torch.float64)
-    slope = _Slope(model)
+    gradient_of = _Gradient(model)
     parts: list[tuple[Tensor, ...]] = []
     for a in range(0, n, model.batch_size):
         b = min(a + model.batch_size, n)
         some = _outside_inference(take(x, slice(a, b)))
         before = mu[a:b].cpu().double(), logvar[a:b].cpu().double()
-        after = _descend(model, slope, some, *before, generator)
+        after = _descend(model, gradient_of, some, *before, generator)
         nothing = torch.zeros_like(before[0]), torch.zeros_like(before[1])
         values = [_nelbo(model, some, *moments, noises[:, a:b]) for moments in (before, nothing, after)]
         parts.append((*values, _rate(*after)))
     at_posterior, at_prior, end, rate = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Refinement(at_posterior, at_prior, end, rate, slope.found)
+    return Refinement(at_posterior, at_prior, end, rate, gradient_of.found)
 
 
 def _descend(
     model: Model,
-    slope: _Slope,
+    gradient_of: _Gradient,
     x: Examples,
     mu: Tensor,
     logvar: Tensor,
@@ -79,14 +79,14 @@ def _descend(
         with torch.enable_grad():
             z = mu + torch.exp(0.5 * logvar) * noise
             # The sum over examples: no example's gradient depends on another's.
-            loss = ops.gaussian_kl(mu, logvar, reduction="sum") + (z * slope(x, z.detach())).sum()
+            loss = ops.gaussian_kl(mu, logvar, reduction="sum") + (z * gradient_of(x, z.detach())).sum()
             mu.grad, logvar.grad = torch.autograd.grad(loss, [mu, logvar])
         optimizer.step()
         model.counted(count(x) * GRADIENT_COST)
     return mu.detach(), logvar.detach()
 
 
-class _Slope:
+class _Gradient:
     """d(-log p(x|z))/dz [B, D], float64 on the CPU; zero where autograd's graph has no path to z. Gradients
     of the model's parameters stay as they are."""
 
