@@ -48,7 +48,7 @@ class Reading:
 
     step: int
     rate_per_dim: tuple[float, ...]
-    """r_d, the KL to the prior, unclamped"""
+    """the rate r_d of each dimension: its KL to the prior, unclamped, in nats"""
     active_units: int
     """dimensions with Var_x(mu_d) > 0.01 (Burda et al. 2016)"""
     mi_lower: Estimate

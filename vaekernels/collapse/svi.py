@@ -18,7 +18,7 @@ __all__ = ["NOISES", "STEPS", "Refinement", "evaluations", "refine"]
 
 STEPS = 40
 NOISES = 16
-RATE = 0.1  # Adam's
+LEARNING_RATE = 0.1
 
 
 class Refinement(NamedTuple):
@@ -28,7 +28,7 @@ class Refinement(NamedTuple):
     at_prior: Tensor
     after: Tensor
     rate_after: Tensor
-    """the KL part of ``after``"""
+    """the rate in ``after``"""
     differentiable: bool
     """whether log_likelihood has a gradient with respect to z"""
 
@@ -41,7 +41,7 @@ def evaluations(n: int) -> int:
 def refine(
     model: Model, x: Examples, mu: Tensor, logvar: Tensor, generator: torch.Generator | None
 ) -> Refinement:
-    """40 steps of Adam (rate 0.1) on every example's own mu and logvar, from those of the encoder, on
+    """40 steps of Adam (learning rate 0.1) on every example's own mu and logvar, from those of the encoder, on
     NELBO = E_q[-log p(x|z)] + KL, with one fresh noise a step (the refinement of Kim et al. 2018, without its
     training). The noises that evaluate are the same before and after, and none that the steps saw.
 
@@ -73,7 +73,7 @@ def _descend(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     mu, logvar = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
-    optimizer = torch.optim.Adam([mu, logvar], lr=RATE)
+    optimizer = torch.optim.Adam([mu, logvar], lr=LEARNING_RATE)
     for _ in range(STEPS):
         noise = torch.randn(mu.shape, generator=generator, dtype=torch.float64)
         with torch.enable_grad():
