@@ -41,9 +41,9 @@ def evaluations(n: int) -> int:
 def refine(
     model: Model, x: Examples, mu: Tensor, logvar: Tensor, generator: torch.Generator | None
 ) -> Refinement:
-    """40 steps of Adam (learning rate 0.1) on every example's own mu and logvar, from those of the encoder, on
-    NELBO = E_q[-log p(x|z)] + KL, with one fresh noise a step (the refinement of Kim et al. 2018, without its
-    training). The noises that evaluate are the same before and after, and none that the steps saw.
+    """40 steps of Adam (learning rate 0.1) on every example's own mu and logvar, from those of the encoder,
+    on NELBO = E_q[-log p(x|z)] + KL, with one fresh noise a step (the refinement of Kim et al. 2018, without
+    its training). The noises that evaluate are the same before and after, and none that the steps saw.
 
     A likelihood without a path to z in autograd's graph has gradient zero. cuDNN's recurrent nets have no
     backward pass in eval mode; where one refuses, the steps are taken with cuDNN off.
