@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from vaekernels import bench, cli
-from vaekernels.bench import cases, pictures, report
+from vaekernels.bench import cases, plots, report
 from vaekernels.bench.cases import COPY, OURS, Case, Problem
 from vaekernels.bench.measure import Row
 
@@ -256,7 +256,7 @@ def spread(threads: int = 1) -> list[Row]:
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("pictures")
-    paths = pictures.plot([*spread(1), *spread(2)], folder / "new", {"device": "a machine", "driver": ""})
+    paths = plots.plot([*spread(1), *spread(2)], folder / "new", {"device": "a machine", "driver": ""})
     return {path.name: path.read_text() for path in paths}
 
 
@@ -277,7 +277,7 @@ def test_pictures_say_what_they_show(drawn: dict[str, str], name: str, texts: li
 
 
 def test_pictures_only_of_what_was_measured(tmp_path: Path) -> None:
-    paths = pictures.plot([row(OURS, 1.0), row("eager", 3.0)], tmp_path, {})
+    paths = plots.plot([row(OURS, 1.0), row("eager", 3.0)], tmp_path, {})
     assert [path.name for path in paths] == ["speedup.svg"]
 
 

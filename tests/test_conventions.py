@@ -15,6 +15,8 @@ from torch import Tensor
 
 import vaekernels as vk
 
+pytestmark = [pytest.mark.shim, pytest.mark.default_device]
+
 # rows b, dimensions d: KL[b, d] = [[2, 0.5, 0], [2, 0, 0.5], [8, 0.5, 0]]
 TABLE = [[2.0, 1.0, 0.0], [-2.0, 0.0, 1.0], [4.0, -1.0, 0.0]]
 KL = [[2.0, 0.5, 0.0], [2.0, 0.0, 0.5], [8.0, 0.5, 0.0]]

@@ -13,6 +13,8 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import vaekernels as vk
 
+pytestmark = pytest.mark.shim
+
 # gradcheck takes no leaves whose elements share memory; balance scales the gradient and not the value, which
 # finite differences cannot see
 DIFFERENCED = FACTORS | {

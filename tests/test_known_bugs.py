@@ -13,6 +13,8 @@ import torch
 
 import vaekernels as vk
 
+pytestmark = [pytest.mark.shim, pytest.mark.default_device]
+
 
 @pytest.mark.parametrize(
     "shape", [(4,), (4, 6), (4, 6, 5), (4, 6, 5, 3), (4, 3, 2, 5, 2), (4, 2, 3, 2, 2, 2)]

@@ -6,12 +6,15 @@ import math
 from typing import Any, NamedTuple
 
 import oracle
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import vaekernels as vk
 from vaekernels import reference
+
+pytestmark = pytest.mark.shim
 
 SETTINGS = settings(
     max_examples=60,

@@ -19,6 +19,8 @@ from scipy import stats
 import vaekernels as vk
 from vaekernels import _native, reference
 
+pytestmark = pytest.mark.shim
+
 U64 = 2**64
 EDGES = [0, 1, 3, 2**31, 2**32 - 1, 2**32, 2**63 - 1, 2**63, U64 - 1]
 OFFSETS = [0, 4, 2**32 - 4, 2**32, 2**34 - 4, 2**34, 2**63, U64 - 4]

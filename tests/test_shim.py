@@ -1,7 +1,7 @@
 """The host shim (tests/shim): that it finds planted faults, and what it finds in the CUDA kernels.
 
-The kernels run plain, with ASan and UBSan, and with TSan. test_values.py and the other modules that
-conftest.py names run their cases over the shim as well.
+The kernels run plain, with ASan and UBSan, and with TSan. Tests marked `shim` run their cases
+over it as well.
 """
 
 from __future__ import annotations

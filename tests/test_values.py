@@ -10,6 +10,8 @@ from designs import name_of
 
 import vaekernels as vk
 
+pytestmark = pytest.mark.shim
+
 
 @pytest.mark.parametrize("case", COVERING, ids=name_of)
 def test_covering_design(case, device, backend):

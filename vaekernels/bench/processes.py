@@ -1,15 +1,10 @@
-"""The speed of the latent layer on a GPU, in one command: `make gpu-bench PYTHON=python3`.
-
-    python3 benchmarks/gpu_bench.py [--out FOLDER] [--seconds N]
-
-Against eager code, torch.compile in two modes, a Triton version written by hand and a plain copy of the same
-bytes. Uses the interpreter that runs it, with its torch, and downloads nothing. Writes gpu-bench.csv, .md and
-.svg to FOLDER, and with a GPU also to benchmarks/results/. COMMIT in the environment names the commit where
-the folder is a copy without git.
+"""The benchmark on a GPU: processes that measure, one after the other, and the record that they share.
 
 First some processes side by side compile everything (into torch's and Triton's caches) and count launches and
 memory; then one process after the other times the cases, alone on the GPU. A process that breaks down is
 started again behind the case that it was at. What the time does not suffice for is left out and named.
+
+    python -m vaekernels.bench.processes {facts,times} ...     the work of one process
 """
 
 from __future__ import annotations
@@ -19,7 +14,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -29,38 +23,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import gpu_report
 import torch
 
 from vaekernels import _native
-from vaekernels.bench import gpu
-from vaekernels.bench.cases import Case, Layer, Problem, eager, fused
-from vaekernels.bench.report import machine, write_csv
+from vaekernels.bench import gpu, gpu_report
+from vaekernels.bench.cases import GPU_CASES, QUICK, Case, Layer, Problem, eager, fused
+from vaekernels.bench.report import machine
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
+__all__ = ["SECONDS", "Record", "chosen_cases", "gather"]
+
+# The contender that is written by hand in Triton is no part of the package: it is there in a source tree.
+TRITON_FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "triton_latent.py"
 SECONDS = 450.0  # with the build before it under nine minutes
 WORKERS = 5
 SHARE_OF_FACTS = 0.3  # of the time, at most, for compiling and counting
 DIRECTIONS = ("both", "forward", "backward")
-
-_CASES = [
-    Case((128, 32)),
-    Case((1024, 128)),
-    Case((8192, 512)),
-    Case((64, 4, 64, 64), group_dims=1),
-    Case((8, 16, 128, 128), group_dims=1),
-    Case((32, 4, 128, 128), packed=True, free_bits=None),
-    Case((16, 64, 512), batch_dims=2, mask=True),
-    Case((256, 64), num_samples=50),
-    Case((2**15, 512)),
-    Case((2**15, 512), op="reparameterize"),
-    Case((2**19, 512)),
-    Case((2**19, 512), op="reparameterize"),
-]
-CASES = [
-    Case(**{**vars(case), "dtype": dtype}) for case in _CASES for dtype in (torch.float32, torch.bfloat16)
-]
 
 
 def key(case: Case) -> str:
@@ -70,13 +47,12 @@ def key(case: Case) -> str:
 # ---- contenders ------------------------------------------------------------------------------------------
 
 
-def makers(case: Case) -> dict[str, Callable[[], Layer]]:
+def makers(case: Case, with_compiled: bool = True) -> dict[str, Callable[[], Layer]]:
     """Who can compute the case; each is made only when its turn comes, since making may fail."""
 
     def triton() -> Layer:
-        import triton_latent
-
-        return triton_latent.latent(case)
+        layer: Layer = _triton_latent().latent(case)
+        return layer
 
     def compiled(**options: Any) -> Layer:
         layer: Layer = torch.compile(eager(case), fullgraph=True, dynamic=False, **options)
@@ -85,12 +61,27 @@ def makers(case: Case) -> dict[str, Callable[[], Layer]]:
     found: dict[str, Callable[[], Layer]] = {
         gpu_report.OURS: lambda: fused(case),
         gpu_report.EAGER: lambda: eager(case),
-        gpu_report.COMPILED: compiled,
-        gpu_report.TUNED: lambda: compiled(mode="max-autotune-no-cudagraphs"),
     }
-    if importlib.util.find_spec("triton") is not None:
+    if with_compiled:
+        found[gpu_report.COMPILED] = compiled
+        found[gpu_report.TUNED] = lambda: compiled(mode="max-autotune-no-cudagraphs")
+    if has_triton():
         found[gpu_report.TRITON] = triton
     return found
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None and TRITON_FILE.exists()
+
+
+def _triton_latent() -> Any:
+    spec = importlib.util.spec_from_file_location("triton_latent", TRITON_FILE)
+    assert spec is not None and spec.loader is not None
+    # Triton looks a kernel's globals up in its module, by name.
+    module = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    if not hasattr(module, "latent"):
+        spec.loader.exec_module(module)
+    return module
 
 
 # ---- the record: one JSON object a line, so that a process that dies leaves what it has measured ----------
@@ -157,7 +148,9 @@ class Writer:
 # ---- the work of one process -----------------------------------------------------------------------------
 
 
-def count_facts(cases: Sequence[Case], device: torch.device, writer: Writer) -> None:
+def count_facts(
+    cases: Sequence[Case], device: torch.device, writer: Writer, with_compiled: bool = True
+) -> None:
     """Compiles everything, and counts launches and memory."""
     import torch._inductor.config as inductor
 
@@ -166,7 +159,7 @@ def count_facts(cases: Sequence[Case], device: torch.device, writer: Writer) -> 
     for case in cases:
         torch.compiler.reset()
         problem = Problem.of(case, device)
-        for name, make in makers(case).items():
+        for name, make in makers(case, with_compiled).items():
             start = time.monotonic()
             try:
                 found = gpu.facts(problem, make())
@@ -178,7 +171,15 @@ def count_facts(cases: Sequence[Case], device: torch.device, writer: Writer) -> 
 
 
 def time_cases(
-    cases: Sequence[Case], device: torch.device, writer: Writer, record: Record, until: float, samples: int
+    cases: Sequence[Case],
+    device: torch.device,
+    writer: Writer,
+    record: Record,
+    until: float,
+    samples: int,
+    *,
+    directions: tuple[str, ...] = DIRECTIONS,
+    with_compiled: bool = True,
 ) -> None:
     """Times the cases that are neither done nor have broken a process before."""
     watch = gpu.Stopwatch(device)
@@ -192,7 +193,7 @@ def time_cases(
         start = time.monotonic()
         torch.compiler.reset()
         layers: dict[str, Layer] = {}
-        for name, make in makers(case).items():
+        for name, make in makers(case, with_compiled).items():
             if (key(case), name) in record.barred:
                 continue
             try:
@@ -200,7 +201,7 @@ def time_cases(
             except Exception as error:
                 writer.note(f"{key(case)}: {name}: {type(error).__name__}: {str(error).strip()[:200]}")
         known = record.facts.get(key(case), {})
-        options: dict[str, Any] = {"directions": DIRECTIONS, "known": known, "say": writer.note}
+        options: dict[str, Any] = {"directions": directions, "known": known, "say": writer.note}
         try:
             rows = gpu.device_rows(case, layers, watch, samples=samples, **options)
         except gpu.CaptureFailed as error:
@@ -220,12 +221,21 @@ def work(options: argparse.Namespace) -> int:
     writer = Writer(options.write)
     if options.work == "facts":
         first, step = map(int, options.share.split("/"))
-        count_facts(cases[first::step], device, writer)
+        count_facts(cases[first::step], device, writer, not options.no_compile)
         return 0
     record = Record.read([options.write, *options.read])
     if not record.machine:
         writer.write("machine", described(device))
-    time_cases(cases, device, writer, record, options.until, options.samples)
+    time_cases(
+        cases,
+        device,
+        writer,
+        record,
+        options.until,
+        options.samples,
+        directions=("both",) if options.quick else DIRECTIONS,
+        with_compiled=not options.no_compile,
+    )
     return 0
 
 
@@ -246,14 +256,15 @@ def described(device: torch.device) -> dict[str, str]:
 
 
 def chosen_cases(options: argparse.Namespace) -> list[Case]:
-    return [case for case in CASES if case.numel <= options.largest]
+    return [case for case in (QUICK if options.quick else GPU_CASES) if case.numel <= options.largest]
 
 
 def start_work(
     options: argparse.Namespace, log: Path, *arguments: str, environment: dict[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
-    command = [sys.executable, str(Path(__file__).resolve()), "--device", options.device, "--largest",
-               str(options.largest), "--samples", str(options.samples), *arguments]  # fmt: skip
+    command = [sys.executable, "-m", "vaekernels.bench.processes", *arguments, "--device", options.device,
+               "--largest", str(options.largest), "--samples", str(options.rounds)]  # fmt: skip
+    command += [f"--{name.replace('_', '-')}" for name in ("quick", "no_compile") if getattr(options, name)]
     with log.open("ab") as file:
         return subprocess.Popen(
             command,
@@ -277,7 +288,11 @@ def finish(process: subprocess.Popen[bytes], until: float) -> int | None:
 
 
 def gather(options: argparse.Namespace, folder: Path) -> tuple[Record, list[str]]:
-    """Both phases; returns what was measured and what was left out."""
+    """Both phases; returns what was measured and what was left out. `folder` keeps the record of every
+    process, a line for each measurement, and their log.
+
+    `options`: device, quick, largest, rounds, no_compile and, for all of it, seconds.
+    """
     begin = time.time()
     # The last measurement may begin at `until`, and a report has to be written after it.
     until, end = begin + options.seconds - 25, begin + options.seconds
@@ -285,9 +300,12 @@ def gather(options: argparse.Namespace, folder: Path) -> tuple[Record, list[str]
     log.write_bytes(b"")
     workers = min(WORKERS, os.cpu_count() or 1)
     facts = [folder / f"facts-{i}.jsonl" for i in range(workers)]
+    times = folder / "times.jsonl"
+    for earlier in (*folder.glob("facts-*.jsonl"), times):  # of another run, perhaps of other code
+        earlier.unlink(missing_ok=True)
     started = []
     for i, path in enumerate(facts):
-        given = ["--work", "facts", "--share", f"{i}/{workers}", "--write", str(path)]
+        given = ["facts", "--share", f"{i}/{workers}", "--write", str(path)]
         started.append(start_work(options, log, *given, environment={"TORCHINDUCTOR_COMPILE_THREADS": "3"}))
     for i, process in enumerate(started):
         status = finish(process, begin + SHARE_OF_FACTS * options.seconds)
@@ -296,13 +314,12 @@ def gather(options: argparse.Namespace, folder: Path) -> tuple[Record, list[str]
             left_out.append(f"process {i} of {workers} that counts launches and memory {how}")
     _say(f"compiled and counted in {time.time() - begin:.0f} s")
 
-    times = folder / "times.jsonl"
     cases = [key(case) for case in chosen_cases(options)]
     record = Record.read([*facts, times])
     while time.time() < until and set(cases) - record.done - record.crashed():
         before = len(record.started)
         process = start_work(
-            options, log, "--work", "times", "--write", str(times), "--until", str(until),
+            options, log, "times", "--write", str(times), "--until", str(until),
             "--read", *map(str, facts),
         )  # fmt: skip
         finish(process, end)
@@ -321,50 +338,23 @@ def gather(options: argparse.Namespace, folder: Path) -> tuple[Record, list[str]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Times the latent layer on the GPU of this machine.")
-    parser.add_argument("--out", type=Path, default=ROOT / "build" / "gpu", help="folder of the results")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"in all (default {SECONDS:.0f})")
-    parser.add_argument("--device", default="cuda", help="cpu tries the program out (default: cuda)")
-    parser.add_argument("--largest", type=int, default=2**28, help="leave out cases of more elements")
-    parser.add_argument("--samples", type=int, default=11, help="timings of each contender (default: 11)")
-    parser.add_argument("--work", choices=("facts", "times"), help=argparse.SUPPRESS)
-    parser.add_argument("--share", default="0/1", help=argparse.SUPPRESS)
-    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--read", type=Path, nargs="*", default=[], help=argparse.SUPPRESS)
-    parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.work is not None:
-        return work(options)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        why = "this torch was built without CUDA" if torch.version.cuda is None else "torch sees no GPU"
-        print(f"gpu-bench: not possible here: {why}")
-        return 1
-
-    folder = options.out.resolve() / "bench"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    record, left_out = gather(options, folder)
-    write(record, left_out, options.out.resolve())
-    if options.device == "cuda":
-        write(record, left_out, RESULTS)
-    print(gpu_report.page(record.rows, record.machine, left_out))
-    return 0 if record.rows else 1
-
-
-def write(record: Record, left_out: Sequence[str], folder: Path) -> None:
-    text = gpu_report.page(record.rows, record.machine, left_out).replace(str(ROOT), ".")
-    (folder / "gpu-bench.md").write_text(text.replace(str(Path.home()), "~"), encoding="utf-8")
-    if not record.rows:
-        return
-    write_csv(folder / "gpu-bench.csv", record.rows, record.machine)
-    if importlib.util.find_spec("matplotlib") is None:
-        _say("no picture: this Python has no matplotlib")
-    else:
-        gpu_report.plot(record.rows, folder / "gpu-bench.svg", record.machine)
+    """The work of one process."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("work", choices=("facts", "times"))
+    parser.add_argument("--device", required=True)
+    parser.add_argument("--largest", type=int, required=True)
+    parser.add_argument("--samples", type=int, required=True)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--no-compile", action="store_true")
+    parser.add_argument("--share", default="0/1")
+    parser.add_argument("--write", type=Path, required=True)
+    parser.add_argument("--read", type=Path, nargs="*", default=[])
+    parser.add_argument("--until", type=float, default=float("inf"))
+    return work(parser.parse_args(arguments))
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    print(f"  {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

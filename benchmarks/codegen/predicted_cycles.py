@@ -22,7 +22,7 @@ from instruction_counts import compiler_version
 
 from vaekernels import _native
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "results" / "predicted-cycles.csv"
+FILE = Path(__file__).parents[1] / "results" / "predicted-cycles.csv"
 MCA = os.environ.get("LLVM_MCA", "llvm-mca")
 COLUMNS = [
     "clone",

@@ -1,6 +1,6 @@
 """The CUDA kernels' machine code for sm_90, counted: what the gate in test_sass.py holds to its budget.
 
-`python tests/sass.py` prints the table and rewrites benchmarks/results/sass.csv (`make sass`). Takes nvcc and
+`make sass` runs this file, which prints the table and rewrites benchmarks/results/sass.csv. Takes nvcc and
 NVIDIA's disassembler, from PyPI (nvidia-cuda-nvdisasm, nvidia-cuda-cuobjdump) or from a toolkit; no GPU.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 
 from vaekernels import _build
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "benchmarks" / "results" / "sass.csv"
 OBJECTS = ROOT / "build" / "cuda-objects"  # what `make cuda-objects` leaves
 OWN_OBJECTS = ROOT / "build" / "sass"

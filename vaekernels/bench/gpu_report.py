@@ -1,4 +1,4 @@
-"""From the measurements of gpu_bench to a Markdown page and a picture."""
+"""From measurements on a GPU to a Markdown page and a plot."""
 
 from __future__ import annotations
 
@@ -33,6 +33,11 @@ class Goal(NamedTuple):
 
 def chosen(rows: Iterable[GpuRow], **fields: Any) -> list[GpuRow]:
     return [row for row in rows if all(getattr(row, name) == value for name, value in fields.items())]
+
+
+def compared(rows: Iterable[GpuRow]) -> list[GpuRow]:
+    """The measurements to compare two runs by: graphs, whose clock is the device's, with a cold cache."""
+    return chosen(rows, clock="graph", cache="cold")
 
 
 def label(row: GpuRow) -> str:
@@ -178,7 +183,7 @@ def page(rows: Sequence[GpuRow], described: dict[str, str], left_out: Sequence[s
     return "\n\n".join(parts) + "\n"
 
 
-# ---- picture ---------------------------------------------------------------------------------------------
+# ---- plot ------------------------------------------------------------------------------------------------
 
 
 def plot(rows: Sequence[GpuRow], path: Path, described: dict[str, str]) -> None:

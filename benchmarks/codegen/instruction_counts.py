@@ -17,7 +17,7 @@ from pathlib import Path
 
 from vaekernels import _build
 
-FILE = Path(__file__).parents[1] / "benchmarks" / "results" / "instructions.csv"
+FILE = Path(__file__).parents[1] / "results" / "instructions.csv"
 KERNELS = [
     f"{op} {dtype} {direction}"
     for op in ("sample_kl", "reparameterize", "gaussian_kl", "sample_kl prior", "sample_kl channels")

@@ -1,4 +1,4 @@
-"""The benchmark's pictures, at the width of a README.
+"""The benchmark's plots, at the width of a README.
 
 Colours: Okabe and Ito's, which colour-blind readers tell apart; the markers' shapes say the same in grey.
 """
@@ -25,7 +25,7 @@ TEXT = 8
 
 
 def plot(rows: Sequence[Row], folder: Path, described: dict[str, str]) -> list[Path]:
-    """Draws the pictures that the rows suffice for and returns their files. Needs matplotlib."""
+    """Draws the plots that the rows suffice for and returns their files. Needs matplotlib."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -35,14 +35,14 @@ def plot(rows: Sequence[Row], folder: Path, described: dict[str, str]) -> list[P
     most = max(r.threads for r in rows)
     both = [r for r in rows if r.direction == "both"]
     now = [r for r in both if r.threads == most]
-    pictures: dict[str, tuple[Callable[[list[Row]], Figure], list[Row]]] = {
+    every: dict[str, tuple[Callable[[list[Row]], Figure], list[Row]]] = {
         "time-against-size": (_sizes, _series(now)),
         # Bars for the shapes of real models; of a quick run, which has none of these, for all.
         "speedup": (_speedups, [r for r in now if r.model] or now),
         "threads": (_threads, both if len({r.threads for r in both}) > 1 else []),
     }
     written = []
-    for name, (draw, chosen) in pictures.items():
+    for name, (draw, chosen) in every.items():
         if not chosen:
             continue
         with pyplot.rc_context({"font.size": TEXT, "svg.hashsalt": name}):
