@@ -71,7 +71,7 @@ $(INTEGRATIONS)/environment.stamp: $(ENVIRONMENT)
 test-integrations: $(BUILT) $(INTEGRATIONS)/environment.stamp
 	VAEKERNELS_REQUIRE_NATIVE=1 VAEKERNELS_REQUIRE_INTEGRATIONS=1 \
 	  $(INTEGRATIONS)/bin/python -m pytest -m 'slow or not slow' tests/integrations \
-	  tests/test_docs.py::test_before_and_after
+	  tests/build/test_docs.py::test_before_and_after
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check
@@ -135,7 +135,7 @@ gpu-check-sanitizers: TEST_LIMIT = 130
 gpu-check-suite: LIMIT = 420
 gpu-check-suite: TEST_LIMIT = 200
 # What the other tests need may be missing here: their modules are then named, and the rest is run.
-gpu-check-suite: GPU_FILES = --device=cuda --continue-on-collection-errors tests $(if $(call has,xdist),-n 8)
+gpu-check-suite: GPU_FILES = --device=cuda --continue-on-collection-errors tests/ops $(if $(call has,xdist),-n 8)
 
 gpu-check-%:
 	mkdir -p $(OUT)/check

@@ -10,8 +10,8 @@ from types import ModuleType
 
 import pytest
 
-FOLDER = Path(__file__).with_name("install_matrix")
-TABLE = Path(__file__).parents[1] / "benchmarks" / "results" / "install-matrix.md"
+FOLDER = Path(__file__).parents[1] / "install_matrix"
+TABLE = Path(__file__).parents[2] / "benchmarks" / "results" / "install-matrix.md"
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ def test_torch_has_what_the_tools_use():
 
 # ---- the rules of the Makefile ---------------------------------------------------------------------------
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 def make(*arguments: str, out: Path, limit: float = 100) -> subprocess.CompletedProcess[str]:
@@ -56,7 +56,10 @@ def test_every_file_has_a_part(tmp_path):
     assert done.returncode == 0, done.stderr
     for file in (gpu_build.ROOT / "tests" / "gpu").glob("test_*.py"):
         assert f"tests/gpu/{file.name} " in done.stdout
-    assert "--device=cuda" in done.stdout and "gpu_build.py" in done.stdout
+    assert (
+        "--device=cuda --continue-on-collection-errors tests/ops" in done.stdout
+        and "gpu_build.py" in done.stdout
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a GPU")

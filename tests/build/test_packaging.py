@@ -19,7 +19,7 @@ import torch
 import vaekernels
 from vaekernels import _build, _native
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 FITTING = _build.Record(
     package=_build.VERSION,
     python=_build.python_tag(),

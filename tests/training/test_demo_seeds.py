@@ -18,7 +18,7 @@ from rich.console import Console
 
 from vaekernels.training.demo import DEMOS, Outcome, show
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "demos.csv"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "demos.csv"
 SEEDS = (0, 1, 2)
 METRICS = ("rate", "mi_lower", "i_dec", "delta_shuffle", "svi_gain", "nelbo", "iwae_nll")
 

@@ -14,7 +14,7 @@ from planted import CASES, Planted
 
 from vaekernels.collapse import Report
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "planted-cases.csv"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "planted-cases.csv"
 SEEDS = 20
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import vaekernels
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+REPOSITORY = Path(__file__).resolve().parents[2]
 API = (REPOSITORY / "docs" / "api.md").read_text(encoding="utf-8")
 DOCUMENTED = re.findall(r"^   (vaekernels[\w.]*)$", API, re.MULTILINE)
 # Programs; the ops, documented as `vaekernels`; the trainer, by its settings; the integrations, which cannot

@@ -21,7 +21,7 @@ from vaekernels.training import data as datasets
 from vaekernels.training import models
 from vaekernels.training.latents import ELBO, KLOptions, Latents
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 latent_ops: Any = import_module("latent_ops")
 deep_vae: Any = import_module("deep_vae")
 state_space: Any = import_module("state_space")

@@ -21,7 +21,7 @@ from vaekernels.collapse.information import mi_bounds
 from vaekernels.collapse.measurements import Measurements, bracket
 from vaekernels.collapse.model import Model
 
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results" / "interval-coverage.csv"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "interval-coverage.csv"
 SEEDS = 200
 # Binomial(200, 0.95) lies within 90% and 99% with probability 0.998.
 LEAST, MOST = 0.90, 0.99

@@ -381,7 +381,7 @@ def test_pictures_need_matplotlib(
 
 def test_suite_under_pytest_benchmark() -> None:
     chosen = "16x8 and float32 and not packed and sample_kl and (vaekernels or eager)"
-    suite = Path(__file__).parents[1] / "benchmarks" / "test_latent.py"
+    suite = Path(__file__).parents[2] / "benchmarks" / "test_latent.py"
     given = [sys.executable, "-m", "pytest", str(suite), "-q", "--benchmark-disable", "-k", chosen]
     done = subprocess.run(given, capture_output=True, text=True)
     assert "6 passed" in done.stdout, done.stdout + done.stderr

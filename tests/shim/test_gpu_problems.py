@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
+import gpu_problems
 import pytest
 import shim_build
 import torch
 from conftest import require_kernels
 
 import vaekernels as vk
-
-sys.path.insert(0, str(Path(__file__).parent / "gpu"))
-import gpu_problems
 
 RNG = torch.tensor([-77, 16])
 
