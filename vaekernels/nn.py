@@ -290,7 +290,7 @@ class GaussianLatent(_Latent):
 
         z    = mu + exp(logvar / 2) * eps
         kl   = beta * sum_g f(rate[g]; free_bits)
-        rate = the KL of each group, in nats, unclamped and unweighted
+        rate = the KL of each group in nats, before free bits and beta: the field `kl_per_group`
 
     Args:
         groups: the number of groups, or their shape: what one rate each is kept of. By default every latent
@@ -325,8 +325,8 @@ class GaussianLatent(_Latent):
         generator: torch.Generator | None = None,
         rng: Tensor | None = None,
     ) -> SampleKL:
-        """(z, kl, kl_per_group). `weight`: of the rows, a padding mask; `generator`, `rng`: where the noise
-        comes from."""
+        """(z, kl, rate), the rate as the field `kl_per_group`. `weight`: of the rows, a padding mask;
+        `generator`, `rng`: where the noise comes from."""
         return self._run(moments, (), None, weight, generator, rng)
 
 
@@ -362,7 +362,8 @@ class LearnedPriorLatent(_Latent):
         generator: torch.Generator | None = None,
         rng: Tensor | None = None,
     ) -> SampleKL:
-        """(z, kl, kl_per_group), z from the posterior. Both moments have one shape, dtype and device."""
+        """(z, kl, rate), z from the posterior, the rate as the field `kl_per_group`. Both moments have one
+        shape, dtype and device."""
         return self._run(moments, self._prior(moments, prior_moments), self.balance, weight, generator, rng)
 
     def sample_prior(

@@ -274,7 +274,7 @@ def _(matrix: Matrix) -> Outcome:
 def _(matrix: Matrix) -> Outcome:
     found = Path(sysconfig.get_path("include"), "Python.h")
     if found.is_file():
-        raise NotPossible("the Pythons here have their headers; tests/test_packaging.py tries it")
+        raise NotPossible("the Pythons here have their headers; tests/build/test_packaging.py tries it")
     made = matrix.environment("no-python-headers")
     made.pip(matrix.source())
     return message(made)

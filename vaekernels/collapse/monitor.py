@@ -27,8 +27,8 @@ from vaekernels import _native
 from vaekernels.collapse import metrics
 from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import Bootstrap, Estimate, along_cycle
+from vaekernels.collapse.examples import Encode, LogLikelihood, select
 from vaekernels.collapse.information import mi_bounds
-from vaekernels.collapse.inputs import Encode, LogLikelihood, select
 from vaekernels.collapse.model import BATCH, Model, NotFiniteError, require_finite
 
 __all__ = ["CollapseMonitor", "CollapseWarning", "Reading"]
@@ -49,7 +49,7 @@ class Reading:
 
     step: int
     rate_per_dim: tuple[float, ...]
-    """r_d, the KL to the prior, unclamped"""
+    """the rate r_d of each dimension: its KL to the prior, unclamped, in nats"""
     active_units: int
     """dimensions with Var_x(mu_d) > 0.01 (Burda et al. 2016)"""
     mi_lower: Estimate

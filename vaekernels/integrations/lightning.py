@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vaekernels.collapse import monitor
-from vaekernels.collapse.inputs import Examples
+from vaekernels.collapse.examples import Examples
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
