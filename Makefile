@@ -2,15 +2,15 @@
 #   make demo          a text VAE that collapses, and the same one cured, side by side
 #   make test          build, lint, type check, CUDA objects where nvcc is, tests
 #   make test-integrations  the tests on diffusers, scvi-tools, Pyro, pythae and Lightning; it installs them
-#   make check-slow    the tests that are too slow for `make test`; results in benchmarks/results/
+#   make check-slow    the tests that are too slow for `make test`
 #   make docs          the documentation, as pages in build/docs
 #   make bench         the speed table
 #   make install-matrix  installs the package in every way, in fresh environments (20 minutes, 10 GB, a registry)
 #   make instructions  counts the CPU kernels' instructions per element (needs valgrind)
 #   make predicted-cycles  what llvm-mca expects of those loops on other processors
 #   make sass          the CUDA kernels' instructions, counted (needs nvcc): benchmarks/results/sass.csv
-#   make gpu-check     everything that a GPU can tell about the kernels; installs and downloads nothing:
-#   make gpu-bench     it and the speed on a GPU use PYTHON's own torch (make gpu-check PYTHON=/usr/bin/python3)
+#   make gpu-check     builds the CUDA kernels and tests them on the GPU of this machine, with the torch that
+#   make gpu-bench     PYTHON has (gpu-bench: their speed); installs nothing (make gpu-check PYTHON=/usr/bin/python3)
 #   make lint | build | cuda-objects | clean
 
 SHELL := bash
@@ -18,7 +18,7 @@ SHELL := bash
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-integrations check-slow docs install-matrix bench instructions predicted-cycles
-.PHONY: lint types cuda-objects sass gpu-check gpu-bench build clean
+.PHONY: lint types cuda-objects sass gpu-build gpu-check gpu-bench build clean
 
 PYTHON ?= python3
 OUT ?= build/gpu
@@ -28,7 +28,7 @@ PY := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/environment.stamp
 BUILT := $(VENV)/built.stamp
 NATIVE := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-FORMATTED := $(NATIVE) $(shell find tests -name '*.h' -o -name '*.cpp')
+FORMATTED := $(NATIVE) $(shell find tests benchmarks -name '*.h' -o -name '*.cpp')
 PIP := $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt
 
 help:
@@ -71,7 +71,7 @@ $(INTEGRATIONS)/environment.stamp: $(ENVIRONMENT)
 test-integrations: $(BUILT) $(INTEGRATIONS)/environment.stamp
 	VAEKERNELS_REQUIRE_NATIVE=1 VAEKERNELS_REQUIRE_INTEGRATIONS=1 \
 	  $(INTEGRATIONS)/bin/python -m pytest -m 'slow or not slow' tests/integrations \
-	  tests/test_docs.py::test_before_and_after
+	  tests/build/test_docs.py::test_before_and_after
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check
@@ -85,11 +85,10 @@ cuda-objects: $(ENVIRONMENT)
 	$(PY) vaekernels/_build.py cuda-objects build/cuda-objects
 
 sass: $(ENVIRONMENT)
-	$(PY) tests/sass.py
+	$(PY) benchmarks/codegen/sass.py
 
 check-slow: $(BUILT)
-	mkdir -p benchmarks/results
-	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -m slow -rA --no-header --color=no | tee benchmarks/results/check-slow.txt
+	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -m slow
 
 # Strict: a link or a reference that leads nowhere fails.
 docs: $(BUILT)
@@ -100,20 +99,56 @@ install-matrix: $(ENVIRONMENT)
 	$(PY) tests/install_matrix
 
 instructions: $(BUILT)
-	$(PY) tests/instruction_counts.py
+	$(PY) benchmarks/codegen/instruction_counts.py
 
 predicted-cycles: $(BUILT)
-	$(PY) tests/predicted_cycles.py
+	$(PY) benchmarks/codegen/predicted_cycles.py
 
 bench: $(BUILT)
 	$(PY) -m vaekernels bench --quick
 
-gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --out $(OUT)
+# ---- on a GPU, with PYTHON's own torch ----------------------------------------------------------------------
+# Each file of tests/gpu is a process of its own: one that hangs, or breaks the GPU's context, ends alone. Three
+# run side by side. Every test has a limit where PYTHON has pytest-timeout; without it a test that hangs is ended
+# with its whole file after LIMIT seconds, and faulthandler shows where it was. Verdicts and logs: OUT/check.
+START := $(shell date +%s)
+GPU_SECONDS := 530
+GPU_ENV = XDG_CACHE_HOME=$(CURDIR)/build/gpu/cache PYTHONPATH="$(CURDIR)$${PYTHONPATH:+:$$PYTHONPATH}"
+GPU_PARTS := $(addprefix gpu-check-,suite sanitizers \
+  $(filter-out sanitizers,$(patsubst tests/gpu/test_%.py,%,$(wildcard tests/gpu/test_*.py))))
+has = $(shell $(PYTHON) -c 'import $(1)' 2>/dev/null && echo yes)
 
-gpu-bench:
-	$(PYTHON) benchmarks/gpu_build.py
-	XDG_CACHE_HOME=$(CURDIR)/build/gpu/cache PYTHONPATH=$(CURDIR) $(PYTHON) benchmarks/gpu_bench.py --out $(OUT)
+# 77: nothing to build for, with the reason; the tests are then skipped.
+gpu-build:
+	timeout -k 5 240 $(PYTHON) benchmarks/gpu_build.py || [ $$? = 77 ]
+
+gpu-check: gpu-build
+	rm -rf $(OUT)/check
+	@$(if $(call has,pytest_timeout),,echo 'no pytest-timeout: a test that hangs is ended with its whole file')
+	timeout -k 5 $$(( $(START) + $(GPU_SECONDS) - $$(date +%s) )) $(MAKE) -k -j3 -O --no-print-directory $(GPU_PARTS)
+
+gpu-check-%: LIMIT = 120
+gpu-check-%: TEST_LIMIT = 60
+gpu-check-%: GPU_FILES = tests/gpu/test_$*.py
+gpu-check-sanitizers: LIMIT = 470
+gpu-check-sanitizers: TEST_LIMIT = 130
+gpu-check-suite: LIMIT = 420
+gpu-check-suite: TEST_LIMIT = 200
+# What the other tests need may be missing here: their modules are then named, and the rest is run.
+gpu-check-suite: GPU_FILES = --device=cuda --continue-on-collection-errors tests/ops $(if $(call has,xdist),-n 8)
+
+gpu-check-%:
+	mkdir -p $(OUT)/check
+	$(GPU_ENV) VAEKERNELS_REQUIRE_NATIVE=1 TORCHINDUCTOR_COMPILE_THREADS=1 timeout -k 5 $(LIMIT) \
+	  $(PYTHON) -m pytest $(GPU_FILES) -q -rfEs -p no:cacheprovider --color=no \
+	  --junitxml=$(OUT)/check/$*.xml -o faulthandler_timeout=$(TEST_LIMIT) \
+	  $(if $(call has,pytest_timeout),--timeout=$(TEST_LIMIT) --timeout-method=thread) 2>&1 | tee $(OUT)/check/$*.log
+
+gpu-bench: gpu-build
+	mkdir -p $(OUT)/record
+	$(GPU_ENV) $(PYTHON) -m vaekernels.bench --device cuda --record $(OUT)/record --csv $(OUT)/gpu-bench.csv \
+	  --markdown $(OUT)/gpu-bench.md $(if $(call has,matplotlib),--plots $(OUT))
+	cp $(OUT)/gpu-bench.* benchmarks/results/
 
 clean:
 	rm -rf build dist *.egg-info $(VENV) $(INTEGRATIONS) .mypy_cache .pytest_cache .ruff_cache

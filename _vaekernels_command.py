@@ -6,11 +6,17 @@ what to do.
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 
 def main() -> int:
     """Runs the command and returns its exit status."""
+    # Importing torch takes seconds, and would take KeyboardInterrupt for a library that is missing.
+    stoppable = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if stoppable:
+        signal.signal(signal.SIGINT, _stop)
     try:
         import torch  # noqa: F401
     except (ImportError, OSError) as error:
@@ -24,4 +30,12 @@ def main() -> int:
         return 1
     from vaekernels.cli import main as run
 
+    if stoppable:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     return run()
+
+
+def _stop(signum: int, frame: object) -> None:
+    """What Ctrl-C does before there is anything to save."""
+    os.write(2, b"stopped\n")
+    os._exit(130)

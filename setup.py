@@ -13,9 +13,16 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, __version__, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+
+if int(__version__.split(".")[0]) < 77:
+    # Of pyproject.toml; installers heed it only where they make an environment for the build themselves.
+    raise SystemExit(
+        f"vaekernels: setuptools >= 77 is needed, and {sys.executable} has {__version__}: "
+        "run `pip install --upgrade setuptools`, or install without --no-build-isolation"
+    )
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = "vaekernels"

@@ -6,7 +6,7 @@
 #include <torch/library.h>
 #include <torch/version.h>
 
-#include "options.h"
+#include "checks.h"
 
 namespace vk {
 namespace {
@@ -31,8 +31,15 @@ Tensors4 latent_backward(const Options& o, const OptTensor& grad_z, const OptTen
     return op(o, grad_z, grad_kl, grad_kl_per_group, first, second, dim, rng, prior_mu, prior_logvar, gate,
               open, weight, prior_grads);
   };
-  if (compute_requires_grad(grad_z, grad_kl, grad_kl_per_group, first, second, prior_mu, prior_logvar))
+  if (compute_requires_grad(grad_z, grad_kl, grad_kl_per_group, first, second, prior_mu, prior_logvar)) {
+    {
+      const at::NoGradGuard unrecorded;
+      const Latent in = latent_of<c10::SymInt>(first, second, dim, prior_mu, prior_logvar, weight);
+      check_backward<c10::SymInt>(in, o, {grad_z, grad_kl, grad_kl_per_group}, Saved{rng, gate, open},
+                                  prior_grads);
+    }
     return call(reference);
+  }
   const at::AutoDispatchBelowADInplaceOrView below;
   return call(kernel);
 }

@@ -1,5 +1,6 @@
-// What the operators refuse, in the words of vaekernels/_checks.py. Every backend checks, Meta too, since
-// torch.ops can be called without the checks in Python.
+// What the operators refuse: on every device, and of tensors without memory, whose sizes may be symbols. The
+// messages are those of vaekernels/_checks.py, which has said most of them already when the call came through
+// the public functions.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -12,7 +13,7 @@ namespace vk {
 
 // ---- the tensors of a call -------------------------------------------------------------------------------
 
-// mu and logvar, as views where they came packed.
+// mu and logvar, as views where they came packed, and what else both directions read.
 struct Latent {
   Tensor mu, logvar;
   OptTensor prior_mu, prior_logvar, weight;
@@ -24,138 +25,20 @@ struct Latent {
   }
 };
 
-// The gradients that reach backward, and what the forward saved for it.
+// The gradients that reach backward, what the forward saved for it, and the gradients that it computes;
+// undefined where not wanted.
 struct Incoming {
   OptTensor z, kl, kl_per_group;
 };
 struct Saved {
   const OptTensor &rng, &gate, &open;
 };
-
-// Undefined where not asked for.
 struct Gradients {
   Tensor mu, logvar, prior_mu, prior_logvar;
 };
 
-// ---- names and sizes -------------------------------------------------------------------------------------
-
-inline const char* name_of(at::ScalarType type) {
-  switch (type) {
-    case at::kFloat:
-      return "torch.float32";
-    case at::kDouble:
-      return "torch.float64";
-    case at::kBFloat16:
-      return "torch.bfloat16";
-    case at::kHalf:
-      return "torch.float16";
-    case at::kLong:
-      return "torch.int64";
-    case at::kInt:
-      return "torch.int32";
-    case at::kByte:
-      return "torch.uint8";
-    case at::kBool:
-      return "torch.bool";
-    default:
-      return c10::toString(type);
-  }
-}
-
-inline bool symbolic(const Tensor& t) { return t.unsafeGetTensorImpl()->has_symbolic_sizes_strides(); }
-
-// Comparing symbolic sizes costs several times as much as comparing numbers.
-inline bool same_shape(const Tensor& a, const Tensor& b) {
-  return symbolic(a) || symbolic(b) ? a.sym_sizes() == b.sym_sizes() : a.sizes() == b.sizes();
-}
-inline bool has_shape(const Tensor& t, c10::SymIntArrayRef shape) { return t.sym_sizes() == shape; }
-
-inline DType dtype_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::f32;
-    case at::kDouble:
-      return DType::f64;
-    case at::kBFloat16:
-      return DType::bf16;
-    case at::kHalf:
-      return DType::f16;
-    default:
-      TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16, float16 or float64, got ",
-                       name_of(t.scalar_type()), "; convert it, e.g. with .float()");
-  }
-}
-
 inline at::ScalarType compute_type(const Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
-// ---- checks ----------------------------------------------------------------------------------------------
-
-inline void check_device(const Tensor& t, const char* name, const Tensor& like) {
-  TORCH_CHECK_VALUE(t.device() == like.device(), name, " must be on the tensors' device, ", like.device(),
-                    ", got ", t.device(), "; move it there");
-}
-
-inline void check_like(const Tensor& t, const char* name, const Tensor& like, const char* like_name) {
-  dtype_of(t, name);
-  TORCH_CHECK_TYPE(t.scalar_type() == like.scalar_type(), like_name, " and ", name,
-                   " must have one dtype, got ", name_of(like.scalar_type()), " and ",
-                   name_of(t.scalar_type()), "; convert one, e.g. ", name, ".to(", like_name, ".dtype)");
-  TORCH_CHECK_VALUE(t.device() == like.device(), like_name, " and ", name, " must be on one device, got ",
-                    like.device(), " and ", t.device(), "; move one, e.g. ", name, ".to(", like_name,
-                    ".device)");
-  TORCH_CHECK_VALUE(same_shape(t, like), like_name, " and ", name, " must have one shape, got ",
-                    like.sym_sizes(), " and ", t.sym_sizes(), "; expand the smaller one, e.g. ", name,
-                    ".expand_as(", like_name, ")");
-}
-
-inline void check_rng(const Tensor& mu, const OptTensor& rng) {
-  TORCH_CHECK_VALUE(rng.has_value(),
-                    "rng must be given, the state of the noise; make it with "
-                    "vaekernels.rng_state");
-  TORCH_CHECK_VALUE(rng->scalar_type() == at::kLong && rng->dim() == 1 && rng->sym_size(0) == 2,
-                    "rng must be int64 [2] (seed, offset), got ", name_of(rng->scalar_type()), " ",
-                    rng->sym_sizes(), "; make it with vaekernels.rng_state");
-  check_device(*rng, "rng", mu);
-}
-
-inline void check_words(const Tensor& rng, int64_t n) {
-  check_rng(rng, rng);
-  TORCH_CHECK_VALUE(n >= 0, "n must be at least 0, got ", n);
-}
-
-// mu and the second tensor of a packed one, as views.
-inline std::pair<Tensor, Tensor> halves(const Tensor& moments, int64_t dim) {
-  const int64_t axis = axis_of(dim, moments.dim(), "dim", "moments");
-  const c10::SymInt size = moments.sym_size(axis);
-  TORCH_CHECK_VALUE(size % 2 == 0, "moments must have an even size along dim ", dim,
-                    ", mu then logvar, got shape ", moments.sym_sizes(),
-                    "; choose the axis that holds both halves");
-  const c10::SymInt half = size / 2;
-  return {moments.narrow_symint(axis, 0, half), moments.narrow_symint(axis, half, half)};
-}
-
-inline Latent latent_of(const Tensor& first, const OptTensor& second, int64_t dim, const OptTensor& prior_mu,
-                        const OptTensor& prior_logvar, const OptTensor& weight) {
-  dtype_of(first, second ? "mu" : "moments");
-  Latent in{{}, {}, prior_mu, prior_logvar, weight};
-  if (second) {
-    check_like(*second, "logvar", first, "mu");
-    in.mu = first;
-    in.logvar = *second;
-  } else {
-    std::tie(in.mu, in.logvar) = halves(first, dim);
-  }
-  TORCH_CHECK_VALUE(prior_mu.has_value() == prior_logvar.has_value(),
-                    prior_mu ? "prior_logvar must be given with prior_mu, got None"
-                             : "prior_mu must be given with prior_logvar, got None",
-                    "; for the prior N(0, I) give neither");
-  if (prior_mu) {
-    check_like(*prior_mu, "prior_mu", in.mu, "mu");
-    check_like(*prior_logvar, "prior_logvar", in.mu, "mu");
-  }
-  return in;
 }
 
 // No free bits, no clamp.
@@ -163,140 +46,303 @@ inline Clamp clamp_of(const Options& o, const OptTensor& free_bits_per_group) {
   return o.free_bits || free_bits_per_group ? o.clamp : Clamp::none;
 }
 
-using Sizes = c10::SmallVector<c10::SymInt, 6>;
+// ---- text ------------------------------------------------------------------------------------------------
 
-// The sizes of mu's axes of a role.
-inline Sizes sizes_of(const Tensor& mu, const Roles& roles, Role role) {
-  Sizes sizes;
-  for (size_t d = 0; d < roles.size(); ++d)
-    if (roles[d] == role) sizes.push_back(mu.sym_size(static_cast<int64_t>(d)));
-  return sizes;
+inline std::string dtype_text(const Tensor& t) {
+  const std::pair<at::ScalarType, const char*> names[] = {
+      {at::kFloat, "float32"},
+      {at::kDouble, "float64"},
+      {at::kBFloat16, "bfloat16"},
+      {at::kHalf, "float16"},
+      {at::kLong, "int64"},
+      {at::kInt, "int32"},
+      {at::kShort, "int16"},
+      {at::kChar, "int8"},
+      {at::kByte, "uint8"},
+      {at::kBool, "bool"},
+      {at::kComplexFloat, "complex64"},
+      {at::kComplexDouble, "complex128"},
+      {at::kComplexHalf, "complex32"},
+  };
+  for (const auto& [type, name] : names)
+    if (t.scalar_type() == type) return std::string("torch.") + name;
+  return c10::toString(t.scalar_type());
 }
 
-inline void check_weight(const Latent& in, const Roles& roles) {
-  const Tensor& weight = *in.weight;
-  const auto batch = sizes_of(in.mu, roles, Role::batch);
-  TORCH_CHECK_TYPE(!weight.is_complex(), "weight must be of a real or bool dtype, got ",
-                   name_of(weight.scalar_type()));
-  TORCH_CHECK_VALUE(has_shape(weight, batch), "weight must have the batch shape ", c10::SymIntArrayRef(batch),
-                    ", got ", weight.sym_sizes(), "; see batch_dims, or expand it");
-  check_device(weight, "weight", in.mu);
+// ---- tensors ---------------------------------------------------------------------------------------------
+
+inline void check_floating(const char* name, const Tensor& t) {
+  const at::ScalarType type = t.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf || type == at::kDouble,
+                   name, " must be float32, bfloat16, float16 or float64, got ", dtype_text(t),
+                   "; convert it, e.g. with .float()");
 }
 
-inline void check_free_bits(const Tensor& free_bits, const Latent& in, const Roles& roles) {
-  const auto group = sizes_of(in.mu, roles, Role::group);
-  TORCH_CHECK_TYPE(!free_bits.is_complex() && free_bits.scalar_type() != at::kBool,
-                   "free_bits must be of a real dtype, got ", name_of(free_bits.scalar_type()));
-  check_device(free_bits, "free_bits", in.mu);
-  bool fits = static_cast<size_t>(free_bits.dim()) <= group.size();
-  for (int64_t d = 1; fits && d <= free_bits.dim(); ++d) {
-    const c10::SymInt size = free_bits.sym_size(-d);
-    fits = size == 1 || size == group[group.size() - static_cast<size_t>(d)];
+// Two floating tensors of one dtype, device and shape.
+inline void check_pair(const char* name, const Tensor& t, const char* other_name, const Tensor& other) {
+  check_floating(name, t);
+  if (t.scalar_type() == other.scalar_type() && t.device() == other.device() &&
+      t.sym_sizes() == other.sym_sizes())
+    return;
+  check_floating(other_name, other);
+  TORCH_CHECK_TYPE(t.scalar_type() == other.scalar_type(), name, " and ", other_name,
+                   " must have one dtype, got ", dtype_text(t), " and ", dtype_text(other),
+                   "; convert one, e.g. ", other_name, ".to(", name, ".dtype)");
+  TORCH_CHECK_VALUE(t.device() == other.device(), name, " and ", other_name, " must be on one device, got ",
+                    t.device(), " and ", other.device(), "; move one, e.g. ", other_name, ".to(", name,
+                    ".device)");
+  TORCH_CHECK_VALUE(false, name, " and ", other_name, " must have one shape, got ", t.sym_sizes(), " and ",
+                    other.sym_sizes(), "; expand the smaller one, e.g. ", other_name, ".expand_as(", name,
+                    ")");
+}
+
+// A constant of the loss beside the tensors of the latent. `else_what`: what helps besides moving it.
+inline void check_constant(const char* name, const Tensor& t, const Tensor& mu, const char* else_what = "") {
+  TORCH_CHECK_VALUE(!t.requires_grad(), name, " must not require grad, it is a constant of the loss; give ",
+                    name, ".detach()");
+  TORCH_CHECK_VALUE(t.device() == mu.device(), name, " must be on the tensors' device, ", mu.device(),
+                    ", got ", t.device(), "; move it there", else_what);
+}
+
+// Both or neither, of mu's shape, dtype and device.
+inline void check_prior(const Tensor& mu, const OptTensor& prior_mu, const OptTensor& prior_logvar) {
+  if (!prior_mu && !prior_logvar) return;
+  TORCH_CHECK_VALUE(prior_mu && prior_logvar, prior_mu ? "prior_logvar" : "prior_mu", " must be given with ",
+                    prior_mu ? "prior_mu" : "prior_logvar", ", got None; for the prior N(0, I) give neither");
+  check_pair("prior_mu", *prior_mu, "prior_logvar", *prior_logvar);
+  TORCH_CHECK_TYPE(prior_mu->scalar_type() == mu.scalar_type(), "prior_mu and mu must have one dtype, got ",
+                   dtype_text(*prior_mu), " and ", dtype_text(mu));
+  TORCH_CHECK_VALUE(prior_mu->device() == mu.device(), "prior_mu and mu must be on one device, got ",
+                    prior_mu->device(), " and ", mu.device());
+  TORCH_CHECK_VALUE(prior_mu->sym_sizes() == mu.sym_sizes(), "prior_mu must have the shape of mu, ",
+                    mu.sym_sizes(), ", got ", prior_mu->sym_sizes(), "; expand it: prior_mu.expand(",
+                    mu.sym_sizes(), ") copies nothing");
+}
+
+// The axis of a packed tensor that holds both halves.
+inline int64_t packed_axis(const Tensor& moments, int64_t dim) {
+  check_floating("moments", moments);
+  const int64_t dims = moments.dim();
+  TORCH_CHECK_VALUE(dim >= -dims && dim < dims, "dim must be an axis of moments, whose shape is ",
+                    moments.sym_sizes(), ", got ", dim);
+  const int64_t axis = dim < 0 ? dim + dims : dim;
+  TORCH_CHECK_VALUE(moments.sym_size(axis) % 2 == 0, "moments must have an even size along dim ", dim,
+                    ", mu then logvar, got shape ", moments.sym_sizes(),
+                    "; choose the axis that holds both halves");
+  return axis;
+}
+
+// mu and the second tensor of a packed one, as views. Int: of the sizes, int64_t, or SymInt where they may be
+// symbols; so below.
+template <class Int>
+std::pair<Tensor, Tensor> halves(const Tensor& moments, int64_t dim) {
+  const int64_t axis = packed_axis(moments, dim);
+  if constexpr (std::is_same_v<Int, int64_t>) {
+    const int64_t half = moments.size(axis) / 2;
+    return {moments.narrow(axis, 0, half), moments.narrow(axis, half, half)};
+  } else {
+    const Int half = moments.sym_size(axis) / 2;
+    return {moments.narrow_symint(axis, 0, half), moments.narrow_symint(axis, half, half)};
   }
-  TORCH_CHECK_VALUE(fits, "free_bits must broadcast to the group shape ", c10::SymIntArrayRef(group),
-                    ", got ", free_bits.sym_sizes(), "; see group_dims");
 }
 
-// What the options of a KL exclude of each other.
-inline void check_options(const Options& o, Clamp clamp, const Latent& in) {
-  const bool rows = o.reduction == Reduction::none, elements = o.reduction == Reduction::elementwise;
-  TORCH_CHECK_VALUE(!(elements && clamp != Clamp::none),
-                    "reduction='elementwise' takes no free_bits; drop them or choose another reduction");
-  TORCH_CHECK_VALUE(!(rows && clamp == Clamp::batch),
-                    "reduction='none' does not fit clamp='batch' with free_bits, which clamps the mean over "
-                    "the batch; use clamp='sample' or reduction='batchmean'");
-  TORCH_CHECK_VALUE(!((rows || elements) && in.weight), "weight must be None with reduction='",
-                    std::string(name_of(o.reduction)), "', which averages nothing; apply it yourself");
-  TORCH_CHECK_VALUE(!o.free_bits || *o.free_bits >= 0, "free_bits must be non-negative and not NaN, got ",
-                    *o.free_bits, "; it is a rate in nats, None is no clamp");
-  if (o.balance) {
-    TORCH_CHECK_VALUE(*o.balance >= 0 && *o.balance <= 1,
-                      "balance must be between 0 and 1, the prior's share of the gradient, got ", *o.balance);
-    TORCH_CHECK_VALUE(
-        in.prior_mu.has_value(),
-        "balance needs a learned prior, got none; give prior_mu and prior_logvar, or drop balance");
-  }
+// ---- random numbers --------------------------------------------------------------------------------------
+
+inline void check_rng(const Tensor& like, const Tensor& rng) {
+  TORCH_CHECK_VALUE(rng.scalar_type() == at::kLong && rng.dim() == 1 && rng.sym_size(0) == 2,
+                    "rng must be int64 [2] (seed, offset), got ", dtype_text(rng), " ", rng.sym_sizes(),
+                    "; make it with vaekernels.rng_state");
+  TORCH_CHECK_VALUE(rng.device() == like.device(), "rng must be on the tensors' device, ", like.device(),
+                    ", got ", rng.device(), "; move it there");
 }
+
+// The state of a forward that samples.
+inline void check_state(const Tensor& like, const OptTensor& rng) {
+  TORCH_CHECK_VALUE(rng.has_value(),
+                    "rng must be given with sample=True, got None; make it with vaekernels.rng_state");
+  check_rng(like, *rng);
+}
+
+// Of a state whose numbers can be read.
+inline void check_offset(int64_t offset) {
+  TORCH_CHECK_VALUE(offset % 4 == 0, "rng must have an offset that is a multiple of 4, got ", offset,
+                    "; see vaekernels.rng_state");
+}
+
+inline void check_generator(const Tensor& like, const OptGenerator& generator) {
+  if (!generator || !generator->defined()) return;
+  TORCH_CHECK_VALUE(generator->device().type() == like.device().type(),
+                    "generator must be on the tensors' device, ", like.device(), ", got one on ",
+                    generator->device(), "; make it with torch.Generator('", like.device(), "')");
+}
+
+template <class Int>
+void check_num_samples(const std::optional<Int>& num_samples) {
+  if (!num_samples) return;
+  TORCH_CHECK_VALUE(*num_samples >= 0, "num_samples must be at least 0, got ", *num_samples,
+                    "; None gives z the shape of mu");
+}
+
+inline void check_words(const Tensor& rng, int64_t n) {
+  check_rng(rng, rng);
+  TORCH_CHECK_VALUE(n >= 0, "n must be at least 0, the number of words, got ", n);
+}
+
+// ---- options ---------------------------------------------------------------------------------------------
 
 inline void check_bounds(const Options& o) {
-  TORCH_CHECK_VALUE(!o.logvar_bounds || (*o.logvar_bounds)[0] <= (*o.logvar_bounds)[1],
-                    "logvar_bounds must be (lo, hi) with lo <= hi, got (", (*o.logvar_bounds)[0], ", ",
-                    (*o.logvar_bounds)[1], "); swap or correct them");
+  if (!o.logvar_bounds) return;
+  TORCH_CHECK_VALUE((*o.logvar_bounds)[0] <= (*o.logvar_bounds)[1],
+                    "logvar_bounds must be (lo, hi) with lo <= hi, got ", numbers_text(*o.logvar_bounds),
+                    "; swap or correct them");
 }
 
-// The roles of mu's axes; none are needed without a KL.
-inline Roles check_forward(const Latent& in, const Options& o, bool kl, const OptSymInt& num_samples,
-                           const OptTensor& free_bits_per_group) {
+inline void check_balance(std::optional<double> balance, bool has_prior) {
+  if (!balance) return;
+  TORCH_CHECK_VALUE(*balance >= 0 && *balance <= 1,
+                    "balance must be between 0 and 1, the prior's share of the gradient, got ",
+                    repr(*balance));
+  TORCH_CHECK_VALUE(
+      has_prior, "balance needs a learned prior, got none; give prior_mu and prior_logvar, or drop balance");
+}
+
+inline void check_weight(const OptTensor& weight, const Tensor& mu, const Options& o) {
+  if (!weight) return;
+  const auto batch_shape = mu.sym_sizes().slice(0, static_cast<size_t>(o.batch_dims));
+  check_constant("weight", *weight, mu);
+  TORCH_CHECK_TYPE(!weight->is_complex(), "weight must be of a real or bool dtype, got ",
+                   dtype_text(*weight));
+  TORCH_CHECK_VALUE(weight->sym_sizes() == batch_shape, "weight must have the batch shape ", batch_shape,
+                    ", got ", weight->sym_sizes(), "; see batch_dims, or expand it");
+}
+
+template <class Int>
+void check_free_bits(std::optional<double> number, const OptTensor& per_group, const Tensor& mu,
+                     const GroupingOf<Int>& g) {
+  if (number)
+    TORCH_CHECK_VALUE(*number >= 0, "free_bits must be non-negative and not NaN, got ", repr(*number),
+                      "; it is a rate in nats, None is no clamp");
+  if (!per_group) return;
+  TORCH_CHECK_VALUE(!number,
+                    "free_bits and free_bits_per_group must not be given together; drop one of them");
+  check_constant("free_bits", *per_group, mu, " or give a number");
+  TORCH_CHECK_TYPE(!per_group->is_complex() && per_group->scalar_type() != at::kBool,
+                   "free_bits must be of a real dtype, got ", dtype_text(*per_group));
+  const auto shape = per_group->sym_sizes();
+  bool fits = shape.size() <= g.group_shape.size();
+  for (size_t i = 1; fits && i <= shape.size(); ++i)
+    fits = shape[shape.size() - i] == g.group_shape[g.group_shape.size() - i] || shape[shape.size() - i] == 1;
+  TORCH_CHECK_VALUE(fits, "free_bits must broadcast to the group shape ", at::ArrayRef<Int>(g.group_shape),
+                    ", got ", shape, "; see group_dims");
+}
+
+// What "none" and "elementwise" cannot be combined with.
+inline void check_reduction(Reduction reduction, Clamp clamp, bool free_bits, bool weighted) {
+  if (reduction != Reduction::none && reduction != Reduction::elementwise) return;
+  TORCH_CHECK_VALUE(!free_bits || reduction == Reduction::none,
+                    "reduction='elementwise' takes no free_bits; drop them or choose another reduction");
+  TORCH_CHECK_VALUE(!free_bits || clamp == Clamp::sample,
+                    "reduction='none' does not fit clamp='batch' with free_bits, which clamps the mean over "
+                    "the batch; use clamp='sample' or reduction='batchmean'");
+  TORCH_CHECK_VALUE(!weighted, "weight must be None with reduction='",
+                    reduction == Reduction::none ? "none" : "elementwise",
+                    "', which averages nothing; apply it yourself");
+}
+
+// ---- whole calls -----------------------------------------------------------------------------------------
+
+// `first` is mu and `second` the logvar, or `first` holds both along `dim`.
+template <class Int>
+Latent latent_of(const Tensor& first, const OptTensor& second, int64_t dim, const OptTensor& prior_mu,
+                 const OptTensor& prior_logvar, const OptTensor& weight) {
+  Latent in{first, first, prior_mu, prior_logvar, weight};
+  if (second) {
+    check_pair("mu", first, "logvar", *second);
+    in.logvar = *second;
+  } else {
+    std::tie(in.mu, in.logvar) = halves<Int>(first, dim);
+  }
+  check_prior(in.mu, prior_mu, prior_logvar);
+  return in;
+}
+
+// What the KL of either direction is told.
+template <class Int>
+GroupingOf<Int> check_kl(const Latent& in, const Options& o, bool free_bits) {
+  GroupingOf<Int> g = grouping_of<Int>(in.mu, o);
+  check_reduction(o.reduction, o.clamp, free_bits, in.weight.has_value());
+  check_balance(o.balance, in.prior_mu.has_value());
+  check_weight(in.weight, in.mu, o);
+  return g;
+}
+
+// The grouping that the KL needs; empty without one.
+template <class Int>
+GroupingOf<Int> check_forward(const Latent& in, const Options& o, bool kl, const OptSymInt& num_samples,
+                              const OptTensor& free_bits_per_group) {
   check_bounds(o);
-  TORCH_CHECK_VALUE(!num_samples || *num_samples >= 0, "num_samples must be at least 0, got ", *num_samples,
-                    "; None gives z the shape of mu");
+  check_num_samples(num_samples);
   if (!kl) return {};
-  Roles roles = roles_of(o, in.mu.dim());
-  check_options(o, clamp_of(o, free_bits_per_group), in);
-  if (in.weight) check_weight(in, roles);
-  if (free_bits_per_group) check_free_bits(*free_bits_per_group, in, roles);
-  return roles;
+  GroupingOf<Int> g = check_kl<Int>(in, o, o.free_bits || free_bits_per_group);
+  check_free_bits(o.free_bits, free_bits_per_group, in.mu, g);
+  return g;
 }
 
-// A kernel would read out of bounds what is of another size.
-inline void check_backward(const Latent& in, const Options& o, const Incoming& grads, const Saved& saved,
-                           bool prior_grads) {
+// A tensor that only backward is given. A kernel would read it out of bounds if it were of another size.
+inline void check_saved(const Tensor& t, const char* name, const Tensor& mu, at::ScalarType dtype, bool fits,
+                        const char* takes) {
+  TORCH_CHECK_VALUE(t.device() == mu.device(), name, " must be on the tensors' device, ", mu.device(),
+                    ", got ", t.device(), "; move it there");
+  TORCH_CHECK_TYPE(t.scalar_type() == dtype, name, " must be of dtype ", c10::toString(dtype),
+                   " for mu of dtype ", dtype_text(mu), ", got ", dtype_text(t), "; convert it");
+  TORCH_CHECK_VALUE(fits, name, " must be ", takes, " for mu of shape ", mu.sym_sizes(), ", got ",
+                    t.sym_sizes(), "; give what the forward call returned, or a gradient of its shape");
+}
+
+template <class Int>
+GroupingOf<Int> check_backward(const Latent& in, const Options& o, const Incoming& grads, const Saved& saved,
+                               bool prior_grads) {
   const Tensor& mu = in.mu;
-  const auto check = [&](const Tensor& t, bool fits, const char* name, const char* takes) {
-    TORCH_CHECK_VALUE(fits, name, " must be ", takes, " for mu of shape ", mu.sym_sizes(), ", got ",
-                      t.sym_sizes());
-    check_device(t, name, mu);
-  };
   check_bounds(o);
   TORCH_CHECK_VALUE(!prior_grads || in.prior_mu,
-                    "prior_grads needs prior_mu and prior_logvar, got none; give them or prior_grads=False");
+                    "prior_grads needs a learned prior, got none; give prior_mu and prior_logvar");
   if (grads.z) {
-    const Tensor& t = *grads.z;
-    const auto sizes = t.sym_sizes();
-    check(t, (t.dim() == mu.dim() + 1 ? sizes.slice(1) : sizes) == mu.sym_sizes(), "grad_z",
-          "[*mu.shape] or [K, *mu.shape]");
-    TORCH_CHECK_TYPE(t.scalar_type() == mu.scalar_type(), "grad_z must have the dtype of mu, ",
-                     name_of(mu.scalar_type()), ", got ", name_of(t.scalar_type()));
-    check_rng(mu, saved.rng);
+    const auto shape = grads.z->sym_sizes();
+    const bool batched = grads.z->dim() == mu.dim() + 1;
+    check_saved(*grads.z, "grad_z", mu, mu.scalar_type(),
+                (batched ? shape.slice(1) : shape) == mu.sym_sizes(), "[*mu.shape] or [K, *mu.shape]");
+    TORCH_CHECK_VALUE(saved.rng.has_value(), "rng must be given with grad_z, got None; give the state of z");
+    check_rng(mu, *saved.rng);
   }
-  if (!grads.kl && !grads.kl_per_group) return;
-  const Roles roles = roles_of(o, mu.dim());
-  check_options(o, Clamp::none, in);
-  if (in.weight) check_weight(in, roles);
-  const auto batch = sizes_of(mu, roles, Role::batch), group = sizes_of(mu, roles, Role::group);
-  const auto real = [](const Tensor& t, const char* name) {
-    TORCH_CHECK_TYPE(at::isFloatingType(t.scalar_type()), name, " must be of a floating dtype, got ",
-                     name_of(t.scalar_type()));
-  };
+  if (!grads.kl && !grads.kl_per_group) return {};
+  GroupingOf<Int> g = check_kl<Int>(in, o, false);
+  const at::ScalarType compute = compute_type(mu);
   if (grads.kl) {
-    const Tensor& t = *grads.kl;
-    real(t, "grad_kl");
-    check(t,
-          o.reduction == Reduction::elementwise ? same_shape(t, mu)
-          : o.reduction == Reduction::none      ? has_shape(t, batch)
-                                                : t.dim() == 0,
-          "grad_kl", "the shape of kl");
+    const auto shape = grads.kl->sym_sizes(), whole = mu.sym_sizes();
+    const size_t axes = o.reduction == Reduction::elementwise ? whole.size()
+                        : o.reduction == Reduction::none      ? static_cast<size_t>(o.batch_dims)
+                                                              : 0;
+    check_saved(*grads.kl, "grad_kl", mu, compute, shape == whole.slice(0, axes), "of the shape of kl");
   }
-  if (grads.kl_per_group) {
-    real(*grads.kl_per_group, "grad_kl_per_group");
-    check(*grads.kl_per_group, has_shape(*grads.kl_per_group, group), "grad_kl_per_group", "the group shape");
-  }
-  TORCH_CHECK_VALUE(saved.gate && saved.open, "a gradient of the KL needs gate and open, got ",
-                    saved.gate   ? "gate"
-                    : saved.open ? "open"
-                                 : "neither");
-  TORCH_CHECK_TYPE(saved.gate->scalar_type() == compute_type(mu) && saved.open->scalar_type() == at::kByte,
-                   "gate and open must be ", name_of(compute_type(mu)), " and torch.uint8, got ",
-                   name_of(saved.gate->scalar_type()), " and ", name_of(saved.open->scalar_type()));
-  c10::SymInt G = 1, cells = 1;
-  for (const auto& size : group) G *= size;
-  for (const auto& size : batch) cells *= size;
-  cells *= G;
-  const auto gates = saved.gate->sym_numel(), bytes = saved.open->sym_numel();
-  check(*saved.gate, saved.gate->dim() == 1 && (gates == 1 || gates == G), "gate",
-        "[1] or one number for each group");
-  check(*saved.open, saved.open->dim() == 1 && (bytes == 0 || bytes == (cells + 7) / 8), "open",
-        "empty or one bit for each row and group");
+  const auto in_groups = [&g](const Tensor& t) {
+    bool same = t.dim() == static_cast<int64_t>(g.group_shape.size());
+    for (size_t i = 0; same && i < g.group_shape.size(); ++i) same = t.sym_sizes()[i] == g.group_shape[i];
+    return same;
+  };
+  if (grads.kl_per_group)
+    check_saved(*grads.kl_per_group, "grad_kl_per_group", mu, compute, in_groups(*grads.kl_per_group),
+                "of the group shape");
+  const OptTensor &gate = saved.gate, &open = saved.open;
+  TORCH_CHECK_VALUE(
+      gate && open, gate ? "open" : "gate",
+      " must be given with a gradient of the KL, got None; give what the forward call returned");
+  check_saved(*gate, "gate", mu, compute,
+              gate->dim() == 1 && (gate->sym_numel() == 1 || gate->sym_numel() == g.G),
+              "[1] or one number for each group");
+  check_saved(*open, "open", mu, at::kByte,
+              open->dim() == 1 && (open->sym_numel() == 0 || open->sym_numel() == (g.B * g.G + 7) / 8),
+              "empty or one bit for each row and group");
+  return g;
 }
 
 }  // namespace vk

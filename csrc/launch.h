@@ -46,6 +46,19 @@ inline Tensor constant(const Tensor& t, at::IntArrayRef shape, const Tensor& mu)
   return t.detach().to(compute_type(mu)).expand(shape).contiguous();
 }
 
+inline DType dtype_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::f32;
+    case at::kDouble:
+      return DType::f64;
+    case at::kBFloat16:
+      return DType::bf16;
+    default:
+      return DType::f16;  // checked before
+  }
+}
+
 // Binds the tensors of one call to a Problem, with the copies that its strides could not avoid.
 class Binding {
  public:
@@ -58,7 +71,7 @@ class Binding {
     p.G = size[1];
     p.S = size[2];
     p.groups_inner = layout.groups_inner && p.S > 1;
-    p.dtype = dtype_of(mu, "mu");
+    p.dtype = dtype_of(mu);
   }
 
   Input input(const Tensor& t) {
@@ -108,22 +121,21 @@ inline void set_scale(Problem& p, const Options& o) {
 // ---- forward ---------------------------------------------------------------------------------------------
 
 // The state's two numbers. On a GPU nobody waits for them, to look at the offset.
-inline const int64_t* state_of(const Tensor& mu, const OptTensor& rng, Binding& binding) {
-  check_rng(mu, rng);
-  const auto* numbers = static_cast<const int64_t*>(binding.keep(rng->contiguous()));
-  TORCH_CHECK_VALUE(!rng->is_cpu() || numbers[1] % 4 == 0,
-                    "rng must have an offset that is a multiple of 4, got ", numbers[1],
-                    "; see vaekernels.rng_state");
+inline const int64_t* state_of(const Tensor& rng, Binding& binding) {
+  const auto* numbers = static_cast<const int64_t*>(binding.keep(rng.contiguous()));
+  if (rng.is_cpu()) check_offset(numbers[1]);
   return numbers;
 }
 
 // Where the noise of a call comes from.
 template <class Backend>
 void set_noise(Forward& call, const Tensor& mu, const OptTensor& rng, Binding& binding, Results&) {
-  call.rng = state_of(mu, rng, binding);
+  check_state(mu, rng);
+  call.rng = state_of(*rng, binding);
 }
 template <class Backend>
 void set_noise(Forward& call, const Tensor& mu, const OptGenerator& generator, Binding&, Results& out) {
+  check_generator(mu, generator);
   out.rng = Backend::draw(call, mu, generator);
 }
 
@@ -189,8 +201,8 @@ template <class Backend, class Noise>
 Results forward(const Options& o, const Latent& in, const Noise& noise, bool sample, bool kl,
                 const OptSymInt& num_samples, const OptTensor& free_bits_per_group) {
   const Tensor& mu = in.mu;
+  const Grouping g = check_forward<int64_t>(in, o, kl, num_samples, free_bits_per_group);
   const auto dense = dense_strides(mu);
-  const Grouping g = kl ? grouping_of(mu, o) : Grouping();
   const std::optional<Layout> layout = kl ? kl_layout(mu, g, dense) : sample_layout(mu, in.logvar, dense);
   if (!layout) {
     // Groups that interleave with the summed axes in memory: z from the tensors as they are, because its
@@ -276,11 +288,11 @@ inline void bind_kl(Backward& call, const Latent& in, const Incoming& grads, con
 
 // Writes into `out`: the caller settles where gradients go, so that packed ones are written in place.
 template <class Backend>
-void backward(const Options& o, const Latent& in, const Incoming& grads, const Saved& saved, Gradients& out) {
+void backward(const Options& o, const Latent& in, const Incoming& grads, const Saved& saved,
+              const Grouping& g, Gradients& out) {
   const Tensor& mu = in.mu;
   const bool kl = grads.kl || grads.kl_per_group;
   const auto dense = dense_strides(mu);
-  const Grouping g = kl ? grouping_of(mu, o) : Grouping();
   const std::optional<Layout> layout = kl ? kl_layout(mu, g, dense) : sample_layout(mu, in.logvar, dense);
   if (!layout) {
     // As in `forward`: the two gradients come from two launches and are added.
@@ -291,7 +303,8 @@ void backward(const Options& o, const Latent& in, const Incoming& grads, const S
     const auto like = [&](const Tensor& t) { return t.defined() ? at::empty_like(copied.mu) : Tensor(); };
     Gradients part{at::empty_like(copied.mu), at::empty_like(copied.mu), like(out.prior_mu),
                    like(out.prior_logvar)};
-    backward<Backend>(permuted(o, g), copied, of_kl, saved, part);
+    const Options in_order = permuted(o, g);
+    backward<Backend>(in_order, copied, of_kl, saved, grouping_of<int64_t>(copied.mu, in_order), part);
     const auto put = [&, inverse = inverse](Tensor& to, const Tensor& from, bool add) {
       if (!to.defined()) return;
       const Tensor there = from.permute(inverse);
@@ -299,7 +312,7 @@ void backward(const Options& o, const Latent& in, const Incoming& grads, const S
     };
     if (grads.z) {
       Gradients sampled{out.mu, out.logvar, {}, {}};
-      backward<Backend>(o, in, Incoming{grads.z, {}, {}}, saved, sampled);
+      backward<Backend>(o, in, Incoming{grads.z, {}, {}}, saved, Grouping(), sampled);
     }
     put(out.mu, part.mu, grads.z.has_value());
     put(out.logvar, part.logvar, grads.z.has_value());
@@ -314,7 +327,7 @@ void backward(const Options& o, const Latent& in, const Incoming& grads, const S
   call.mu = binding.input(mu);
   call.scale = binding.input(in.logvar);
   if (grads.z) {
-    call.rng = state_of(mu, saved.rng, binding);
+    call.rng = state_of(*saved.rng, binding);
     call.grad_z = binding.keep(dense_grad_z(*grads.z, mu, dense, call.K));
   }
   if (kl) bind_kl(call, in, grads, saved, g, dense, o, binding);
@@ -342,8 +355,7 @@ struct Operators {
                        const Noise& noise, const OptTensor& prior_mu, const OptTensor& prior_logvar,
                        bool sample, bool kl, OptSymInt num_samples, const OptTensor& weight,
                        const OptTensor& free_bits_per_group) {
-    const Latent in = latent_of(first, second, dim, prior_mu, prior_logvar, weight);
-    check_forward(in, o, kl, num_samples, free_bits_per_group);
+    const Latent in = latent_of<int64_t>(first, second, dim, prior_mu, prior_logvar, weight);
     Results out = forward<Backend>(o, in, noise, sample, kl, num_samples, free_bits_per_group);
     if (!sample) out.z = nothing(in.mu, in.mu.scalar_type(), 0);
     if (!kl) {
@@ -362,10 +374,10 @@ struct Operators {
                                   const OptTensor& prior_mu, const OptTensor& prior_logvar,
                                   const OptTensor& gate, const OptTensor& open, const OptTensor& weight,
                                   bool prior_grads) {
-    const Latent in = latent_of(first, second, dim, prior_mu, prior_logvar, weight);
+    const Latent in = latent_of<int64_t>(first, second, dim, prior_mu, prior_logvar, weight);
     const Incoming grads{grad_z, grad_kl, grad_kl_per_group};
     const Saved saved{rng, gate, open};
-    check_backward(in, o, grads, saved, prior_grads);
+    const Grouping g = check_backward<int64_t>(in, o, grads, saved, prior_grads);
     const auto dense = dense_strides(in.mu);
     const auto gradient = [&](bool wanted) {
       return wanted ? empty_beside(in.mu, in.mu.sizes(), dense, in.mu.scalar_type()) : Tensor();
@@ -377,9 +389,9 @@ struct Operators {
       out.logvar = gradient(true);
     } else {
       packed = at::empty_like(first);
-      std::tie(out.mu, out.logvar) = halves(packed, dim);
+      std::tie(out.mu, out.logvar) = halves<int64_t>(packed, dim);
     }
-    backward<Backend>(o, in, grads, saved, out);
+    backward<Backend>(o, in, grads, saved, g, out);
     if (!second) {
       out.mu = std::move(packed);
       out.logvar = Tensor();
@@ -388,14 +400,25 @@ struct Operators {
   }
 };
 
+template <class Random>
+Tensor rng_state(const Tensor& like, const OptGenerator& generator) {
+  check_generator(like, generator);
+  return Random::rng_state(like, generator);
+}
+template <class Random>
+Tensor philox_words(const Tensor& rng, int64_t n, int64_t first_quad) {
+  check_words(rng, n);
+  return Random::philox_words(rng.contiguous(), n, first_quad);
+}
+
 // Registers latent<Result, Noise> and latent_backward of `Kernels`, rng_state and philox_words of `Random`.
 template <class Kernels, class Random>
 void register_kernels(torch::Library& m) {
   m.impl("latent", TORCH_FN((Registered<&Kernels::template latent<Tensors5, OptTensor>>::call)));
   m.impl("latent_draw", TORCH_FN((Registered<&Kernels::template latent<Tensors6, OptGenerator>>::call)));
   m.impl("latent_backward", TORCH_FN((Registered<&Kernels::latent_backward>::call)));
-  m.impl("_rng_state", TORCH_FN(Random::rng_state));
-  m.impl("_philox_words", TORCH_FN(Random::philox_words));
+  m.impl("_rng_state", TORCH_FN(rng_state<Random>));
+  m.impl("_philox_words", TORCH_FN(philox_words<Random>));
 }
 
 }  // namespace vk

@@ -17,42 +17,47 @@ namespace vk {
 enum class Role : uint8_t { batch, group, sum };
 using Roles = c10::SmallVector<Role, 6>;
 
-// `dim` as an index of `ndim` axes; unlike at::maybe_wrap_dim, no scalar has an axis.
-inline int64_t axis_of(int64_t dim, int64_t ndim, const char* option, const char* tensor) {
-  TORCH_CHECK_VALUE(-ndim <= dim && dim < ndim, option, " must be an axis of ", tensor, ", which has ", ndim,
-                    ", got ", dim);
-  return dim < 0 ? dim + ndim : dim;
-}
-
-// The role of each axis of a mu of `ndim` axes.
-inline Roles roles_of(const Options& o, int64_t ndim) {
-  TORCH_CHECK_VALUE(o.batch_dims >= 0 && o.batch_dims <= ndim, "batch_dims must be between 0 and ", ndim,
+// The role of each axis of a mu of `dims` axes.
+inline Roles roles_of(int64_t dims, const Options& o) {
+  TORCH_CHECK_VALUE(o.batch_dims >= 0 && o.batch_dims <= dims, "batch_dims must be between 0 and ", dims,
                     ", the number of mu's axes, got ", o.batch_dims);
-  Roles roles(static_cast<size_t>(ndim), o.group_dims ? Role::sum : Role::group);
+  Roles roles(static_cast<size_t>(dims), o.group_dims ? Role::sum : Role::group);
   std::fill_n(roles.begin(), o.batch_dims, Role::batch);
-  if (o.group_dims) {
-    for (const int64_t g : *o.group_dims) {
-      Role& role = roles[static_cast<size_t>(axis_of(g, ndim, "group_dims", "mu"))];
-      TORCH_CHECK_VALUE(role == Role::sum, "group_dims must name latent axes, each once, got ",
-                        at::IntArrayRef(*o.group_dims));
-      role = Role::group;
-    }
+  if (!o.group_dims) return roles;
+  const at::IntArrayRef given(*o.group_dims);
+  for (const int64_t g : given) {
+    TORCH_CHECK_VALUE(g >= -dims && g < dims, "group_dims must be axes of mu, which has ", dims, ", got ", g,
+                      " in ", given);
+    Role& role = roles[static_cast<size_t>(g < 0 ? g + dims : g)];
+    TORCH_CHECK_VALUE(role != Role::batch, "group_dims must be latent axes, got ", g, " in ", given,
+                      ", a batch axis (batch_dims=", o.batch_dims, "); leave it out or lower batch_dims");
+    TORCH_CHECK_VALUE(role == Role::sum, "group_dims must name each axis once, got ", given,
+                      "; drop the repeated one");
+    role = Role::group;
   }
   return roles;
 }
 
-// The roles of mu's axes with the sizes that follow from them.
-struct Grouping {
+// The roles of mu's axes with the sizes that follow from them. Int: int64_t, or SymInt where sizes may be
+// symbols.
+template <class Int>
+struct GroupingOf {
   Roles roles;
-  at::DimVector batch_shape, group_shape;  // in the order of mu's axes
-  int64_t B = 1, G = 1, S = 1;
+  c10::SmallVector<Int, at::kDimVectorStaticSize> batch_shape, group_shape;  // in the order of mu's axes
+  Int B = 1, G = 1, S = 1;
 };
+using Grouping = GroupingOf<int64_t>;
 
-inline Grouping grouping_of(const Tensor& mu, const Options& o) {
-  Grouping g{roles_of(o, mu.dim()), {}, {}};
-  for (size_t d = 0; d < g.roles.size(); ++d) {
-    const int64_t size = mu.size(static_cast<int64_t>(d));
-    switch (g.roles[d]) {
+template <class Int>
+GroupingOf<Int> grouping_of(const Tensor& mu, const Options& o) {
+  GroupingOf<Int> g{roles_of(mu.dim(), o), {}, {}};
+  for (int64_t d = 0; d < mu.dim(); ++d) {
+    Int size;
+    if constexpr (std::is_same_v<Int, int64_t>)
+      size = mu.size(d);
+    else
+      size = mu.sym_size(d);
+    switch (g.roles[static_cast<size_t>(d)]) {
       case Role::batch:
         g.B *= size;
         g.batch_shape.push_back(size);

@@ -56,7 +56,6 @@ struct CpuBackend {
   static void backward(const Backward& call, const Tensor&) { cpu::backward(call, run_parallel); }
 
   static Tensor philox_words(const Tensor& rng, int64_t n, int64_t first_quad) {
-    check_words(rng, n);
     Tensor words = at::empty({n}, rng.options());
     const int64_t* state = rng.const_data_ptr<int64_t>();
     cpu::philox_words(static_cast<uint64_t>(state[0]), static_cast<uint64_t>(state[1]),
@@ -74,7 +73,7 @@ struct Meta {
   static Tensor z(const Tensor& mu, const OptSymInt& num_samples) {
     Tensor one = at::empty_like(mu);
     if (!num_samples) return one;
-    Sizes sizes{*num_samples}, strides{mu.sym_numel()};
+    std::vector<c10::SymInt> sizes{*num_samples}, strides{mu.sym_numel()};
     for (const auto& size : one.sym_sizes()) sizes.push_back(size);
     for (const auto& stride : one.sym_strides()) strides.push_back(stride);
     return at::empty_strided_symint(sizes, strides, mu.options());
@@ -85,19 +84,15 @@ struct Meta {
                        const Noise& noise, const OptTensor& prior_mu, const OptTensor& prior_logvar,
                        bool sample, bool kl, OptSymInt num_samples, const OptTensor& weight,
                        const OptTensor& free_bits_per_group) {
-    const Latent in = latent_of(first, second, dim, prior_mu, prior_logvar, weight);
-    const Roles roles = check_forward(in, o, kl, num_samples, free_bits_per_group);
+    const Latent in = latent_of<c10::SymInt>(first, second, dim, prior_mu, prior_logvar, weight);
+    const auto g = check_forward<c10::SymInt>(in, o, kl, num_samples, free_bits_per_group);
     const auto options = in.mu.options().dtype(compute_type(in.mu));
-    const auto empty = [&](Sizes sizes) { return at::empty_symint(sizes, options); };
-    const auto count = [](const Sizes& sizes) {
-      c10::SymInt product = 1;
-      for (const auto& size : sizes) product *= size;
-      return product;
-    };
+    const auto empty = [&](c10::SymIntArrayRef sizes) { return at::empty_symint(sizes, options); };
     Results out;
     if constexpr (std::is_same_v<Noise, OptTensor>) {
-      if (sample) check_rng(in.mu, noise);
+      if (sample) check_state(in.mu, noise);
     } else {
+      check_generator(in.mu, noise);
       out.rng = sample ? state(in.mu) : at::empty({0}, options.dtype(at::kLong));
     }
     out.z = sample ? z(in.mu, num_samples) : at::empty({0}, in.mu.options());
@@ -108,14 +103,14 @@ struct Meta {
       out.open = at::empty({0}, options.dtype(at::kByte));
       return std::move(out);
     }
-    const Sizes batch = sizes_of(in.mu, roles, Role::batch), group = sizes_of(in.mu, roles, Role::group);
     const Clamp clamp = clamp_of(o, free_bits_per_group);
     out.kl = o.reduction == Reduction::elementwise ? at::empty_like(in.mu, options)
-                                                   : empty(o.reduction == Reduction::none ? batch : Sizes());
-    out.kl_per_group = empty(group);
-    out.gate = empty({clamp == Clamp::batch ? count(group) : c10::SymInt(1)});
-    const c10::SymInt bytes = clamp == Clamp::sample ? (count(batch) * count(group) + 7) / 8 : c10::SymInt(0);
-    out.open = at::empty_symint(Sizes{bytes}, options.dtype(at::kByte));
+             : o.reduction == Reduction::none      ? empty(g.batch_shape)
+                                                   : empty({});
+    out.kl_per_group = empty(g.group_shape);
+    out.gate = empty({clamp == Clamp::batch ? g.G : c10::SymInt(1)});
+    const c10::SymInt bytes = clamp == Clamp::sample ? (g.B * g.G + 7) / 8 : c10::SymInt(0);
+    out.open = at::empty_symint({bytes}, options.dtype(at::kByte));
     return std::move(out);
   }
 
@@ -125,19 +120,16 @@ struct Meta {
                                   const OptTensor& prior_mu, const OptTensor& prior_logvar,
                                   const OptTensor& gate, const OptTensor& open, const OptTensor& weight,
                                   bool prior_grads) {
-    const Latent in = latent_of(first, second, dim, prior_mu, prior_logvar, weight);
+    const Latent in = latent_of<c10::SymInt>(first, second, dim, prior_mu, prior_logvar, weight);
     const Incoming grads{grad_z, grad_kl, grad_kl_per_group};
-    check_backward(in, o, grads, Saved{rng, gate, open}, prior_grads);
+    check_backward<c10::SymInt>(in, o, grads, Saved{rng, gate, open}, prior_grads);
     const auto gradient = [&](bool wanted) { return wanted ? at::empty_like(in.mu) : Tensor(); };
     Tensor to_first = second ? gradient(!grad_mu_is_grad_z(grads, in.mu)) : at::empty_like(first);
     return {to_first, gradient(second.has_value()), gradient(prior_grads), gradient(prior_grads)};
   }
 
   static Tensor rng_state(const Tensor& like, const OptGenerator&) { return state(like); }
-  static Tensor philox_words(const Tensor& rng, int64_t n, int64_t) {
-    check_words(rng, n);
-    return at::empty({n}, rng.options());
-  }
+  static Tensor philox_words(const Tensor& rng, int64_t n, int64_t) { return at::empty({n}, rng.options()); }
 };
 
 }  // namespace

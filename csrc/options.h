@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "problem.h"
+#include "text.h"
 
 namespace vk {
 
@@ -109,6 +110,12 @@ std::string_view name_of(E given) {
   return {};
 }
 
+inline std::string numbers_text(at::ArrayRef<double> x) {
+  std::string text = "(";
+  for (size_t i = 0; i < x.size(); ++i) text += (i > 0 ? ", " : "") + repr(x[i]);
+  return text + (x.size() == 1 ? ",)" : ")");
+}
+
 // ---- to and from the dispatcher --------------------------------------------------------------------------
 
 // How a member of Options is passed: its type in C++ and in the schema, its default there, and both ways.
@@ -159,8 +166,8 @@ struct Passed<std::optional<std::array<double, 2>>> {
   static Type pass(const Member& value) { return value ? Type(*value) : Type(); }
   static Member read(const char* option, Type value) {
     if (!value) return {};
-    TORCH_CHECK_VALUE(value->size() == 2, option, " must be None or (lo, hi), got ", value->size(),
-                      " numbers");
+    TORCH_CHECK_VALUE(value->size() == 2, option, " must be None or a pair (lo, hi) of numbers, got ",
+                      numbers_text(*value));
     return Member({(*value)[0], (*value)[1]});
   }
 };

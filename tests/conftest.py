@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import libraries
 import pytest
@@ -18,24 +18,13 @@ import torch
 
 import vaekernels as vk
 from vaekernels import _native
+from vaekernels.bench.report import machine
 
 # Tests of threads set their own number. Two threads, on a machine that other work shares, can take ten times
 # as long as one.
 torch.set_num_threads(1)
 
 BACKENDS = ["kernels", "reference"]
-# Where "shim" comes third: the CUDA kernels, run on the CPU by the host shim.
-SHIM_MODULES = [
-    "test_values",
-    "test_gradients",
-    "test_conventions",
-    "test_known_bugs",
-    "test_properties",
-    "test_random",
-]
-
-# Whose tests make all their tensors themselves, so that torch's default device brings them to another one.
-ON_DEFAULT_DEVICE = ["test_conventions", "test_known_bugs"]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -51,7 +40,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", [device])
     if "backend" in metafunc.fixturenames:
-        shim = ["shim"] if metafunc.module.__name__ in SHIM_MODULES and device == "cpu" else []
+        # Marked `shim`, a third backend: the CUDA kernels, run on the CPU by the host shim.
+        shim = ["shim"] if metafunc.definition.get_closest_marker("shim") and device == "cpu" else []
         metafunc.parametrize("backend", BACKENDS + shim, indirect=True)
 
 
@@ -62,6 +52,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         takes = [takes_device(item) for item in items]
         config.hook.pytest_deselected(items=[item for item, one in zip(items, takes, strict=True) if not one])
         items[:] = [item for item, one in zip(items, takes, strict=True) if one]
+        if why := absent(device_of(config)):
+            for item in items:
+                item.add_marker(pytest.mark.skip(reason=why))
     cases: Counter[str] = Counter()
     for item in items:
         if isinstance(item, pytest.Function) and is_shim(item):
@@ -71,10 +64,17 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             cases[test] += 1
 
 
+def absent(device: str) -> str:
+    """Why torch cannot use the device; empty where it can."""
+    if torch.device(device).type != "cuda" or torch.cuda.is_available():
+        return ""
+    return f"torch has no CUDA: {torch.__version__}" if torch.version.cuda is None else "torch sees no GPU"
+
+
 def takes_device(item: pytest.Item) -> bool:
     if not isinstance(item, pytest.Function):
         return False
-    if item.module.__name__ in ON_DEFAULT_DEVICE:
+    if item.get_closest_marker("default_device"):
         return "backend" in item.fixturenames
     return bool({"device", "cuda"} & set(item.fixturenames))
 
@@ -103,7 +103,7 @@ def require_kernels(device: str) -> None:
 @pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     device = device_of(request.config)
-    if device != "cpu" and request.module.__name__ in ON_DEFAULT_DEVICE:
+    if device != "cpu" and request.node.get_closest_marker("default_device"):
         with torch.device(device):
             yield from _backend(request.param, device, monkeypatch)
     else:
@@ -139,12 +139,21 @@ def kernels() -> None:
 @pytest.fixture
 def cuda() -> str:
     """For tests that nothing but a GPU can run."""
-    if torch.version.cuda is None:
-        pytest.skip(f"torch has no CUDA: {torch.__version__}")
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU")
+    if why := absent("cuda"):
+        pytest.skip(why)
     require_kernels("cuda")
     return "cuda"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def described(record_testsuite_property: Callable[[str, object], None]) -> None:
+    """Verdicts from a machine with a GPU (--junitxml) say which one it was."""
+    if torch.cuda.is_available():
+        facts = machine(torch.device("cuda")) | {"cuda": torch.version.cuda or ""}
+        # A copy without git names its commit in the environment.
+        facts["commit"] = os.environ.get("COMMIT") or facts["commit"]
+        for name, value in facts.items():
+            record_testsuite_property(name, value)
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,18 +27,40 @@ VERSION = "0.1.0"
 OLDEST_TORCH = (2, 11)
 RECORD_NAME = "_build.json"
 BUILD_COMMAND = "vaekernels build"
+LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")
+"""Programs that start the compiler named behind them: CXX="ccache g++"."""
+OLDEST_ARCH = 70
+"""Compute capability 7.0, for `__grid_constant__` and for atomics with an order of memory."""
+# As torch.utils.cpp_extension has them, in its order: a longer name before one that it contains.
+ARCH_NAMES = {
+    "Kepler+Tesla": "3.7",
+    "Kepler": "3.5+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Maxwell": "5.0;5.2+PTX",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta+Tegra": "7.2",
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
 CUDA_VARIABLES = ("CUDA_HOME", "CUDA_PATH")
-# -std is ours: torch's headers ask for C++20 from 2.14 on, and no build tool is relied on to pass it.
+# torch's headers ask for C++20 from 2.14 on, and no build tool is relied on to pass it.
+STANDARD = "-std=c++20"
 CXX_FLAGS = [
     # Left out of -Wall: GCC's false alarm inside torch's SmallVector, and how other compilers pass wide
     # vectors, which here only inlined functions are given.
-    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-Wno-psabi"),
+    *(STANDARD, "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-Wno-psabi"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
 ]
 # at::parallel_for is a template that runs serially where its caller was compiled without OpenMP. The runtime
 # that gets linked is torch's own: both go by the name libgomp.so.1. Apple's clang has none.
 OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
-NVCC_FLAGS = ["-std=c++20", "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+NVCC_FLAGS = [STANDARD, "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 
 Job: TypeAlias = tuple[Path, list[str]]
@@ -75,6 +96,11 @@ class Library:
         return self.log is not None
 
 
+def _is_unicode(text: str) -> bool:
+    """False where it has halves of surrogate pairs, which cannot be printed."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 @dataclass(frozen=True)
 class Record:
     """What lies next to the libraries as JSON and is read before they are loaded."""
@@ -87,17 +113,22 @@ class Record:
     cuda: Library
 
     def write(self, folder: Path) -> None:
-        (folder / RECORD_NAME).write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        # The names of folders in a compiler's words need not be Unicode, and `read` takes nothing else.
+        text = json.dumps(asdict(self), indent=1, ensure_ascii=False).encode("utf-8", "replace")
+        (folder / RECORD_NAME).write_bytes(text + b"\n")
 
     @classmethod
     def read(cls, folder: Path) -> Record | None:
         """The record in `folder`; None where there is none or it is not one of ours."""
         try:
             fields: dict[str, Any] = json.loads((folder / RECORD_NAME).read_text(encoding="utf-8"))
-            fields["cpu"], fields["cuda"] = Library(**fields["cpu"]), Library(**fields["cuda"])
-            return cls(**fields)
-        except (OSError, ValueError, KeyError, TypeError):
+            libraries = [Library(**fields.pop(name)) for name in ("cpu", "cuda")]
+            record = cls(**fields, cpu=libraries[0], cuda=libraries[1])
+            told = [*vars(libraries[0]).values(), *vars(libraries[1]).values(), *fields.values()]
+            whole = all(isinstance(one, str) and _is_unicode(one) for one in told if one is not None)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return None
+        return record if whole and record.package is not None and record.python is not None else None
 
 
 @dataclass(frozen=True)
@@ -128,23 +159,27 @@ def torch_in_use() -> Torch:
 
 
 def find_torch() -> Torch:
-    """Describes the torch of the interpreter that builds, also from inside pip's build isolation.
+    """Describes the torch of the interpreter that builds, also from inside pip's build isolation."""
+    return Torch(**_ask_torch("torch"))
+
+
+def _ask_torch(what: str) -> Any:
+    """What `main` prints for this word under the torch of the interpreter that builds.
 
     pip isolates a build with PYTHONPATH alone, so the same interpreter without it sees the user's packages.
     """
     plain = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     words = ""
     for env in (dict(os.environ), plain):
-        with tempfile.TemporaryDirectory() as elsewhere:
-            result = subprocess.run(
-                [sys.executable, os.path.abspath(__file__), "torch"],
-                env=env,
-                cwd=elsewhere,
-                capture_output=True,
-                text=True,
-            )
+        result = subprocess.run(
+            [sys.executable, os.path.abspath(__file__), what],
+            env=env,
+            cwd=os.path.abspath(os.sep),  # not where a folder may be named torch
+            capture_output=True,
+            text=True,
+        )
         if result.returncode == 0:
-            return Torch(**json.loads(result.stdout.strip().splitlines()[-1]))
+            return json.loads(result.stdout.strip().splitlines()[-1])
         words = result.stderr.strip()
     if "No module named 'torch'" in words:
         raise BuildProblem(
@@ -167,9 +202,26 @@ def python_tag() -> str:
     return EXTENSION_SUFFIXES[0].split(".")[1]
 
 
-def cache_dir(torch_version: str, torch_cuda: str | None) -> Path:
-    """Where `vaekernels build` puts its result, and `_native` looks for it."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def user_cache() -> Path | None:
+    """The folder of the user's caches: XDG_CACHE_HOME, else ~/.cache; None where there is no home, as for a
+    user of a container that its passwd does not know. As the XDG specification says, what is not absolute is
+    ignored: it would be taken from the working directory, which is anybody's."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    home = os.path.expanduser("~")
+    if os.path.isabs(given):
+        return Path(given)
+    return Path(home, ".cache") if os.path.isabs(home) else None
+
+
+NO_CACHE = "there is no folder for caches: this user has no home directory"
+NO_CACHE_REMEDY = "Set XDG_CACHE_HOME to a folder of your own"
+
+
+def cache_dir(torch_version: str, torch_cuda: str | None) -> Path | None:
+    """Where `vaekernels build` puts its result, and `_native` looks for it; None where `user_cache` is."""
+    root = user_cache()
+    if root is None:
+        return None
     return root / "vaekernels" / f"{VERSION}-torch{torch_version}-{python_tag()}-cuda{torch_cuda or '_none'}"
 
 
@@ -226,15 +278,16 @@ def _build_cpu(torch: Torch, target: Path, scratch: Path, say: Callable[[str], N
 
 
 def cpu_jobs(torch: Torch, compiler: Sequence[str]) -> list[Job]:
-    """What the CPU library is compiled from, and how."""
-    flags = [*CXX_FLAGS, *OPENMP_FLAGS, *_torch_flags(torch), *_words("CXXFLAGS")]
+    """What the CPU library is compiled from, and how. The user's flags win, but for the standard: conda's
+    compilers come with a CXXFLAGS that names an older one."""
+    flags = [*CXX_FLAGS, *OPENMP_FLAGS, *_torch_flags(torch), *_words("CXXFLAGS"), STANDARD]
     sources = [p for p in _sources("*.cpp") if "cuda" not in p.parts[-2:-1]]
     return [(source, [*compiler, *flags]) for source in sources]
 
 
 def _build_cuda(torch: Torch, target: Path, scratch: Path, say: Callable[[str], None]) -> Library:
     nvcc = cuda_compiler(torch)
-    archs = cuda_arch_flags(torch, nvcc)
+    archs = cuda_arch_flags(torch, nvcc, say)
     objects = compile_cuda_objects(torch, nvcc, archs, scratch, say)
     file = "_C_cuda.so"
     libraries = [f"-L{torch.root}/lib", "-lc10", "-lc10_cuda", "-ltorch_cpu", "-ltorch_cuda", "-ltorch"]
@@ -247,6 +300,13 @@ def compile_cuda_objects(
     torch: Torch, nvcc: str, archs: Sequence[str], scratch: Path, say: Callable[[str], None]
 ) -> list[Path]:
     """Compiles csrc/cuda; works against a torch without CUDA as well, to objects only."""
+    for folder in (str(_csrc()), str(scratch), torch.root):
+        if odd := set('$`"\\') & set(folder):
+            raise BuildProblem(
+                f"nvcc, which puts names of files into command lines, cannot compile in {folder}: "
+                f"its name has {' '.join(sorted(odd))}",
+                f"Move it, or for `{BUILD_COMMAND}` set XDG_CACHE_HOME to another folder",
+            )
     command = [nvcc, *_host_compiler(), *NVCC_FLAGS, f"-I{_csrc()}", *archs]
     kernels: list[Job] = [(source, command) for source in _sources("cuda/*.cu")]
     return compile_sources([*kernels, *cuda_host_jobs(torch, nvcc)], scratch, say)
@@ -262,7 +322,9 @@ def cuda_host_jobs(torch: Torch, nvcc: str) -> list[Job]:
 
 
 def _host_compiler() -> list[str]:
-    return ["-ccbin", _words("CXX")[0]] if _words("CXX") else []
+    """-ccbin with the compiler of $CXX: one program, without the launcher and the flags around it."""
+    programs = [word for word in _words("CXX") if os.path.basename(word) not in LAUNCHERS]
+    return ["-ccbin", programs[0]] if programs else []
 
 
 def _words(variable: str) -> list[str]:
@@ -292,7 +354,7 @@ def find_compiler(scratch: Path) -> list[str]:
         raise BuildProblem("no C++ compiler was found (c++, g++, clang++ or $CXX)", remedy)
     probe = scratch / "probe.cpp"
     probe.write_text("#include <concepts>\nstatic_assert(std::integral<int>);\n", encoding="utf-8")
-    command = [*compiler, "-std=c++20", "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
+    command = [*compiler, STANDARD, "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
     try:
         result = subprocess.run(command, capture_output=True, text=True)
     except OSError as error:
@@ -353,28 +415,68 @@ def nvcc_version(nvcc: str) -> str:
     return found.group(1) if found else "unknown version"
 
 
-def cuda_arch_flags(torch: Torch, nvcc: str) -> list[str]:
-    """-gencode flags: TORCH_CUDA_ARCH_LIST, else what both torch and nvcc know, plus PTX for the last."""
-    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";")
+def cuda_arch_flags(torch: Torch, nvcc: str, say: Callable[[str], None]) -> list[str]:
+    """-gencode flags: TORCH_CUDA_ARCH_LIST, as torch reads it, else what both torch and nvcc know, plus PTX
+    for the last. What is older than the kernels need is left out, with a line that says so."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    known = sorted({int(arch) for arch in re.findall(r"compute_(\d+)", _output([nvcc, "--list-gpu-arch"]))})
     if asked:
-        flags = []
-        for arch in filter(None, asked.split(";")):
-            parsed = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
-            if parsed is None:
-                raise BuildProblem(
-                    f"TORCH_CUDA_ARCH_LIST has {arch!r}",
-                    f"Give compute capabilities such as '8.0;9.0+PTX', then run `{BUILD_COMMAND}`",
-                )
-            flags += _gencode(parsed.group(1) + parsed.group(2), ptx=parsed.group(3) is not None)
-        return flags
-    known = set(re.findall(r"compute_(\d+)", _output([nvcc, "--list-gpu-arch"])))
-    wanted = sorted(set(re.findall(r"sm_(\d+)\b", torch.cuda_archs)) & known, key=int)
+        archs = [*_native_archs(known)] if asked == "native" else _named_archs(asked)
+        told = f"TORCH_CUDA_ARCH_LIST={asked}"
+    else:
+        listed = {int(arch) for arch in re.findall(r"sm_(\d+)\b", torch.cuda_archs)}
+        archs = [str(arch) for arch in sorted(listed.intersection(known))]
+        archs[-1:] = [f"{arch}+PTX" for arch in archs[-1:]]
+        told = f"torch's list ({torch.cuda_archs or 'none'})"
+    wanted = [arch for arch in archs if _number(arch) >= OLDEST_ARCH]
+    oldest = _dotted(OLDEST_ARCH)
+    if old := [_dotted(_number(arch)) for arch in archs if arch not in wanted]:
+        say(f"vaekernels: left out of {told}: {', '.join(old)}; the kernels need {oldest}")
     if not wanted:
         raise BuildProblem(
-            f"{nvcc} knows none of torch's GPU architectures ({torch.cuda_archs or 'none listed'})",
+            f"{told} has no GPU architecture of {oldest} or later that {nvcc} knows",
             f"Set TORCH_CUDA_ARCH_LIST, such as '8.0;9.0+PTX', then run `{BUILD_COMMAND}`",
         )
-    return [flag for arch in wanted for flag in _gencode(arch, ptx=arch == wanted[-1])]
+    # A name twice would be an error of nvcc.
+    flags = [flag for arch in wanted for flag in _gencode(arch.partition("+")[0], ptx=arch.endswith("+PTX"))]
+    return list(dict.fromkeys(flags))
+
+
+def _named_archs(asked: str) -> list[str]:
+    """The entries of a TORCH_CUDA_ARCH_LIST as "90", "90a" and "90+PTX"."""
+    for name, archs in ARCH_NAMES.items():
+        asked = asked.replace(name, archs)
+    found = []
+    for arch in asked.replace(";", " ").split():
+        parsed = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
+        if parsed is None:
+            raise BuildProblem(
+                f"TORCH_CUDA_ARCH_LIST has {arch!r}",
+                "Give compute capabilities such as '8.0;9.0+PTX', generations such as 'Hopper', or 'native', "
+                f"then run `{BUILD_COMMAND}`",
+            )
+        found.append("".join(part or "" for part in parsed.groups()))
+    return found
+
+
+def _native_archs(known: Sequence[int]) -> list[str]:
+    """Those of the GPUs here, no newer than nvcc knows, with PTX for the last."""
+    gpus = {min(10 * major + minor, *known[-1:]) for major, minor in _ask_torch("gpus")}
+    if not gpus:
+        raise BuildProblem(
+            "TORCH_CUDA_ARCH_LIST=native, and torch sees no GPU here",
+            f"Give compute capabilities such as '8.0;9.0+PTX', then run `{BUILD_COMMAND}`",
+        )
+    return [f"{arch}+PTX" if arch == max(gpus) else str(arch) for arch in sorted(gpus)]
+
+
+def _number(arch: str) -> int:
+    """90 of "90", "90a" and "90+PTX"."""
+    return int(re.match(r"\d+", arch)[0])  # type: ignore[index]
+
+
+def _dotted(number: int) -> str:
+    return f"{number // 10}.{number % 10}"
 
 
 def _gencode(arch: str, *, ptx: bool) -> list[str]:
@@ -430,7 +532,7 @@ def compile_sources(jobs: Sequence[Job], scratch: Path, say: Callable[[str], Non
     def one(job: Job) -> Path:
         source, command = job
         # The command is part of the name, so an object made with other flags is never taken for this one.
-        mark = hashlib.sha256("\0".join([*command, str(source)]).encode()).hexdigest()[:12]
+        mark = hashlib.sha256(os.fsencode("\0".join([*command, str(source)]))).hexdigest()[:12]
         made = scratch / f"{source.stem}-{mark}.o"
         depends = made.with_suffix(".d")
         if not _up_to_date(made, depends):
@@ -454,10 +556,30 @@ def compile_sources(jobs: Sequence[Job], scratch: Path, say: Callable[[str], Non
 def _up_to_date(made: Path, depends: Path) -> bool:
     try:
         born = made.stat().st_mtime_ns
-        rule = depends.read_text(encoding="utf-8").partition(":")[2].replace("\\\n", " ")
-        return all(os.stat(name).st_mtime_ns < born for name in shlex.split(rule))
-    except OSError:
+        names = dependencies(os.fsdecode(depends.read_bytes()))
+        return bool(names) and all(os.stat(name).st_mtime_ns < born for name in names)
+    except (OSError, ValueError):
         return False
+
+
+def dependencies(rule: str) -> list[str]:
+    """The files behind the colon of a compiler's rule for make. Make quotes in its own way, not as a shell
+    does: a space behind 2 n + 1 backslashes belongs to the name, with n of them; $$ is $ and \\# is #."""
+    names: list[str] = []
+    name = ""
+    for part in re.findall(r"\\+[ \t]|\\\r?\n|\s|\$\$|\\#|.", rule):
+        if part[0] == "\\" and part[-1] in " \t":
+            name += "\\" * ((len(part) - 1) // 2)
+            if len(part) % 2 == 0:
+                name += part[-1]
+                continue
+        elif not part.isspace() and part[-1] != "\n":
+            name += part[-1]
+            continue
+        names, name = [*names, name], ""
+    names = [one for one in [*names, name] if one]
+    target = next((i for i, one in enumerate(names) if one.endswith(":")), len(names))
+    return names[target + 1 :]
 
 
 def _run(command: Sequence[str], say: Callable[[str], None], what: str) -> None:
@@ -497,13 +619,20 @@ def _output(command: Sequence[str]) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Tools for the build itself, run as a script.
 
-    `torch` prints the torch of this interpreter as JSON; `nvcc` succeeds where there is one; `cuda-objects
-    DIR` compiles the CUDA sources for sm_80, sm_90 and PTX, and links nothing.
+    `torch` prints the torch of this interpreter as JSON, `gpus` the compute capabilities of the GPUs; `nvcc`
+    succeeds where there is one; `cuda-objects DIR` compiles the CUDA sources for sm_80, sm_90 and PTX, and
+    links nothing.
     """
     # Python puts the folder of a script first, and there the package's modules would shadow others' by name.
     sys.path.pop(0)
     if arguments[0] == "torch":
         print(json.dumps(asdict(torch_in_use())))
+        return 0
+    if arguments[0] == "gpus":
+        import torch
+
+        count = torch.cuda.device_count()
+        print(json.dumps([torch.cuda.get_device_capability(i) for i in range(count)]))
         return 0
     nvcc = find_nvcc()
     if arguments[0] == "nvcc":

@@ -126,7 +126,9 @@ def check_bounds(bounds: Sequence[float]) -> tuple[float, float]:
         raise ValueError(f"logvar_bounds must be None or a pair (lo, hi) of numbers, got {bounds!r}")
     lo, hi = (_number("logvar_bounds", value) for value in bounds)
     if not lo <= hi:
-        raise ValueError(f"logvar_bounds must be (lo, hi) with lo <= hi, got {bounds!r}; swap or mend them")
+        raise ValueError(
+            f"logvar_bounds must be (lo, hi) with lo <= hi, got {bounds!r}; swap or correct them"
+        )
     return lo, hi
 
 
@@ -321,5 +323,5 @@ def check_values(free_bits: Tensor | None, weight: Tensor | None) -> None:
             index = int(bad.to(torch.uint8).argmax())
             raise ValueError(
                 f"{name} must be non-negative and not NaN, got {flat[index].item()} at index {index}; "
-                f"mend it, e.g. with {name}.clamp(min=0)"
+                f"correct it, e.g. with {name}.clamp(min=0)"
             )

@@ -86,7 +86,8 @@ def latent(
     shared = None
     if process_group is not None:
         shape = mu_shape(want, first, dim)
-        operator_options, shared = _local_options(operator_options, shape, weight, process_group)
+        has_prior = prior_mu is not None
+        operator_options, shared = _local_options(operator_options, shape, weight, has_prior, process_group)
     operators = operators_for(first)
     operator_options |= {"sample": sample, "kl": kl, "num_samples": num_samples, "weight": weight}
     if sample and rng is None and operators is not reference and not _is_compiling():
@@ -197,23 +198,44 @@ class Shared(NamedTuple):
 
 
 def _local_options(
-    options: dict[str, Any], shape: Sequence[int], weight: Tensor | None, process_group: ProcessGroup
+    options: dict[str, Any],
+    shape: Sequence[int],
+    weight: Tensor | None,
+    has_prior: bool,
+    process_group: ProcessGroup,
 ) -> tuple[dict[str, Any], Shared]:
     """The options by which each rank delivers plain sums, and what is then done with them."""
     clamp, batch_dims = options.get("clamp", "batch"), options.get("batch_dims", 1)
     # A clamp on the batch mean has to wait for the sums of the other ranks.
     take = options.pop if clamp == "batch" else options.get
     number, per_group = take("free_bits", None), take("free_bits_per_group", None)
+    penalty, reduction = options.get("penalty", "floor"), options.get("reduction", "batchmean")
+    axes = options.get("group_dims")
+    settings = None
+    if not _is_compiling():  # a comparison is a wait for the other ranks, and nothing that a graph can hold
+        settings = _distributed.Settings(
+            number if per_group is None else tuple(per_group.shape),
+            clamp,
+            penalty,
+            reduction,
+            batch_dims,
+            None if axes is None else tuple(axes),
+            options.get("parameterization", "logvar"),
+            options.get("logvar_bounds"),
+            has_prior,
+            options.get("balance"),
+        )
     shared = Shared(
         process_group,
         {
+            "settings": settings,
             "weight": weight,
             "batch_shape": shape[:batch_dims],
             "latent_numel": math.prod(shape[batch_dims:]),
             "threshold": number if per_group is None else per_group,
             "clamp": clamp,
-            "penalty": options.get("penalty", "floor"),
-            "reduction": options.get("reduction", "batchmean"),
+            "penalty": penalty,
+            "reduction": reduction,
         },
     )
     return {**options, "reduction": "sum", "group_sums": True}, shared

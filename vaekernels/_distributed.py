@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import weakref
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +15,92 @@ from vaekernels import reference
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+class Settings(NamedTuple):
+    """The options that every rank must have the same, or the losses of the ranks are of different things.
+    `weight` is data: a rank without one has ones. `free_bits`: None, the number, or the shape of the tensor,
+    whose values may change in place."""
+
+    free_bits: float | tuple[int, ...] | None
+    clamp: str
+    penalty: str
+    reduction: str
+    batch_dims: int
+    group_dims: tuple[int, ...] | None
+    parameterization: str
+    logvar_bounds: tuple[float, float] | None
+    prior: bool
+    balance: float | None
+    shape_of_groups: tuple[int, ...] = ()
+    latent_elements: int | None = None
+    """counts for reduction="mean" alone"""
+    dtype: torch.dtype | None = None
+
+
+# What the ranks of a group have agreed on. They forget together, since all have made the same calls.
+_agreed: weakref.WeakKeyDictionary[ProcessGroup, set[Settings]] = weakref.WeakKeyDictionary()
+_REMEMBERED = 4096
+_BYTES = 2048  # of the settings as text: more than the longest
+
+
+def require_same_settings(
+    group: ProcessGroup, settings: Settings, threshold: Tensor | float | None, like: Tensor
+) -> None:
+    """ValueError, on every rank, where the ranks' settings differ. Settings that this rank has seen before in
+    this group cost a look-up; others one small all-gather and a wait for it. The values of a threshold
+    that is a tensor are compared then, and not again.
+
+    Ranks that come with different settings where one has seen its own and another has not wait for one
+    another until the group's timeout, as with any collectives that differ.
+    """
+    known = _agreed.get(group)
+    if known is not None and settings in known:
+        return
+    import torch.distributed as dist
+
+    ranks = dist.get_world_size(group)
+    if ranks > 1:
+        if like.is_cuda and torch.cuda.is_current_stream_capturing():
+            return  # a graph can hold no wait; the calls that warm it up have compared
+        own = {name: _told(value) for name, value in settings._asdict().items()}
+        if isinstance(threshold, Tensor):
+            own["free_bits"] = _told(threshold.tolist())
+        text = json.dumps(own).encode().ljust(_BYTES)
+        mine = torch.frombuffer(bytearray(text), dtype=torch.uint8).to(like.device)
+        gathered = [torch.empty_like(mine) for _ in range(ranks)]
+        dist.all_gather(gathered, mine, group=group)
+        told = [json.loads(bytes(each.tolist())) for each in gathered]
+        if differing := [name for name in own if any(each[name] != told[0][name] for each in told)]:
+            listed = "; ".join(f"{name} is {_by_rank([each[name] for each in told])}" for name in differing)
+            raise ValueError(
+                f"process_group: every rank must be called with the same options, and they differ: {listed} "
+                "(ranks of the group)"
+            )
+    if known is None:
+        known = _agreed[group] = set()
+    elif len(known) >= _REMEMBERED:
+        known.clear()
+    known.add(settings)
+
+
+def _told(value: object) -> str:
+    """A value in at most 60 characters, different for different values."""
+    text = str(value)
+    if len(text) <= 60:
+        return text
+    return f"{text[:40]}... (sha256 {hashlib.sha256(text.encode()).hexdigest()[:8]})"
+
+
+def _by_rank(values: list[str]) -> str:
+    """0.1 on ranks 0, 2 and 0.5 on rank 1"""
+    ranks: dict[str, list[str]] = {}
+    for rank, value in enumerate(values):
+        ranks.setdefault(value, []).append(str(rank))
+    return " and ".join(
+        f"{value} on rank{'s' * (len(on) > 1)} {', '.join(on[:8])}{', ...' * (len(on) > 8)}"
+        for value, on in ranks.items()
+    )
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -41,6 +130,7 @@ def reduce_ranks(
     sums: Tensor,
     group: ProcessGroup,
     *,
+    settings: Settings | None,
     weight: Tensor | None,
     batch_shape: Sequence[int],
     latent_numel: int,
@@ -52,8 +142,15 @@ def reduce_ranks(
     """The global (kl, kl_per_group), on every rank, from this rank's sums over its rows.
 
     `sums` [group] holds sum_b w_b KL[b,g]; `numerator` () the clamped sum, which counts for clamp="sample"
-    only.
+    only. `settings`: compared with those of the other ranks; None while compiling, where nothing is.
     """
+    if settings is not None:
+        settings = settings._replace(
+            shape_of_groups=tuple(sums.shape),
+            latent_elements=latent_numel if reduction == "mean" else None,
+            dtype=sums.dtype,
+        )
+        require_same_settings(group, settings, threshold, sums)
     local_weight = reference.total_weight(weight, batch_shape, sums.dtype)
     if not isinstance(local_weight, Tensor):
         local_weight = sums.new_full((), local_weight)

@@ -2,17 +2,18 @@
 
 A library is compiled against one torch and crashes or misbehaves under another, so the record beside it is
 read before anything is loaded. Looked at: the package itself and what `vaekernels build` put in the user's
-cache; of two that fit, the newer one is what the user asked for last. Nothing here compiles, and nothing
-makes a CUDA call.
+cache; of two that fit, the newer one is what the user asked for last. What others than the user and root
+could have put there is not loaded. Nothing here compiles, and nothing makes a CUDA call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,10 +21,14 @@ from typing import Any
 import torch
 from torch._ops import _OpNamespace
 
-from vaekernels import _build
+from vaekernels import _build, _trust
 
 PACKAGE_DIR = Path(__file__).resolve().parent
 NO_CUDA = "this torch was built without CUDA."
+CLOSE = (
+    "Only you and root may be able to change it: mend that with `chmod go-w` or `chown`, or set "
+    f"XDG_CACHE_HOME to a folder of your own; then run `{_build.BUILD_COMMAND}`"
+)
 
 
 class FallbackWarning(UserWarning):
@@ -32,11 +37,21 @@ class FallbackWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Found:
-    """What was loaded, from where, and the reason for each part that was not."""
+    """What was loaded, from where, the reason for each part that was not, and what is wrong with the
+    libraries that were looked at and not loaded, by their folder."""
 
     module: ModuleType | None
     folder: Path | None
     reasons: dict[str, str | None]
+    passed_over: dict[Path, str] = field(default_factory=dict)
+
+
+class Unfit(Exception):
+    """Why the libraries of a folder are not loaded, and what mends it."""
+
+    def __init__(self, problem: str, remedy: str | None = None) -> None:
+        super().__init__(problem)
+        self.problem, self.remedy = problem, remedy
 
 
 def _sentence(problem: str | None, remedy: str | None) -> str:
@@ -58,36 +73,115 @@ def mismatch(record: _build.Record) -> str | None:
 
 
 def candidates() -> list[Path]:
-    return [PACKAGE_DIR, _build.cache_dir(str(torch.__version__), torch.version.cuda)]
+    cache = _build.cache_dir(str(torch.__version__), torch.version.cuda)
+    return [PACKAGE_DIR] if cache is None else [PACKAGE_DIR, cache]
+
+
+def read_record(folder: Path) -> tuple[Path, _build.Record] | None:
+    """The record in `folder`, and the folder without symbolic links; None where there is none. Raises `Unfit`
+    where the record, or the libraries that it names, cannot be relied on."""
+    try:
+        folder = folder.resolve()
+        if not os.path.lexists(folder / _build.RECORD_NAME):
+            return None
+        if not _trust.KNOWN:
+            raise Unfit("this system does not tell who can change a file")
+        allowed = frozenset[str]()
+        if folder == PACKAGE_DIR:
+            # Whoever can change the code beside the libraries needs none of them: that code runs already.
+            for place in (folder, folder / Path(__file__).name):
+                allowed |= _trust.writers(place, place.stat())
+        elif (problem := _trust.problem_of_folder(folder)) is not None:
+            raise Unfit(problem, CLOSE)
+        record = _trusted_record(folder, allowed)
+    except (OSError, RuntimeError, ValueError) as error:
+        # RuntimeError: symbolic links in a circle, before Python 3.13. ValueError: no name of a file.
+        raise Unfit(f"{folder} cannot be looked at: {error}") from None
+    return folder, record
+
+
+def _trusted_record(folder: Path, allowed: frozenset[str]) -> _build.Record:
+    def check(file: Path) -> None:
+        if (problem := _trust.problem_of_file(file, allowed)) is not None:
+            raise Unfit(problem, CLOSE)
+
+    check(folder / _build.RECORD_NAME)
+    record = _build.Record.read(folder)
+    if record is None:
+        raise Unfit(f"{folder / _build.RECORD_NAME} is not the record of a build")
+    for library in (record.cpu, record.cuda):
+        if library.file is not None:
+            if os.path.basename(library.file) != library.file or library.file in ("", ".", ".."):
+                raise Unfit(f"{folder / _build.RECORD_NAME} names {library.file!r}, which is no plain name")
+            check(folder / library.file)
+    return record
 
 
 def load(folders: list[Path]) -> Found:
     """Loads the newest libraries that fit; those with CUDA kernels come first where torch has CUDA."""
-    reason: str | None = None
-    fitting: list[tuple[Path, _build.Record]] = []
-    for folder in folders:
-        record = _build.Record.read(folder)
-        if record is None:
-            continue
-        if record.cpu.file is None:
-            reason = reason or _sentence(record.cpu.problem, record.cpu.remedy)
-        elif (problem := mismatch(record)) is not None:
-            remedy = f"Run `{_build.BUILD_COMMAND}` to compile it for the torch in use"
-            reason = reason or _sentence(problem, remedy)
-        else:
-            fitting.append((folder, record))
-    fitting.sort(key=lambda pair: -(pair[0] / _build.RECORD_NAME).stat().st_mtime_ns)
+    fitting: list[tuple[int, Path, _build.Record]] = []
+    unfit: dict[Path, Unfit] = {}
+    for given in folders:
+        try:
+            if (read := read_record(given)) is None:
+                continue
+            folder, record = read
+            if record.cpu.file is None:
+                raise Unfit(record.cpu.problem or "it was not built", record.cpu.remedy)
+            if (problem := mismatch(record)) is not None:
+                raise Unfit(problem, f"Run `{_build.BUILD_COMMAND}` to compile it for the torch in use")
+            fitting.append(((folder / _build.RECORD_NAME).stat().st_mtime_ns, folder, record))
+        except Unfit as found:
+            unfit[given] = found
+        except OSError as error:  # it went away meanwhile
+            unfit[given] = Unfit(f"{given} cannot be looked at: {error}")
+    fitting.sort(key=lambda one: -one[0])
     if torch.version.cuda is not None:
-        fitting.sort(key=lambda pair: pair[1].cuda.file is None)
-    for folder, record in fitting:
+        fitting.sort(key=lambda one: one[2].cuda.file is None)
+    module, chosen, cuda = None, None, None
+    for _, folder, record in fitting:
         try:
             module = _load_module(folder / str(record.cpu.file))
-        except (ImportError, OSError) as error:
-            reason = reason or _sentence(f"loading {folder / str(record.cpu.file)} failed: {error}", None)
+        except Exception as error:  # whatever code it runs on the way
+            unfit[folder] = Unfit(f"loading {folder / str(record.cpu.file)} failed: {error}")
             continue
-        return Found(module, folder, {"cpu": None, "cuda": _load_cuda(folder, record.cuda)})
-    reason = reason or _sentence(f"no library lies in {' or '.join(map(str, folders))}", None)
-    return Found(None, None, {"cpu": reason, "cuda": NO_CUDA if torch.version.cuda is None else reason})
+        chosen, cuda = folder, _load_cuda(folder, record.cuda)
+        break
+    passed_over = {folder: why.problem for folder, why in unfit.items()}
+    if module is not None:
+        return Found(module, chosen, {"cpu": None, "cuda": cuda}, passed_over)
+    # What others can change comes first: a new build does not mend it.
+    nowhere = Unfit(f"no library lies in {' or '.join(map(str, folders))}")
+    first = min(unfit.values(), key=lambda why: why.remedy != CLOSE, default=nowhere)
+    reason = _sentence(first.problem, first.remedy)
+    reasons: dict[str, str | None] = {
+        "cpu": reason,
+        "cuda": NO_CUDA if torch.version.cuda is None else reason,
+    }
+    return Found(None, None, reasons, passed_over)
+
+
+def look() -> Found:
+    """`load` of all candidates. Where none fits, and an installed package is hidden, that is said first."""
+    found = load(candidates())
+    if found.module is None and (installed := shadowed()) is not None:
+        told = (
+            f"the sources in {PACKAGE_DIR} shadow the installed package in {installed}: start Python "
+            "in another folder, or install with `pip install -e .`. About the sources: "
+        )
+        for device, reason in found.reasons.items():
+            found.reasons[device] = reason if reason == NO_CUDA else f"{told}{reason}"
+    return found
+
+
+def shadowed() -> Path | None:
+    """Another vaekernels that this one hides: that of a later entry of sys.path."""
+    for entry in sys.path:
+        with contextlib.suppress(OSError):
+            other = Path(entry or os.curdir).absolute() / __package__
+            if (other / "__init__.py").is_file() and not other.samefile(PACKAGE_DIR):
+                return other
+    return None
 
 
 def _load_module(file: Path) -> ModuleType:
@@ -113,7 +207,7 @@ def _load_cuda(folder: Path, library: _build.Library) -> str | None:
     return None
 
 
-FOUND = load(candidates())
+FOUND = look()
 C: ModuleType | None = FOUND.module
 _AVAILABLE = {device: reason is None for device, reason in FOUND.reasons.items()}
 _warned: set[str] = set()

@@ -6,6 +6,9 @@ The two matter most where something is missing, so they need nothing beyond torc
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import itertools
 import json
 import os
 import platform
@@ -13,7 +16,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -22,7 +24,8 @@ from typing import Any
 
 import torch
 
-from vaekernels import _build, _native
+from vaekernels import _build, _command, _native, _trust
+from vaekernels._leftovers import claim, remove_dead
 
 TRAIN_MODULES = (
     "lightning_fabric",
@@ -36,6 +39,8 @@ TRAIN_MODULES = (
     "PIL",
     *(() if sys.version_info >= (3, 11) else ("tomli",)),
 )
+BUILDING = "building-"
+"""How the names of the folders of builds in progress begin."""
 TRAIN_COMMANDS = {
     "train": "train a VAE on a data set every machine has, or on your own",
     "diagnose": "is the latent of a trained run used, and if not, why",
@@ -45,10 +50,15 @@ TRAIN_COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
+    return _command.run(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = _parser()
     if given and given[0] == "bench":
-        bench: Any = import_module("vaekernels.bench")
+        with _command.importing():
+            bench: Any = import_module("vaekernels.bench")
         return int(bench.main(given[1:], prog="vaekernels bench"))
     if given and not given[0].startswith("-") and given[0] not in ("doctor", "build"):
         return _train(given)
@@ -89,7 +99,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(given: list[str]) -> int:
     try:
-        app = import_module("vaekernels.training.cli").app
+        with _command.importing():
+            app = import_module("vaekernels.training.cli").app
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
         if missing not in TRAIN_MODULES:
@@ -107,6 +118,7 @@ def _train(given: list[str]) -> int:
 def diagnosis() -> dict[str, Any]:
     """What `doctor --json` prints: versions, and for each device type the library or why there is none."""
     found = _native.FOUND
+    cache = _build.cache_dir(str(torch.__version__), torch.version.cuda)
     compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return {
         "version": _build.VERSION,
@@ -123,10 +135,22 @@ def diagnosis() -> dict[str, Any]:
         "cuda": _library("cuda"),
         "library_folder": None if found.folder is None else str(found.folder),
         "build_info": None if found.module is None else dict(found.module.build_info()),
-        "cache": str(_build.cache_dir(str(torch.__version__), torch.version.cuda)),
+        "not_loaded": {str(folder): problem for folder, problem in found.passed_over.items()},
+        "shadowed_by": None if (sources := _shadowing()) is None else str(sources),
+        "cache": None if cache is None else str(cache),
         "tools": {"compiler": compiler, "nvcc": _build.find_nvcc()},
         "train": {name: find_spec(name) is not None for name in TRAIN_MODULES},
     }
+
+
+def _shadowing() -> Path | None:
+    """Another vaekernels that `python` takes in place of this one when it is started in this folder."""
+    with contextlib.suppress(OSError):
+        here = Path.cwd() / "vaekernels"
+        taken = (here / "__init__.py").is_file() and not getattr(sys.flags, "safe_path", False)
+        if taken and not here.samefile(_native.PACKAGE_DIR):
+            return here
+    return None
 
 
 def _library(device_type: str) -> dict[str, Any]:
@@ -146,8 +170,17 @@ def _architectures(device_type: str) -> str | None:
         return None
     if device_type == "cpu":
         return str(module.build_info()["cpu_isa"])
-    record = _build.Record.read(folder)
+    record = _record(folder)
     return None if record is None else record.cuda.architectures
+
+
+def _record(folder: Path) -> _build.Record | None:
+    """The record of a build in `folder`, if it is there and can be relied on."""
+    try:
+        read = _native.read_record(folder)
+    except _native.Unfit:
+        return None
+    return None if read is None else read[1]
 
 
 def _gpus() -> list[dict[str, Any]]:
@@ -185,7 +218,7 @@ def runs_on(capability: tuple[int, int], architectures: str) -> bool:
 def _log(device_type: str) -> str | None:
     """The compiler's words from the last failed build, the user's own before the installation's."""
     for folder in reversed(_native.candidates()):
-        record = _build.Record.read(folder)
+        record = _record(folder)
         if record is not None:
             library: _build.Library = getattr(record, device_type)
             if library.log:
@@ -212,7 +245,7 @@ def _doctor(*, as_json: bool) -> int:
         "CUDA kernels": _answer(facts["cuda"]),
         "library": facts["library_folder"] or "none; every op runs on plain PyTorch",
         "built with": ", ".join(f"{k} {v}" for k, v in (facts["build_info"] or {}).items()) or "-",
-        "user's build": facts["cache"] + ("" if Path(facts["cache"]).is_dir() else " (none yet)"),
+        "user's build": _cache(facts["cache"]),
         "C++ compiler": facts["tools"]["compiler"] or "none",
         "nvcc": facts["tools"]["nvcc"] or "none",
         "training": "ready"
@@ -221,6 +254,14 @@ def _doctor(*, as_json: bool) -> int:
     }
     for name, value in rows.items():
         print(f"{name + ':':14} {value}")
+    if facts["shadowed_by"]:
+        print(
+            f"\nThe sources here shadow the installed package: in this folder `python` imports "
+            f"{facts['shadowed_by']}, and all of the above is about {facts['package']}. "
+            "Start Python in another folder, or install with `pip install -e .`."
+        )
+    for folder, problem in facts["not_loaded"].items():
+        print(f"\nThe library in {folder} is not loaded: {problem}.")
     for gpu in left_out:
         print(
             f"\nThe CUDA kernels have no code for {gpu['name']}, of compute capability {gpu['capability']}. "
@@ -232,6 +273,12 @@ def _doctor(*, as_json: bool) -> int:
     return status
 
 
+def _cache(folder: str | None) -> str:
+    if folder is None:
+        return f"none: {_build.NO_CACHE}. {_build.NO_CACHE_REMEDY}."
+    return folder if Path(folder).is_dir() else f"{folder} (none yet)"
+
+
 def _answer(library: dict[str, Any]) -> str:
     if not library["kernels"]:
         return f"no: {library['reason']}"
@@ -241,32 +288,75 @@ def _answer(library: dict[str, Any]) -> str:
 def _compile() -> int:
     in_use = _build.torch_in_use()
     goal = _build.cache_dir(in_use.version, in_use.cuda)
+    if goal is None:
+        print(f"vaekernels build: {_build.NO_CACHE}. {_build.NO_CACHE_REMEDY}.", file=sys.stderr)
+        return 1
+    # What others can write is not loaded. The compiler and the linker heed this as well.
+    umask = os.umask(0o022)
+    os.umask(umask | 0o022)
     try:
-        goal.parent.mkdir(parents=True, exist_ok=True)
+        return _compile_into(goal, in_use)
     except OSError as error:
         print(f"vaekernels build: {error}. Set XDG_CACHE_HOME to a folder you can write to.", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("vaekernels build: stopped", file=sys.stderr)
+        return 130
+    finally:
+        os.umask(umask)
+
+
+def _compile_into(goal: Path, in_use: _build.Torch) -> int:
+    cache = goal.parent
+    cache.mkdir(parents=True, exist_ok=True)
+    cache = cache.resolve()
+    if (problem := _trust.problem_of_folder(cache)) is not None:
+        print(f"vaekernels build: {problem}. {_native.CLOSE}.", file=sys.stderr)
+        return 1
+    remove_dead(
+        cache, BUILDING, ".lock", lambda lock: shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
+    )
     # Built aside and moved into place whole: another process may be loading the old one or building too.
-    with tempfile.TemporaryDirectory(dir=goal.parent) as aside:
-        made = Path(aside, "made")
-        record = _build.build(made, Path(aside, "objects"), print, in_use)
+    held, lock = claim(cache, BUILDING, ".lock")
+    aside = lock.with_suffix("")
+    try:
+        aside.mkdir()
+        made = aside / "made"
+        record = _build.build(made, aside / "objects", print, in_use)
         failed = [library for library in (record.cpu, record.cuda) if library.failed]
         for library in failed:
             print(library.log, file=sys.stderr)
         if record.cpu.file is None and _has_library(goal):
             print(f"vaekernels build: failed; the earlier build in {goal} stays", file=sys.stderr)
             return 1
-        if goal.exists():
-            goal.rename(Path(aside, "old"))
-        made.rename(goal)
+        _into_place(made, goal, aside)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        lock.unlink(missing_ok=True)
+        os.close(held)
     if record.cpu.file is None:
         return 1
     print(f"vaekernels build: built into {goal}")
     check = [sys.executable, "-m", "vaekernels", "doctor"]
-    print(subprocess.run(check, capture_output=True, text=True).stdout, end="")
+    said = subprocess.run(check, capture_output=True, text=True, errors="backslashreplace")
+    print(said.stdout, end="")
     return 1 if failed else 0
 
 
+def _into_place(made: Path, goal: Path, aside: Path) -> None:
+    """Exchanges `goal` for `made`. Of builds that end at the same time, the last one stays."""
+    for number in itertools.count():
+        with contextlib.suppress(FileNotFoundError):
+            goal.rename(aside / f"old{number}")
+        try:
+            made.rename(goal)
+            return
+        except OSError as error:
+            # Another build has put its result there since.
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
 def _has_library(folder: Path) -> bool:
-    record = _build.Record.read(folder)
+    record = _record(folder)
     return record is not None and record.cpu.file is not None

@@ -7,7 +7,8 @@ one::
     optimizer.step()
     latent.step()
 
-Buffers hold running means of the rates, and the state of the schedules is in `state_dict`.
+Buffers hold running means of the rates, and the state of the schedules is in `state_dict`. The means leave
+out batches with a rate that is NaN or inf, and count them.
 
 Under DistributedDataParallel give `process_group`: then free bits and the running rates are those of the
 whole batch, the same on every rank. Without it both are those of the rank's own rows, and DDP copies the
@@ -141,6 +142,7 @@ class _Latent(nn.Module):
 
     running_rate: Tensor
     num_batches_tracked: Tensor
+    num_batches_ignored: Tensor
 
     def __init__(
         self,
@@ -185,6 +187,7 @@ class _Latent(nn.Module):
         self.free_bits = None if free_bits is None else _Number("free_bits", free_bits)
         self.register_buffer("running_rate", torch.zeros(shape))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("num_batches_ignored", torch.zeros((), dtype=torch.int64))
 
     def step(self) -> None:
         """Count one training step in every schedule; call it after ``optimizer.step()``, once. A schedule
@@ -201,6 +204,7 @@ class _Latent(nn.Module):
         """Forget the running rates."""
         self.running_rate.zero_()
         self.num_batches_tracked.zero_()
+        self.num_batches_ignored.zero_()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Half precision would round the steps of the running means away: they move, and stay float32.
@@ -269,10 +273,15 @@ class _Latent(nn.Module):
         if not self.training:
             return
         with torch.no_grad():
-            self.num_batches_tracked += 1
+            rate = rate.to(self.running_rate.dtype)
+            # One NaN or inf, of a step that AMP skips, would stay in a running mean for good.
+            finite = rate.isfinite().all()
+            self.num_batches_tracked += finite
+            self.num_batches_ignored += finite.logical_not()
             # A plain mean until 1 / momentum batches are in: the start at zero leaves no trace.
-            share = self.num_batches_tracked.to(self.running_rate.dtype).reciprocal().clamp(min=self.momentum)
-            self.running_rate.lerp_(rate.to(self.running_rate.dtype), share)
+            batches = self.num_batches_tracked.clamp(min=1).to(self.running_rate.dtype)
+            share = batches.reciprocal().clamp(min=self.momentum)
+            self.running_rate.lerp_(torch.where(finite, rate, self.running_rate), share)
 
 
 class GaussianLatent(_Latent):
@@ -281,7 +290,7 @@ class GaussianLatent(_Latent):
 
         z    = mu + exp(logvar / 2) * eps
         kl   = beta * sum_g f(rate[g]; free_bits)
-        rate = the KL of each group, in nats, unclamped and unweighted
+        rate = the KL of each group in nats, before free bits and beta: the field `kl_per_group`
 
     Args:
         groups: the number of groups, or their shape: what one rate each is kept of. By default every latent
@@ -297,7 +306,8 @@ class GaussianLatent(_Latent):
             posterior.
         momentum: of the running rates: rate <- rate + max(momentum, 1 / batches) (new - rate).
 
-    `running_rate` [groups] and `num_batches_tracked` are buffers. They move in train mode only, and twice
+    `running_rate` [groups], `num_batches_tracked` and `num_batches_ignored` are buffers. A batch with a rate
+    that is NaN or inf changes the last of them alone. They move in train mode only, and twice
     where activation checkpointing runs the forward pass twice, as those of batch norm do. Schedules move in
     `step()` only, which is called after ``backward()``; in eval mode the same weight applies. A schedule on
     another device is copied at every call; make it on the module's.
@@ -315,8 +325,8 @@ class GaussianLatent(_Latent):
         generator: torch.Generator | None = None,
         rng: Tensor | None = None,
     ) -> SampleKL:
-        """(z, kl, kl_per_group). `weight`: of the rows, a padding mask; `generator`, `rng`: where the noise
-        comes from."""
+        """(z, kl, rate), the rate as the field `kl_per_group`. `weight`: of the rows, a padding mask;
+        `generator`, `rng`: where the noise comes from."""
         return self._run(moments, (), None, weight, generator, rng)
 
 
@@ -352,7 +362,8 @@ class LearnedPriorLatent(_Latent):
         generator: torch.Generator | None = None,
         rng: Tensor | None = None,
     ) -> SampleKL:
-        """(z, kl, kl_per_group), z from the posterior. Both moments have one shape, dtype and device."""
+        """(z, kl, rate), z from the posterior, the rate as the field `kl_per_group`. Both moments have one
+        shape, dtype and device."""
         return self._run(moments, self._prior(moments, prior_moments), self.balance, weight, generator, rng)
 
     def sample_prior(

@@ -233,16 +233,18 @@ def gaussian_kl(
             bounds.
         process_group: sums over the ranks, by one all-reduce, before the clamp: every rank returns the values
             of the whole batch, however unevenly it is spread. The gradients carry the factor R = world size,
-            which DDP's averaging takes out. Backward does not communicate.
+            which DDP's averaging takes out. Backward does not communicate. The other options must be the same
+            on every rank, which an eager call compares the first time it comes with them (in compiled code
+            nothing does): a floor that changes with each step is cheaper as a tensor.
         return_per_group: also return the rates, in the group shape: unclamped, and differentiable.
 
     Returns:
         kl, or (kl, kl_per_group). An empty batch, or weights that sum to 0, give NaN ("sum" gives 0).
 
     Raises:
-        TypeError, ValueError: arguments that do not fit each other, unknown strings, negative or NaN values
-            in free_bits or weight. In CUDA tensors such values are not looked for, as that would wait for the
-            device; a bad one gives a NaN loss.
+        TypeError, ValueError: arguments that do not fit each other, unknown strings, options that differ
+            between the ranks of process_group, negative or NaN values in free_bits or weight. In CUDA tensors
+            such values are not looked for, as that would wait for the device; a bad one gives a NaN loss.
 
     >>> mu, logvar = torch.ones(4, 2), torch.zeros(4, 2)  # each element has a KL of 1/2
     >>> gaussian_kl(mu, logvar), gaussian_kl(mu, logvar, free_bits=0.75)

@@ -1,5 +1,5 @@
 #!/bin/bash
-# run.sh [END]: runs the problems 0 to END - 1 (default: 2000) of tests/problems.cpp here and on an emulated CPU
+# run.sh [END]: runs the problems 0 to END - 1 (default: 2000) of tests/ops/problems.cpp here and on an emulated CPU
 # with AVX-512; shows the lines that differ and fails where there are any. What it needs: README.md.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -10,7 +10,7 @@ rm -rf $work
 mkdir -p $work/root/{bin,proc} $work/iso/isolinux
 
 flags=$(python3 -c 'import sys; sys.path.append("vaekernels"); import _build; print(*_build.CXX_FLAGS)')
-${CXX:-g++} $flags -Icsrc -static tests/problems.cpp csrc/cpu/{forward,backward}.cpp -o $work/root/problems
+${CXX:-g++} $flags -Icsrc -static tests/ops/problems.cpp csrc/cpu/{forward,backward}.cpp -o $work/root/problems
 # Without float16, dtype 3: the vcvtps2ph of Bochs 2.7 breaks ties upwards instead of to even.
 $work/root/problems 0 "$end" 2000 | grep -v "dtype 3" > $work/root/here
 

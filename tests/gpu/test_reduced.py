@@ -1,4 +1,4 @@
-"""Every kernel once, against the CPU's: short enough for compute-sanitizer, under which gpu_check runs it.
+"""Every kernel once, against the CPU's: short enough for compute-sanitizer (test_sanitizers.py).
 
 Inputs are drawn on the CPU and results compared there, so that the GPU runs little besides our kernels.
 """

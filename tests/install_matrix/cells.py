@@ -158,6 +158,15 @@ def _(matrix: Matrix) -> Outcome:
     return works(made)
 
 
+@cell("old-setuptools", "`pip install --no-build-isolation .` with setuptools 65.5, which Python 3.11 brings")
+def _(matrix: Matrix) -> Outcome:
+    made = matrix.environment("old-setuptools", torch=None)
+    made.uv("setuptools==65.5.0", "wheel")
+    told = made.pip("--no-deps", "--no-build-isolation", matrix.source(), status=1)
+    ours = "\n".join(line.strip() for line in told.splitlines() if "vaekernels: " in line)
+    return Outcome("Python 3.11", plain(made, f"$ pip install --no-build-isolation .\n{ours}", {}))
+
+
 @cell("wheel-elsewhere", "sdist, a wheel of it, installed elsewhere")
 def _(matrix: Matrix) -> Outcome:
     made = matrix.environment("wheel-elsewhere")
@@ -265,7 +274,7 @@ def _(matrix: Matrix) -> Outcome:
 def _(matrix: Matrix) -> Outcome:
     found = Path(sysconfig.get_path("include"), "Python.h")
     if found.is_file():
-        raise NotPossible("the Pythons here have their headers; tests/test_packaging.py tries it")
+        raise NotPossible("the Pythons here have their headers; tests/build/test_packaging.py tries it")
     made = matrix.environment("no-python-headers")
     made.pip(matrix.source())
     return message(made)
@@ -313,11 +322,11 @@ def _(matrix: Matrix) -> Outcome:
     return message(made, cpu=True)
 
 
-@cell("arch-list-misspelt", "`TORCH_CUDA_ARCH_LIST=Hopper`")
+@cell("arch-list-misspelt", "`TORCH_CUDA_ARCH_LIST=Hoper`")
 def _(matrix: Matrix) -> Outcome:
     needs_cuda(matrix)
     made = matrix.environment("arch-list-misspelt")
-    made.pip(matrix.source(), TORCH_CUDA_ARCH_LIST="Hopper")
+    made.pip(matrix.source(), TORCH_CUDA_ARCH_LIST="Hoper")
     return message(made, cpu=True)
 
 

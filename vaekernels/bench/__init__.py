@@ -2,22 +2,29 @@
 
     vaekernels bench [--quick] [--device DEVICE] [--csv FILE] [--plots FOLDER] [--compare FILE]
 
-benchmarks/ runs the same cases under pytest-benchmark.
+On a GPU (`--device cuda`) times are those of the device, in processes whose record survives one that breaks
+down (`processes`); a tuned torch.compile and a version written in Triton are timed as well. benchmarks/ runs
+the CPU's cases under pytest-benchmark.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from vaekernels._files import write_atomically
+from vaekernels.bench import gpu_report, processes
 from vaekernels.bench.cases import (
     CASES,
+    GPU_CASES,
     MODEL_CASES,
     QUICK,
     SIZES,
@@ -26,9 +33,10 @@ from vaekernels.bench.cases import (
     has_diffusers,
     serves_diffusers,
 )
+from vaekernels.bench.gpu import GpuRow
 from vaekernels.bench.measure import PASSES, Row, Timer, measure
-from vaekernels.bench.pictures import plot
-from vaekernels.bench.report import compare, machine, memory, read_csv, table, write_csv
+from vaekernels.bench.plots import plot
+from vaekernels.bench.report import R, compare, machine, memory, read_csv, table, write_csv
 
 __all__ = ["CASES", "MODEL_CASES", "QUICK", "SIZES", "Case", "Row", "Timer", "contenders", "main", "measure"]
 
@@ -41,39 +49,91 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m vaekerne
     options = parser.parse_args(arguments)
     # Everything that can be wrong is found before the first timing: a full run takes an hour.
     device = _device(parser, options.device)
-    cases = _cases(parser, options)
-    earlier = _earlier(parser, options.compare)
+    on_gpu = device.type == "cuda"
+    _defaults(parser, options, on_gpu)
+    cases = _cases(parser, options, on_gpu)
     _check_outputs(parser, options)
+    if on_gpu:
+        return _on_gpu(options, cases, _earlier(parser, options.compare, GpuRow))
+    return _on_cpu(options, device, cases, _earlier(parser, options.compare, Row))
+
+
+def _on_cpu(
+    options: argparse.Namespace, device: torch.device, cases: list[Case], earlier: list[Row] | None
+) -> int:
+    """Every case in this process, timed from outside; on any device."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if any(map(serves_diffusers, cases)) and not has_diffusers():
-        print("  diffusers is not installed and is left out", file=sys.stderr)
-
+        _say("diffusers is not installed and is left out")
     passes = ("both",) if options.quick else PASSES
     rows: list[Row] = []
     for number, case in enumerate(cases, 1):
-        _say(f"{number}/{len(cases)} {case.op} {case.name}")
+        _say(f"{number}/{len(cases)} {case.op} {case.name} ...")
         rows += measure(
             case, rounds=options.rounds, device=device, compiled=not options.no_compile, passes=passes
         )
     if device.type == "cpu" and not options.quick and options.threads is None:
         rows += _fewer_threads(options.rounds, device, options.largest)
     described = machine(device)
-    print(", ".join(f"{key} {value}" for key, value in described.items() if value))
     fewest, most = min(r.rounds for r in rows), max(r.rounds for r in rows)
     rounds = f"{most}" if fewest == most else f"{fewest} to {most}"
-    print(f"threads {torch.get_num_threads()}, medians of {rounds}\n")
-    for direction in reversed(passes):
-        print(table([r for r in rows if r.threads == torch.get_num_threads()], direction), end="\n\n")
-    print(memory(r for r in rows if r.threads == torch.get_num_threads()), end="\n\n")
-    if earlier is not None:
-        print(compare(rows, earlier), end="\n\n")
-    if options.csv:
-        write_csv(options.csv, rows, described)
-    if options.plots:
-        for path in plot(rows, options.plots, described):
-            print(path)
+    text = ", ".join(f"{key} {value}" for key, value in described.items() if value)
+    text += f"\nthreads {torch.get_num_threads()}, medians of {rounds}\n"
+    shown = [row for row in rows if row.threads == torch.get_num_threads()]
+    for part in (*(table(shown, direction) for direction in reversed(passes)), memory(shown)):
+        text += f"\n{part}\n"
+    change = None if earlier is None else compare(rows, earlier)
+    _finish(options, rows, described, text, change, lambda folder: plot(rows, folder, described))
     return 0
+
+
+def _on_gpu(options: argparse.Namespace, cases: list[Case], earlier: list[GpuRow] | None) -> int:
+    """On the device's clock, in processes of their own. 1 where nothing could be measured."""
+    if not processes.has_triton():
+        _say("triton is left out: it needs the package triton and benchmarks/triton_latent.py")
+    folder = options.record or Path(tempfile.mkdtemp(prefix="vaekernels-bench-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    _say(f"{len(cases)} cases; the record and the log of the processes are in {folder}")
+    record, left_out = processes.gather(options, folder)
+    # The page is meant to be kept: where things lie on this machine is nobody's business.
+    text = gpu_report.page(record.rows, record.machine, left_out).replace(str(Path.cwd()), ".")
+    text = text.replace(str(Path.home()), "~")
+    compared = gpu_report.compared
+    change = None if earlier is None else compare(compared(record.rows), compared(earlier))
+
+    def draw(folder: Path) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        gpu_report.plot(record.rows, folder / "gpu-bench.svg", record.machine)
+        return [folder / "gpu-bench.svg"]
+
+    _finish(options, record.rows, record.machine, text, change, draw)
+    return 0 if record.rows else 1
+
+
+def _finish(
+    options: argparse.Namespace,
+    rows: Sequence[Row],
+    described: dict[str, str],
+    text: str,
+    change: str | None,
+    draw: Callable[[Path], Sequence[Path]],
+) -> None:
+    """Saved first, for standard output may be closed; printed even if it cannot be saved."""
+    drawn: Sequence[Path] = ()
+    try:
+        if options.csv:
+            write_csv(options.csv, rows, described)
+        if options.markdown:
+            write_atomically(options.markdown, text)
+        if options.plots and rows:
+            drawn = draw(options.plots)
+    finally:
+        print(text)
+        if change is not None:
+            print(change, end="\n\n")
+    for path in drawn:
+        print(path)
 
 
 def _parser(prog: str) -> argparse.ArgumentParser:
@@ -84,16 +144,25 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds",
         type=_positive,
-        default=21,
-        help="timings of each contender, fewer where they take long (default: 21)",
+        help="timings of each contender, fewer where they take long (default: 21; on a GPU 11)",
     )
     parser.add_argument(
-        "--largest", type=_positive, default=2**26, help="leave out cases of more latent elements"
+        "--largest", type=_positive, help="leave out cases of more latent elements (default: 2^26; GPU 2^28)"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--csv", type=Path, help="write every figure to this file")
-    parser.add_argument("--plots", type=Path, help="draw pictures into this folder (needs matplotlib)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this file")
+    parser.add_argument("--plots", type=Path, help="draw plots into this folder (needs matplotlib)")
     parser.add_argument("--compare", type=Path, metavar="FILE", help="an earlier --csv to compare with")
+    on_gpu = parser.add_argument_group("with --device cuda")
+    on_gpu.add_argument(
+        "--seconds",
+        type=_positive,
+        help=f"for everything; what they do not suffice for is named (default: {processes.SECONDS:.0f})",
+    )
+    on_gpu.add_argument(
+        "--record", type=Path, metavar="FOLDER", help="keep the processes' measurements and log here"
+    )
     return parser
 
 
@@ -114,8 +183,18 @@ def _device(parser: argparse.ArgumentParser, name: str) -> torch.device:
     return device
 
 
-def _cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[Case]:
-    all_cases = QUICK if options.quick else CASES
+def _defaults(parser: argparse.ArgumentParser, options: argparse.Namespace, on_gpu: bool) -> None:
+    """What depends on the device; and no option that it does not know."""
+    for name in ("threads",) if on_gpu else ("seconds", "record"):
+        if getattr(options, name) is not None:
+            parser.error(f"--{name}: not with --device {options.device}")
+    options.rounds = options.rounds or (11 if on_gpu else 21)
+    options.largest = options.largest or (2**28 if on_gpu else 2**26)
+    options.seconds = options.seconds or processes.SECONDS
+
+
+def _cases(parser: argparse.ArgumentParser, options: argparse.Namespace, on_gpu: bool) -> list[Case]:
+    all_cases = QUICK if options.quick else GPU_CASES if on_gpu else CASES
     cases = [case for case in all_cases if case.numel <= options.largest]
     if not cases:
         smallest = min(case.numel for case in all_cases)
@@ -123,16 +202,22 @@ def _cases(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list
     return cases
 
 
-def _earlier(parser: argparse.ArgumentParser, path: Path | None) -> list[Row] | None:
+def _earlier(parser: argparse.ArgumentParser, path: Path | None, kind: type[R]) -> list[R] | None:
     try:
-        return None if path is None else read_csv(path)
-    except (OSError, ValueError) as error:
+        return None if path is None else read_csv(path, kind)
+    except (OSError, ValueError, csv.Error) as error:
         parser.error(f"--compare: {error}")
 
 
 def _check_outputs(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    if options.csv is not None and not options.csv.absolute().parent.is_dir():
-        parser.error(f"--csv {options.csv}: there is no folder {options.csv.parent}")
+    for name in ("csv", "markdown", "plots"):
+        path = getattr(options, name)
+        try:
+            there = path is None or path.exists() or path.absolute().parent.is_dir()
+        except OSError as error:
+            parser.error(f"--{name} {path}: {error.strerror}")
+        if name != "plots" and not there:
+            parser.error(f"--{name} {path}: there is no folder {path.parent}")
     if options.plots is not None and find_spec("matplotlib") is None:
         parser.error("--plots: the package matplotlib is missing; pip install 'vaekernels[train]'")
     if options.plots is not None and options.plots.exists() and not options.plots.is_dir():
@@ -149,7 +234,7 @@ def _fewer_threads(rounds: int, device: torch.device, largest: int) -> list[Row]
             torch.set_num_threads(count)
             for case in THREAD_CASES:
                 if case.numel <= largest:
-                    _say(f"{count} of {most} threads: {case.name}")
+                    _say(f"{count} of {most} threads: {case.name} ...")
                     rows += measure(case, rounds=rounds, device=device, compiled=False, passes=("both",))
     finally:
         torch.set_num_threads(most)
@@ -157,4 +242,4 @@ def _fewer_threads(rounds: int, device: torch.device, largest: int) -> list[Row]
 
 
 def _say(line: str) -> None:
-    print(f"  {line} ...", file=sys.stderr, flush=True)
+    print(f"  {line}", file=sys.stderr, flush=True)

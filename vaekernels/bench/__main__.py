@@ -1,3 +1,6 @@
-from vaekernels.bench import main
+from vaekernels._command import importing, run
 
-raise SystemExit(main())
+with importing():
+    from vaekernels.bench import main
+
+raise SystemExit(run(main))

@@ -22,6 +22,7 @@ __all__ = [
     "CASES",
     "COPY",
     "FREE_BITS",
+    "GPU_CASES",
     "MODEL_CASES",
     "NAMES",
     "OURS",
@@ -39,7 +40,7 @@ FREE_BITS = 0.25
 
 OURS, COPY = "vaekernels", "copy"
 NAMES = (OURS, "eager", "torch.compile", "torch.distributions", "diffusers", COPY)
-"""Everything that is timed, in the order of tables and pictures."""
+"""Everything that is timed, in the order of tables and plots."""
 
 Layer = Callable[[list[Tensor]], list[Tensor]]
 """From the inputs to the outputs that a loss is made of."""
@@ -173,6 +174,22 @@ QUICK = [
     Case((1024, 128), torch.bfloat16),
     Case((64, 4, 64, 64), torch.bfloat16),
 ]
+_GPU_SHAPES = [
+    Case((128, 32)),
+    Case((1024, 128)),
+    Case((8192, 512)),
+    Case((64, 4, 64, 64), group_dims=1),
+    Case((8, 16, 128, 128), group_dims=1),
+    Case((32, 4, 128, 128), packed=True, free_bits=None),
+    Case((16, 64, 512), batch_dims=2, mask=True),
+    Case((256, 64), num_samples=50),
+    Case((2**15, 512)),
+    Case((2**15, 512), op="reparameterize"),
+    Case((2**19, 512)),
+    Case((2**19, 512), op="reparameterize"),
+]
+GPU_CASES = [replace(case, dtype=dtype) for case in _GPU_SHAPES for dtype in (torch.float32, torch.bfloat16)]
+"""What a GPU is timed on: few enough for ten minutes, from a launch's cost to many times its caches."""
 
 
 # ---- contenders ------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 
 import vaekernels as vk
-from vaekernels._files import write_atomically
+from vaekernels._files import open_regular, write_atomically
 from vaekernels.bench.cases import COPY, NAMES, OURS
 from vaekernels.bench.measure import Row
 
@@ -86,7 +86,7 @@ _CELLS: dict[str, Callable[[str], Any]] = {
 def read_csv(path: Path, kind: type[R] = Row) -> list[R]:  # type: ignore[assignment]
     """The rows of a file that `write_csv` wrote. ValueError names what is wrong with another one."""
     columns = {f.name: _CELLS[str(f.type)] for f in fields(kind)}
-    with path.open(newline="", encoding="utf-8") as file:
+    with open_regular(path) as opened, io.TextIOWrapper(opened, encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         missing = [name for name in columns if name not in (reader.fieldnames or [])]
         if missing:
@@ -95,7 +95,7 @@ def read_csv(path: Path, kind: type[R] = Row) -> list[R]:  # type: ignore[assign
         for line, cells in enumerate(reader, start=2):
             try:
                 rows.append(kind(**{name: cell(cells[name]) for name, cell in columns.items()}))
-            except ValueError as error:
+            except (ValueError, TypeError) as error:  # TypeError: of a line that is too short
                 raise ValueError(f"{path}, line {line}: {error}") from error
     return rows
 

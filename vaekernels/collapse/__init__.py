@@ -10,10 +10,10 @@ functions::
 
 from __future__ import annotations
 
-from vaekernels.collapse.decide import Dim
 from vaekernels.collapse.diagnosis import diagnose
 from vaekernels.collapse.estimate import Estimate, bootstrap_mean
-from vaekernels.collapse.inputs import flatten_latents
+from vaekernels.collapse.examples import flatten_latents
+from vaekernels.collapse.extras import Curve, Extras, TextTable
 from vaekernels.collapse.metrics import (
     ACTIVE_THRESHOLD,
     active_units,
@@ -24,7 +24,8 @@ from vaekernels.collapse.metrics import (
     shuffle_nll,
 )
 from vaekernels.collapse.monitor import CollapseMonitor, CollapseWarning, Reading
-from vaekernels.collapse.report import Curve, Extras, Report, TextTable
+from vaekernels.collapse.report import Report
+from vaekernels.collapse.verdict import Dim
 
 __all__ = [
     "ACTIVE_THRESHOLD",

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vaekernels.collapse.examples import Examples
 from vaekernels.collapse.information import InfoNCE, contrast_rows, infonce
-from vaekernels.collapse.inputs import Examples
 from vaekernels.collapse.model import Model
 
 __all__ = [

@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from vaekernels import _build
-from vaekernels.collapse import probe
-from vaekernels.collapse.clock import Clock, OutOfTime, progress_bar
-from vaekernels.collapse.decide import (
+from vaekernels.collapse import svi
+from vaekernels.collapse.budget import Budget, OutOfTime, progress_bar
+from vaekernels.collapse.decoder import contrasts, importance_columns, importance_mean
+from vaekernels.collapse.estimate import RESAMPLES, Estimate, difference, holm_low
+from vaekernels.collapse.examples import Encode, LogLikelihood, digest, select
+from vaekernels.collapse.measurements import CONTRASTED, REFINED, USE_PAIRS, WEIGHTED, Measurements, stream
+from vaekernels.collapse.model import Model
+from vaekernels.collapse.redundancy import clusters, cost, find_redundant
+from vaekernels.collapse.report import Report
+from vaekernels.collapse.verdict import (
     EPS_GLOBAL,
     EPS_INFO,
     EPS_USE,
@@ -26,13 +33,6 @@ from vaekernels.collapse.decide import (
     rule,
     state_of,
 )
-from vaekernels.collapse.decoder import contrasts, importance_columns, importance_mean
-from vaekernels.collapse.estimate import RESAMPLES, Estimate, difference, holm_low
-from vaekernels.collapse.inputs import Encode, LogLikelihood, digest, select
-from vaekernels.collapse.model import Model
-from vaekernels.collapse.redundancy import clusters, cost, find_redundant
-from vaekernels.collapse.report import Report
-from vaekernels.collapse.split import CONTRASTED, REFINED, USE_PAIRS, WEIGHTED, Split, stream
 
 __all__ = ["diagnose"]
 
@@ -117,12 +117,12 @@ def diagnose(
         chosen_train = None if train is None else select("train", train, n, stream(seed, "select", 1))
         splits = 1 if chosen_train is None else 2
         with progress_bar(progress, _evaluations(n, k, splits)) as advance:
-            clock = Clock(budget_s, advance)
-            model = Model(encode, log_likelihood, device=device, batch_size=None, counted=clock.count)
-            with clock.part("check"):
+            budget = Budget(budget_s, advance)
+            model = Model(encode, log_likelihood, device=device, batch_size=None, counted=budget.count)
+            with budget.part("check"):
                 model.check(chosen)
-            held = Split("heldout", model, chosen, seed, 0)
-            trained = None if chosen_train is None else Split("train", model, chosen_train, seed, 1)
+            held = Measurements("heldout", model, chosen, seed, 0)
+            trained = None if chosen_train is None else Measurements("train", model, chosen_train, seed, 1)
             settings = {
                 "n": n,
                 "k": k,
@@ -130,7 +130,7 @@ def diagnose(
                 "device": None if device is None else str(device),
                 "budget_s": budget_s,
             }
-            return _Diagnosis(model, clock, held, trained, k).run(settings)
+            return _Diagnosis(model, budget, held, trained, k).run(settings)
 
 
 def _check(name: str, value: int, least: int) -> None:
@@ -141,14 +141,16 @@ def _check(name: str, value: int, least: int) -> None:
 def _evaluations(n: int, k: int, splits: int) -> int:
     """About as many as a diagnosis makes, for the progress bar."""
     trained = (2 * n + min(n, CONTRASTED) * k) if splits > 1 else 0
-    return trained + n * (4 + k) + USE_PAIRS + min(n, WEIGHTED) * k + probe.evaluations(min(n, REFINED))
+    return trained + n * (4 + k) + USE_PAIRS + min(n, WEIGHTED) * k + svi.evaluations(min(n, REFINED))
 
 
 class _Diagnosis:
     """The measurements so far. Every part adds to them, or to ``skipped`` why not."""
 
-    def __init__(self, model: Model, clock: Clock, held: Split, trained: Split | None, k: int) -> None:
-        self.model, self.clock, self.held, self.trained, self.k = model, clock, held, trained, k
+    def __init__(
+        self, model: Model, budget: Budget, held: Measurements, trained: Measurements | None, k: int
+    ) -> None:
+        self.model, self.budget, self.held, self.trained, self.k = model, budget, held, trained, k
         self.metrics: dict[str, Estimate | None] = dict.fromkeys(METRICS)
         self.train_metrics: dict[str, Estimate | None] = dict.fromkeys(ON_TRAIN)
         self.gaps: dict[str, Estimate] = {}
@@ -163,14 +165,14 @@ class _Diagnosis:
 
     def run(self, settings: dict[str, Any]) -> Report:
         held, n = self.held, self.held.n
-        with self.clock.part("encoder"):
+        with self.budget.part("encoder"):
             self._encoder()
         dims = held.mu.shape[1]
         # What decides the verdict, then what decides the rest, then what is only reported.
         self._part("shuffled codes", ("nll", "nelbo", "delta_shuffle"), 2 * n, self._shuffle)
         self._part("contrast codes", ("i_dec",), n * contrasts(n, self.k), self._decoded)
         self._part("single dimensions", ("use",), held.use_n * dims, self._use)
-        self._part("refined codes", ("svi_gain",), probe.evaluations(min(n, REFINED)), self._refine)
+        self._part("refined codes", ("svi_gain",), svi.evaluations(min(n, REFINED)), self._refine)
         self._redundancy()
         self._train()
         self._part("other codes", ("delta_prior", "delta_mean"), 2 * n, self._other_codes)
@@ -181,8 +183,8 @@ class _Diagnosis:
         self, title: str, names: tuple[str, ...], evaluations: int, measure: Callable[[], None]
     ) -> None:
         try:
-            with self.clock.part(title):
-                self.clock.foresee(evaluations)
+            with self.budget.part(title):
+                self.budget.foresee(evaluations)
                 measure()
         except OutOfTime as spent:
             self.skipped |= dict.fromkeys(names, str(spent))
@@ -281,7 +283,7 @@ class _Diagnosis:
         self.trained.decode_information(self.k, min(self.trained.n, CONTRASTED))
         self.train_metrics |= self.trained.estimates(["i_dec"])
 
-    def _compare(self, trained: Split) -> None:
+    def _compare(self, trained: Measurements) -> None:
         """How much better the train split is, by measure, with lower ends for all of them."""
         both = [
             name
@@ -301,7 +303,7 @@ class _Diagnosis:
         lows = holm_low(found, min(trained.n, self.held.n))
         self.gaps = {name: replace(gap, low=low) for name, gap, low in zip(both, found, lows, strict=True)}
 
-    def _train_use(self, trained: Split, dims: list[int]) -> None:
+    def _train_use(self, trained: Measurements, dims: list[int]) -> None:
         assert self.use is not None and self.lost is not None
         lost = trained.lost([torch.tensor([d]) for d in dims])
         found = trained.use_estimates(lost)
@@ -426,12 +428,12 @@ class _Diagnosis:
     def _cost(self) -> dict[str, Any]:
         parts = {
             name: {"seconds": round(cost.seconds, 3), "evaluations": cost.evaluations}
-            for name, cost in self.clock.costs.items()
+            for name, cost in self.budget.costs.items()
         }
         return {
-            "seconds": round(self.clock.elapsed, 3),
+            "seconds": round(self.budget.elapsed, 3),
             "encoded": self.model.encoded,
-            "evaluations": sum(cost.evaluations for cost in self.clock.costs.values()),
+            "evaluations": sum(cost.evaluations for cost in self.budget.costs.values()),
             "parts": parts,
         }
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from vaekernels import ops
 from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import RESAMPLES, Estimate, along_cycle, bootstrap_mean
-from vaekernels.collapse.inputs import Encode, Examples, LogLikelihood, count
+from vaekernels.collapse.examples import Encode, Examples, LogLikelihood, count
 from vaekernels.collapse.model import BATCH, Model, moments
 
 __all__ = [
@@ -37,7 +37,7 @@ ACTIVE_THRESHOLD = 0.01
 
 
 def rate_per_dim(mu: Tensor, logvar: Tensor) -> Tensor:
-    """r_d = mean_x KL(q(z_d|x) || N(0, 1)), unclamped, [D]."""
+    """The rates r_d = mean_x KL(q(z_d|x) || N(0, 1)), unclamped, in nats: [D]."""
     _, per_dim = ops.gaussian_kl(mu, logvar, return_per_group=True)
     return per_dim
 

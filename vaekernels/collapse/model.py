@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vaekernels.collapse.inputs import Encode, Examples, LogLikelihood, count, take, to_device
+from vaekernels.collapse.examples import Encode, Examples, LogLikelihood, count, take, to_device
 
-__all__ = ["BATCH", "Model", "moments", "require_finite"]
+__all__ = ["BATCH", "Model", "NotFiniteError", "moments", "require_finite"]
 
 BATCH = 256
 """Examples in one call of either function, unless told otherwise."""
@@ -17,7 +17,7 @@ CPU_BATCH, ACCELERATOR_BATCH = 128, 512
 """Those of a diagnosis. A GRU decoder with 2000 words evaluates 1.6 times as many examples a second in
 batches of 128 as of 256 on a CPU core, whose cache holds the former's logits."""
 
-_PROBE = 64  # examples on which the functions are tried before the work begins
+_TRIED = 64  # examples on which the functions are tried before the work begins
 _EQUAL = 1e-3  # relative: more than the order of additions changes, less than dropout does
 _SAME = 0.05  # of the spread over examples: more than another batch size changes, less than batch norm does
 
@@ -94,15 +94,15 @@ class Model:
     def check(self, x: Examples) -> None:
         """ValueError if a function answers the same question twice in two ways: dropout, batch norm or
         sampling left on."""
-        probe = take(x, slice(0, _PROBE))
-        half = count(probe) // 2
-        mu, logvar = self.moments(probe)
-        first = {"encode": torch.cat([mu, logvar], dim=1), "log_likelihood": self.evaluate(probe, mu)}
+        tried = take(x, slice(0, _TRIED))
+        half = count(tried) // 2
+        mu, logvar = self.moments(tried)
+        first = {"encode": torch.cat([mu, logvar], dim=1), "log_likelihood": self.evaluate(tried, mu)}
         again = {
-            "encode": torch.cat(self.moments(probe), dim=1),
-            "log_likelihood": self.evaluate(probe, mu),
+            "encode": torch.cat(self.moments(tried), dim=1),
+            "log_likelihood": self.evaluate(tried, mu),
         }
-        small = take(probe, slice(0, half))
+        small = take(tried, slice(0, half))
         alone = {
             "encode": torch.cat(self.moments(small), dim=1),
             "log_likelihood": self.evaluate(small, mu[:half]),
@@ -152,11 +152,15 @@ def moments(
     return mu, logvar
 
 
+class NotFiniteError(ValueError):
+    """A function of the model gave NaN or inf."""
+
+
 def require_finite(name: str, values: Tensor) -> None:
-    """ValueError that counts the examples for which ``name`` is NaN or inf."""
+    """NotFiniteError that counts the examples for which ``name`` is NaN or inf."""
     bad = ~torch.isfinite(values.reshape(len(values), -1)).all(dim=1)
     if bool(bad.any()):
-        raise ValueError(
+        raise NotFiniteError(
             f"{name} gave NaN or inf for {int(bad.sum())} of {len(values)} examples; no interval can be "
             f"drawn over them"
         )

@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -26,9 +27,9 @@ from vaekernels import _native
 from vaekernels.collapse import metrics
 from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import Bootstrap, Estimate, along_cycle
+from vaekernels.collapse.examples import Encode, LogLikelihood, select
 from vaekernels.collapse.information import mi_bounds
-from vaekernels.collapse.inputs import Encode, LogLikelihood, select
-from vaekernels.collapse.model import BATCH, Model, require_finite
+from vaekernels.collapse.model import BATCH, Model, NotFiniteError, require_finite
 
 __all__ = ["CollapseMonitor", "CollapseWarning", "Reading"]
 
@@ -48,7 +49,7 @@ class Reading:
 
     step: int
     rate_per_dim: tuple[float, ...]
-    """r_d, the KL to the prior, unclamped"""
+    """the rate r_d of each dimension: its KL to the prior, unclamped, in nats"""
     active_units: int
     """dimensions with Var_x(mu_d) > 0.01 (Burda et al. 2016)"""
     mi_lower: Estimate
@@ -101,7 +102,9 @@ class CollapseMonitor:
         device: where examples go before they reach the functions; None: where they are.
         seed: of the choice of examples, and of the noise, which is the same in every reading.
 
-    `history` holds all readings, `collapsed_at` the step of the warning or None. Both are in `state_dict`.
+    `history` holds all readings, `collapsed_at` the step of the warning or None, `ignored` how many readings
+    were NaN or inf somewhere: those are no part of the history, and the first of them gives a RuntimeWarning.
+    All three are in `state_dict`.
     """
 
     def __init__(
@@ -135,16 +138,30 @@ class CollapseMonitor:
         self.steps = 0
         self.history: list[Reading] = []
         self.collapsed_at: int | None = None
+        self.ignored = 0
 
     def step(self) -> Reading | None:
-        """Count one training step; the reading where one was due. Warns with `CollapseWarning`, once."""
+        """Count one training step; the reading where one was due and is finite. Warns with
+        `CollapseWarning`, once."""
         self.steps += 1
         return self.read(self.steps) if self.steps % self.every_n_steps == 0 else None
 
-    def read(self, step: int) -> Reading:
-        """Measure now, and take the reading into account."""
-        with torch.no_grad(), _in_eval_mode(self.modules):
-            reading = self._measure(step)
+    def read(self, step: int) -> Reading | None:
+        """Measure now, and take the reading into account. None, and one more in `ignored`, where it is not
+        finite."""
+        try:
+            with torch.no_grad(), _in_eval_mode(self.modules):
+                reading = self._measure(step)
+        except NotFiniteError as error:
+            self.ignored += 1
+            if self.ignored == 1:
+                warnings.warn(
+                    f"the latent was not measured at step {step}: {error}. Such readings are ignored and "
+                    "counted in `ignored`; this is said once",
+                    RuntimeWarning,
+                    stacklevel=_native._depth_of_caller(),
+                )
+            return None
         self.history.append(reading)
         if self.collapsed_at is None and self._collapses():
             self.collapsed_at = step
@@ -156,11 +173,13 @@ class CollapseMonitor:
         return {
             "steps": self.steps,
             "collapsed_at": self.collapsed_at,
+            "ignored": self.ignored,
             "history": [_packed(reading) for reading in self.history],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.collapsed_at = state["steps"], state["collapsed_at"]
+        self.ignored = state["ignored"]
         self.history = [_unpacked(packed) for packed in state["history"]]
 
     def _measure(self, step: int) -> Reading:
@@ -180,7 +199,7 @@ class CollapseMonitor:
             own = model.nll(self.heldout, codes.own)
             shuffled = model.nll(self.heldout, lambda a, b: codes.shuffled(permutation, a, b))
             gap = bootstrap.estimate(along_cycle(shuffled - own, permutation))
-        return Reading(
+        reading = Reading(
             step=step,
             rate_per_dim=tuple(metrics.rate_per_dim(mu.float(), logvar.float()).tolist()),
             active_units=int(metrics.active_units(mu).sum()),
@@ -188,6 +207,10 @@ class CollapseMonitor:
             mi_upper=bootstrap.estimate(bounds.upper),
             shuffle_gap=gap,
         )
+        for name, value in reading.metrics().items():
+            if not math.isfinite(value):
+                raise NotFiniteError(f"{name} is {value}")
+        return reading
 
     def _collapses(self) -> bool:
         recent = [reading for reading in self.history[-self.patience :] if reading.step > self.grace_steps]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vaekernels.collapse.decide import EPS_USE, answers
-from vaekernels.collapse.split import Split
+from vaekernels.collapse.measurements import Measurements
+from vaekernels.collapse.verdict import EPS_USE, answers
 
 __all__ = ["clusters", "cost", "find_redundant"]
 
@@ -41,7 +41,7 @@ def cost(groups: list[list[int]], n: int) -> int:
     return n * sum(1 + len(group) for group in groups)
 
 
-def find_redundant(split: Split, groups: list[list[int]]) -> dict[int, tuple[int, ...]]:
+def find_redundant(split: Measurements, groups: list[list[int]]) -> dict[int, tuple[int, ...]]:
     """Dimensions that are used though not alone -> those they are used with: which of ``groups`` matter when
     shuffled together, and which members have a part in that.
 

@@ -1,85 +1,29 @@
-"""What a diagnosis found: as an object, a table, report.json and a page with pictures."""
+"""The report: what a diagnosis found, as an object, as report.json, and written to a folder with report.html.
+
+The text (`tables`) and the page (`html`, with `plots`) are made of what `Report.to_json` gives."""
 
 from __future__ import annotations
 
 import json
 import os
-import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from vaekernels._files import write_atomically
-from vaekernels.collapse.decide import Dim, Verdict
+from vaekernels.collapse import tables
 from vaekernels.collapse.decoder import importance_columns, importance_mean
 from vaekernels.collapse.estimate import Bootstrap, Estimate
+from vaekernels.collapse.extras import Extras, Samples
+from vaekernels.collapse.verdict import Dim, Verdict
 
-__all__ = ["JSON", "PAGE", "SCHEMA", "Curve", "Extras", "Report", "Samples", "TextTable"]
+__all__ = ["JSON", "PAGE", "SCHEMA", "Report"]
 
 SCHEMA = 1
 JSON, PAGE = "report.json", "report.html"
-WIDTH = 100
-_TABLE_DIMS = 64
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What the pictures show beyond the estimates."""
-
-    nll: dict[str, Tensor]
-    """-log p(x|z) of every held-out example, [n], with its "own" z, a "shuffled" one, one of the "prior"; the
-    "importance"-weighted -log p(x) of the first of them, [<= n]"""
-    nelbo: Tensor | None
-    shown: list[int]
-    """the dimensions of ``z``, those with the highest rates"""
-    z: Tensor
-    """[n, len(shown)]"""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One line: ``values`` at ``steps``."""
-
-    steps: Sequence[float]
-    values: Sequence[float]
-
-
-@dataclass(frozen=True)
-class TextTable:
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-
-@dataclass(frozen=True)
-class Extras:
-    """What a diagnosis cannot know, for the page: all of it optional, none of it about a kind of model.
-
-    Args:
-        settings: of the training, e.g. ``{"beta": 1.0, "effective_beta": 1.0, "free_bits": "0.25 per dim"}``;
-            they join the settings in report.json.
-        curves: title of a panel -> name of a line -> the line, e.g. ``{"rate": {"train": Curve(steps,
-            rates)}}`` for rate, mutual information, active units, weight and reconstruction over the training
-            steps.
-        images: title -> a grid, [rows, columns, H, W] or [rows, columns, C, H, W] with C 1 or 3, values in
-            [0, 1]: originals above reconstructions, traversals, samples of the prior.
-        texts: title -> a table, e.g. sentences beside their reconstructions.
-        interpolations: title -> the sentences decoded on a line between two codes, in order. The page says at
-            how many of the steps the sentence changes.
-        prior_samples: texts decoded from samples of the prior. The page says how many are distinct.
-        points: name -> (rate, NLL) of other models, for the rate-distortion plane.
-    """
-
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    curves: Mapping[str, Mapping[str, Curve]] = field(default_factory=dict)
-    images: Mapping[str, Tensor] = field(default_factory=dict)
-    texts: Mapping[str, TextTable] = field(default_factory=dict)
-    interpolations: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    prior_samples: Sequence[str] = ()
-    points: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -118,7 +62,8 @@ class Report:
 
     def to_json(self, extras: Extras | None = None) -> dict[str, Any]:
         """What report.json holds: dicts, lists, strings and numbers. An estimate is [value, low, high]; one
-        that is near its cap is named in ``saturated``. null was not measured; ``skipped`` says why."""
+        that is near its cap is named in ``saturated`` (of the train split ``train_saturated``, of a dimension
+        its own ``saturated``). null was not measured; ``skipped`` says why."""
         told = {} if extras is None else dict(extras.settings)
         return {
             "schema": SCHEMA,
@@ -130,8 +75,9 @@ class Report:
             "advice": self.advice,
             "settings": self.settings | told,
             "metrics": _triples(self.metrics),
-            "saturated": [name for name, each in self.metrics.items() if each is not None and each.saturated],
+            "saturated": _saturated(self.metrics),
             "train": None if self.train is None else _triples(self.train),
+            "train_saturated": _saturated(self.train or {}),
             "gaps": _triples(self.gaps) if self.gaps else None,
             "dims": [_dim(dim) for dim in self.dims],
             "rate_distortion": {name: list(point) for name, point in self.rate_distortion.items()},
@@ -153,13 +99,13 @@ class Report:
         text = json.dumps(self.to_json(extras), indent=1, ensure_ascii=False, allow_nan=False)
         write_atomically(folder / JSON, text + "\n")
         try:
-            from vaekernels.collapse import page
+            from vaekernels.collapse import html
         except ImportError as error:
             raise ImportError(
                 f"{folder / JSON} is written, but the page needs {error.name}: "
                 f"pip install 'vaekernels[train]'"
             ) from error
-        write_atomically(folder / PAGE, page.render(self, extras or Extras()))
+        write_atomically(folder / PAGE, html.render(self.to_json(extras), self.samples, extras or Extras()))
         return folder / PAGE
 
     def iwae_difference(self, other: Report) -> Estimate:
@@ -194,95 +140,34 @@ class Report:
     @property
     def headline(self) -> str:
         """The verdict in one line."""
-        parts = [self.verdict + (f" ({self.subtype})" if self.subtype else "")]
-        if self.confidence is not None:
-            parts.append(f"confidence {self.confidence:.2f}")
-        if self.overfit is not None:
-            parts.append("overfit" if self.overfit else "not overfit")
-        return ", ".join(parts)
+        return tables.headline(self.to_json())
 
     def why_skipped(self) -> dict[str, list[str]]:
         """Reason -> what was skipped for it."""
-        found: dict[str, list[str]] = {}
-        for name, why in self.skipped.items():
-            found.setdefault(why, []).append(name)
-        return found
+        return tables.by_reason(self.skipped)
 
     def __str__(self) -> str:
-        lines = [self.headline]
-        for label, texts in (("", self.reasons), ("advice: ", self.advice)):
-            for text in texts:
-                lines += textwrap.wrap(label + text, WIDTH, initial_indent="  - ", subsequent_indent="    ")
-        examples = self.settings["examples"]["heldout"]
-        lines += ["", f"{f'nats, {examples} held-out examples':38}{'[95%]':>30}{'train [95%]':>30}"]
-        for name, label in LABELS.items():
-            on_train = "" if self.train is None or name not in self.train else _told(name, self.train[name])
-            lines.append(f"{label:38}{_told(name, self.metrics[name]):>30}{on_train:>30}".rstrip())
-        if any(each is not None and each.saturated for each in self.metrics.values()):
-            lines.append("* saturated: within a nat of what so many examples, or contrast codes, can show")
-        lines += [
-            "",
-            f"{'dim':>5}  {'state':13}{'rate':>7}  {'I_d [95%, all dims]':>24}  {'s_d [95%, all dims]':>24}",
-        ]
-        for dim in self.dims[:_TABLE_DIMS]:
-            use = "not measured" if dim.use is None else dim.use.show(3)
-            note = f"  with {_some(dim.redundant)}" if dim.redundant else ""
-            row = f"{dim.index:>5}  {dim.state:13}{dim.rate.value:>7.3f}"
-            row += f"  {dim.information.show(3):>24}  {use:>24}{note}"
-            lines.append(row[:WIDTH])
-        if len(self.dims) > _TABLE_DIMS:
-            lines.append(f"  and {len(self.dims) - _TABLE_DIMS} more dimensions")
-        for why, names in self.why_skipped().items():
-            text = f"skipped: {', '.join(names)}: {why}"
-            lines += textwrap.wrap(text, WIDTH, subsequent_indent="    ")
-        return "\n".join(lines)
-
-
-LABELS = {
-    "rate": "rate (KL, unclamped)",
-    "mi_lower": "I(x;z), lower bound",
-    "mi_upper": "I(x;z), upper bound",
-    "aggregate_kl": "KL(q(z) || p(z)) = rate - I",
-    "active_units": "active units, Var(mu) > 0.01",
-    "delta_shuffle": "Δ_shuffle: another example's z",
-    "delta_prior": "Δ_prior: a z of the prior",
-    "delta_mean": "Δ_mean: mu in place of z",
-    "i_dec": "I_dec: what the decoder can read",
-    "svi_gain": "gain of refining q by gradient",
-    "nll": "NLL (reconstruction)",
-    "nelbo": "NELBO (NLL + rate)",
-    "iwae_nll": "NLL, importance-weighted (IWAE)",
-}
-
-
-def _told(name: str, estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "not measured"
-    return estimate.show(0 if name == "active_units" else 2) + ("*" if estimate.saturated else " ")
+        return tables.text(self.to_json())
 
 
 def _triples(estimates: Mapping[str, Estimate | None]) -> dict[str, list[float] | None]:
-    return {name: None if each is None else _triple(each) for name, each in estimates.items()}
+    return {
+        name: None if each is None else [each.value, each.low, each.high] for name, each in estimates.items()
+    }
 
 
-def _triple(estimate: Estimate) -> list[float]:
-    return [estimate.value, estimate.low, estimate.high]
+def _saturated(estimates: Mapping[str, Estimate | None]) -> list[str]:
+    return [name for name, each in estimates.items() if each is not None and each.saturated]
 
 
 def _dim(dim: Dim) -> dict[str, Any]:
+    estimates: dict[str, Estimate | None] = {name: getattr(dim, name) for name in tables.DIM_ESTIMATES}
     return {
         "index": dim.index,
         "state": dim.state,
         "reason": dim.reason,
-        "rate": _triple(dim.rate),
-        "information": _triple(dim.information),
-        "mismatch": _triple(dim.mismatch),
-        "use": None if dim.use is None else _triple(dim.use),
-        "use_train": None if dim.use_train is None else _triple(dim.use_train),
+        **_triples(estimates),
+        "saturated": _saturated(estimates),
         "mu_variance": dim.mu_variance,
         "redundant": list(dim.redundant),
     }
-
-
-def _some(indices: Sequence[int]) -> str:
-    return ", ".join(map(str, indices[:4])) + (", ..." if len(indices) > 4 else "")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from vaekernels.collapse import monitor
-from vaekernels.collapse.inputs import Examples
+from vaekernels.collapse.examples import Examples
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -35,9 +35,10 @@ class CollapseMonitor(Callback):
     """Measures the latent every n training steps, logs it, and warns once when collapse starts.
 
     Logged to every logger of the trainer, in nats, each under `prefix`: rate, rate/0 ... (one per dimension),
-    active_units, mi_lower, mi_upper and shuffle_gap (see `vaekernels.collapse.Reading`). The warning is a
-    `vaekernels.collapse.CollapseWarning`. Steps are those of the optimizer. Under several processes rank 0
-    measures, on the module itself, so nothing waits for another rank.
+    active_units, mi_lower, mi_upper and shuffle_gap (see `vaekernels.collapse.Reading`). A reading that is
+    NaN or inf somewhere is not logged. The warning is a `vaekernels.collapse.CollapseWarning`. Steps are
+    those of the optimizer. Under several processes rank 0 measures, on the module itself, so nothing waits
+    for another rank.
 
     Args:
         heldout: examples that are not trained on, as in `vaekernels.collapse.CollapseMonitor`. None: the
@@ -109,6 +110,8 @@ class CollapseMonitor(Callback):
         self.monitor.steps = trainer.global_step
         if trainer.global_step % self.monitor.every_n_steps == 0:
             reading = self.monitor.read(trainer.global_step)
+            if reading is None:
+                return
             values = {self.prefix + name: value for name, value in reading.metrics().items()}
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)

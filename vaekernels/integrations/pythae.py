@@ -64,13 +64,13 @@ def vae_loss(
     `options` are those of `vaekernels.gaussian_kl`: free_bits, clamp, penalty, group_dims. `Loss.rate` is the
     KL without any of them.
     """
-    kl, per_group = ops.gaussian_kl(mu, log_var, return_per_group=True, **options)
-    return _sum(reconstruction_loss(recon_x, x, kind), kl, per_group, beta)
+    kl, rate = ops.gaussian_kl(mu, log_var, return_per_group=True, **options)
+    return _sum(reconstruction_loss(recon_x, x, kind), kl, rate, beta)
 
 
-def _sum(reconstruction: Tensor, kl: Tensor, per_group: Tensor, beta: float) -> Loss:
+def _sum(reconstruction: Tensor, kl: Tensor, rate: Tensor, beta: float) -> Loss:
     mean = reconstruction.mean()
-    return Loss(mean + beta * kl, mean, per_group.sum())
+    return Loss(mean + beta * kl, mean, rate.sum())
 
 
 def disentangled_loss(
@@ -147,8 +147,8 @@ class VAE(_Fused, theirs.VAE):
         return 1.0
 
     def forward(self, inputs: Mapping[str, Tensor], **kwargs: Any) -> ModelOutput:
-        recon_x, reconstruction, (z, kl, per_group) = self._run(inputs["data"], **self.kl_options)
-        return self._output(_sum(reconstruction, kl, per_group, self._weight()), recon_x, z)
+        recon_x, reconstruction, (z, kl, rate) = self._run(inputs["data"], **self.kl_options)
+        return self._output(_sum(reconstruction, kl, rate, self._weight()), recon_x, z)
 
     def loss_function(self, recon_x: Tensor, x: Tensor, mu: Tensor, log_var: Tensor, z: Tensor) -> Loss:
         kind = self.model_config.reconstruction_loss

@@ -1,11 +1,19 @@
-"""Checkpoints: one file that is always whole, and loads without running code from it."""
+"""Checkpoints: one file that is always whole, tells whether a byte of it changed, and loads without running
+code from it.
+
+The file is torch's, a zip archive, and its comment, the last bytes of the file, is the SHA-256 of all bytes
+before it. A zip archive has checksums of its own, but torch does not look at them, and they leave out the
+directory of the archive and its padding.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import random
+import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -26,7 +34,9 @@ __all__ = [
     "write_text",
 ]
 
-FORMAT = 2
+FORMAT = 3
+_LABEL = b"sha256:"
+_SEAL = len(_LABEL) + 2 * hashlib.sha256().digest_size
 
 
 def save(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
@@ -37,6 +47,7 @@ def save(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
     try:
         fabric.save(temporary, {"format": FORMAT, **state})
         if fabric.is_global_zero:
+            seal(temporary)
             _into_place(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -49,14 +60,19 @@ def save(fabric: Fabric, path: Path, state: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The state written by :func:`save`, on the CPU. CheckpointError if there is none or it cannot be
-    read."""
+    """The state written by :func:`save`, on the CPU. CheckpointError if there is none, if a byte of it has
+    changed since, or if it cannot be read."""
     if not path.is_file():
         raise CheckpointError(
             f"no checkpoint at {path}; the run was stopped before it had saved one, or this is no run"
         )
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:  # what is checked is what is loaded, whatever takes its name meanwhile
+            _require_sealed(file, path)
+            file.seek(0)
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
     except Exception as error:  # torch raises a dozen types for damaged files
         first_line = str(error).split("\n", 1)[0]
         raise CheckpointError(
@@ -104,6 +120,8 @@ def random_states(fabric: Fabric, noise: torch.Generator) -> list[dict[str, Any]
 def restore_random_states(fabric: Fabric, states: list[dict[str, Any]], noise: torch.Generator) -> bool:
     """Undo :func:`random_states`. False if the run had another number of processes or another kind of device,
     whose noise cannot go on here: nothing is restored then."""
+    if not isinstance(states, list) or not states:
+        raise TypeError(f"random is {states!r}, not a list of the states of every process")
     if len(states) != fabric.world_size:
         return False
     state = states[fabric.global_rank]
@@ -126,6 +144,42 @@ def write_text(path: Path, text: str) -> None:
         write_atomically(path, text)
     except OSError as error:
         raise CheckpointError(f"cannot write {path}: {error.strerror}") from error
+
+
+def seal(path: Path) -> None:
+    """Append the checksum to a file that `torch.save` wrote."""
+    with open(path, "rb+") as file:
+        file.seek(-2, os.SEEK_END)
+        file.write(struct.pack("<H", _SEAL))  # the length of the archive's comment, which was none
+        file.write(_LABEL + _checksum(file, file.tell()))
+
+
+def _require_sealed(file: BinaryIO, path: Path) -> None:
+    """CheckpointError unless the checksum at the end of the file is that of the rest."""
+    length = file.seek(0, os.SEEK_END) - _SEAL
+    file.seek(max(length, 0))
+    label, written = file.read(len(_LABEL)), file.read()
+    if length < 0 or label != _LABEL:
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint of format {FORMAT}: it has no checksum at its end"
+        )
+    if written != _checksum(file, length):
+        raise CheckpointError(
+            f"{path} is damaged: its checksum does not match its content, so the run cannot go on from it; "
+            "restore the file from a copy, or train anew"
+        )
+
+
+def _checksum(file: BinaryIO, length: int) -> bytes:
+    """SHA-256 of the first ``length`` bytes, in hexadecimal; the position in the file is kept."""
+    position = file.tell()
+    file.seek(0)
+    found = hashlib.sha256()
+    while length > 0 and (block := file.read(min(length, 1 << 20))):
+        found.update(block)
+        length -= len(block)
+    file.seek(position)
+    return found.hexdigest().encode()
 
 
 def _into_place(temporary: Path, path: Path) -> None:

@@ -14,14 +14,15 @@ import typer
 from lightning_fabric import Fabric
 from rich.console import Console
 
+from vaekernels._command import STOPPED
 from vaekernels.training import combinations, describe, diagnosis, display, engine, presets, settings
 from vaekernels.training import data as datasets
 from vaekernels.training import demo as demos
-from vaekernels.training.config import Config
+from vaekernels.training.config import Config, EngineConfig
 from vaekernels.training.data import Data
 from vaekernels.training.errors import ConfigError, Interrupted, TrainingError
 from vaekernels.training.loop import Trainer
-from vaekernels.training.run_folder import RunFolder
+from vaekernels.training.run_folder import RunFolder, new_folder
 from vaekernels.training.runs import open_run
 
 __all__ = ["app"]
@@ -167,23 +168,23 @@ def train(
         if resume is not None:
             RunFolder(resume).require_same(base, chosen)
         combinations.check(chosen)
-        _set_threads(chosen)
+        _set_threads(chosen.engine)
         fabric = engine.launch(chosen.engine)
         _train(chosen, fabric, resume, run_dir)
         engine.leave(fabric)
 
 
 def _train(chosen: Config, fabric: Fabric, resume: Path | None, run_dir: Path | None) -> None:
-    console = _console(fabric)
-    # The first process names the folder: the clocks of the others may differ.
-    directory = resume or run_dir or Path(fabric.broadcast(str(_default_run_dir(chosen.data.name))))
+    console = display.console(quiet=not fabric.is_global_zero)
     data = datasets.load(chosen.data, console.print)
+    combinations.resolve(chosen, data)  # what it refuses leaves no empty folder
+    directory = resume or run_dir or engine.once(fabric, lambda: _new_run_dir(chosen.data.name))
     trainer = Trainer(chosen, data, directory, console, resume=resume is not None, fabric=fabric)
     _announce(trainer, data, console)
     evaluation = trainer.fit()
     for table in display.evaluation_tables(evaluation):
         console.print(table)
-    console.print(f"all of it is in {directory}", highlight=False)
+    console.print(f"all of it is in {directory}", soft_wrap=True)
 
 
 @app.command()
@@ -213,12 +214,13 @@ def diagnose(
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
         if budget is not None and not budget > 0:
             raise ConfigError(f"--budget must be greater than 0, got {budget:g}")
-        if threads is not None:
-            torch.set_num_threads(threads)
+        _set_threads(EngineConfig(threads=threads))
         opened = open_run(run, lambda text: print(text, file=sys.stderr), device=device)
         report = diagnosis.diagnose(opened, n=n, k=k, seed=seed, budget_s=budget, train=train)
-        print(report)
-        page = diagnosis.save(report, run, diagnosis.extras(opened))
+        try:
+            page = diagnosis.save(report, run, diagnosis.extras(opened))
+        finally:  # saved first, for standard output may be closed; printed even if it cannot be saved
+            print(report)
         print(f"\nwith pictures: {page}")
 
 
@@ -250,26 +252,21 @@ def demo(
         over: dict[str, dict[str, Any]] = {"engine": {"seed": seed, "threads": threads, "tensorboard": False}}
         if epochs is not None:
             over["optim"] = {"epochs": epochs}
-        torch.set_num_threads(threads)
-        demos.show(name, over, run_dir or _default_run_dir(f"demo-{name}"), Console())
+        _set_threads(EngineConfig(seed=seed, threads=threads))
+        demos.show(name, over, run_dir or _new_run_dir(f"demo-{name}"), display.console())
 
 
 def _announce(trainer: Trainer, data: Data, console: Console) -> None:
     config = trainer.config
     latent_dim, data_dims = trainer.model.latent_dim, data.dims
-    console.print(
-        f"{data.name}: {len(data.train)} + {len(data.heldout)} held-out {data.described}", highlight=False
-    )
+    console.print(f"{data.name}: {len(data.train)} + {len(data.heldout)} held-out {data.described}")
     parameters = sum(p.numel() for p in trainer.model.parameters())
-    console.print(
-        f"{config.model.kind} VAE, {config.model.likelihood} likelihood, {parameters:,} parameters",
-        highlight=False,
-    )
+    console.print(f"{config.model.kind} VAE, {config.model.likelihood} likelihood, {parameters:,} parameters")
     steps = len(trainer.batches)
     for line in describe.describe(config, latent_dim=latent_dim, data_dims=data_dims, steps_per_epoch=steps):
-        console.print(line, highlight=False)
+        console.print(line)
     if warning := describe.mismatch(config.objective, latent_dim=latent_dim, data_dims=data_dims):
-        console.print(warning, highlight=False, style="yellow")
+        console.print(warning, style="yellow")
 
 
 def _base(preset: str | None, config: Path | None) -> Config:
@@ -295,29 +292,35 @@ def _resumed(folder: RunFolder, preset: str | None, config: Path | None) -> Conf
     return folder.settings()
 
 
-def _default_run_dir(name: str) -> Path:
+def _new_run_dir(name: str) -> Path:
+    """A folder of its own for a run that was given none, and its name: two runs may begin in one second."""
     plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.rstrip("/").rpartition("/")[2])
-    return Path("runs") / f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return new_folder(Path("runs") / f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def _console(fabric: Fabric) -> Console:
-    return Console(quiet=not fabric.is_global_zero)
-
-
-def _set_threads(config: Config) -> None:
-    if config.engine.threads is not None:
-        torch.set_num_threads(config.engine.threads)
+def _set_threads(engine: EngineConfig) -> None:
+    if engine.threads is not None:
+        torch.set_num_threads(engine.threads)
 
 
 @contextmanager
 def _reported() -> Iterator[None]:
     """Errors meant for the user in one line on standard error: status 2 for a wrong setting, 130 for Ctrl-C,
-    else 1."""
+    else 1. Where there is too little memory it is torch's or Python's own error, of many lines."""
     try:
         yield
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise typer.Exit(STOPPED) from None
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        raise typer.Exit(STOPPED) from None
+    except (MemoryError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in reason:
+            raise
+        print(f"error: too little memory for this model and these data ({reason})", file=sys.stderr)
+        raise typer.Exit(1) from error
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error

@@ -28,6 +28,10 @@ __all__ = [
 ]
 
 
+_HUGE = 2**63  # beyond the integers of torch
+_UNITS = 2**20  # the most that a layer can have
+
+
 def _at_least(least: float, default: Any = dataclasses.MISSING) -> Any:
     return field(default=default, metadata={"least": least})
 
@@ -53,13 +57,20 @@ def _typed(kind: Any, value: Any, name: str) -> Any:
             raise ConfigError(f"{name} must be one of {', '.join(known)}; got {value!r}")
         return value
     if kind is float and type(value) is int:
-        return float(value)
+        return float(value) if abs(value) < _HUGE else math.inf  # which _in_range refuses
     if type(value) is not kind:
         raise ConfigError(f"{name} must be of type {kind.__name__}, got {value!r}")
+    if isinstance(value, str) and not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:  # bytes of a command line that are not UTF-8, which TOML has not
+            raise ConfigError(f"{name} must be UTF-8, got {value!r}") from error
     return value
 
 
 def _in_range(name: str, value: float, limits: typing.Mapping[str, float]) -> None:
+    if isinstance(value, int) and abs(value) >= _HUGE:
+        raise ConfigError(f"{name} must be at most {limits.get('most', _HUGE - 1)}, got {value}")
     if not math.isfinite(value):
         raise ConfigError(f"{name} must be finite, got {value}")
     if "least" in limits and value < limits["least"]:
@@ -91,6 +102,10 @@ class DataConfig(_Checked):
     the largest ("threshold"), or each once and for all with its grey as the probability of a 1 ("sample",
     Salakhutdinov & Murray 2008). Text only: ``vocabulary``, the words known, the four
     special tokens included; ``max_tokens``, the longest line of a text file that is kept.
+
+    The user's own: ``max_gib``, data of more GiB are refused, compressed ones before they are unpacked;
+    ``corrupt``: an image file that cannot be read ends the run ("abort"), or is left out and counted
+    ("skip").
     """
 
     name: str
@@ -98,6 +113,8 @@ class DataConfig(_Checked):
     binarize: Literal["no", "threshold", "sample"] = "no"
     vocabulary: int = _at_least(5, 2000)
     max_tokens: int = _at_least(1, 100)
+    max_gib: float = _above(0, 4.0)
+    corrupt: Literal["abort", "skip"] = "abort"
 
 
 @dataclass(frozen=True)
@@ -119,11 +136,11 @@ class ModelConfig(_Checked):
     kind: Literal["auto", "mlp", "conv", "ladder", "row-gru", "linear", "gru", "lstm"] = "auto"
     likelihood: Literal["auto", "bernoulli", "gaussian", "discretized-logistic", "categorical"] = "auto"
     sigma: float | None = _above(0, None)
-    latent_dim: int = _at_least(1, 16)
-    hidden: int = _at_least(1, 128)
-    embedding: int = _at_least(1, 64)
-    top_dim: int | None = _at_least(1, None)
-    latent_channels: int | None = _at_least(1, None)
+    latent_dim: int = _between(1, _UNITS, 16)
+    hidden: int = _between(1, _UNITS, 128)
+    embedding: int = _between(1, _UNITS, 64)
+    top_dim: int | None = _between(1, _UNITS, None)
+    latent_channels: int | None = _between(1, _UNITS, None)
     delta: float | None = _above(0, None)
     batch_norm: float | None = _above(0, None)
     word_dropout: float = _between(0, 1, 0.0)
@@ -220,7 +237,7 @@ class EngineConfig(_Checked):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     devices: int = _at_least(1, 1)
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
-    threads: int | None = _at_least(1, None)
+    threads: int | None = _between(1, 1024, None)
     checkpoint_steps: int | None = _at_least(1, None)
     log_steps: int = _at_least(1, 10)
     tensorboard: bool = True

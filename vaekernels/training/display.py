@@ -12,9 +12,15 @@ from rich.table import Table
 
 from vaekernels.training.evaluate import Evaluation
 
-__all__ = ["Bar", "epoch_line", "evaluation_tables", "progress_bar"]
+__all__ = ["Bar", "console", "epoch_line", "evaluation_tables", "progress_bar"]
 
 _DIMS_PER_ROW = 8
+
+
+def console(*, quiet: bool = False) -> Console:
+    """Standard output. Text is printed as it is: what is printed holds names, paths and sentences of the
+    user's, in which ``[red]`` or ``:smile:`` means nothing."""
+    return Console(quiet=quiet, markup=False, emoji=False, highlight=False)
 
 
 class Bar:
@@ -39,10 +45,10 @@ class Bar:
 def progress_bar(console: Console, *, epochs: int, steps: int, done: int) -> Iterator[Bar]:
     """A live bar on a terminal, nothing elsewhere (a log file gets the line per epoch)."""
     columns = (
-        TextColumn("epoch {task.fields[epoch]}"),
+        TextColumn("epoch {task.fields[epoch]}", markup=False),
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[terms]}"),
+        TextColumn("{task.fields[terms]}", markup=False),
         TimeRemainingColumn(compact=True),
     )
     with Progress(

@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 import gc
+import io
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import TorchCheckpointIO
 
 from vaekernels.training.config import EngineConfig
-from vaekernels.training.errors import ConfigError
+from vaekernels.training.errors import ConfigError, TrainingError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["launch", "leave", "process_group", "single_device"]
+__all__ = ["launch", "leave", "once", "process_group", "single_device"]
+
+T = TypeVar("T")
+
+
+class SavesInPlace(TorchCheckpointIO):
+    """Writes a checkpoint where it is to lie, and nowhere else. Fabric's own way goes by a file in the folder
+    for temporary files, which stays there when the process is killed."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        # By way of memory, as Fabric does: what fails is then the file's writing, with an OSError.
+        content = io.BytesIO()
+        torch.save(checkpoint, content)
+        Path(path).write_bytes(content.getbuffer())
 
 
 def launch(config: EngineConfig) -> Fabric:
@@ -36,9 +55,27 @@ def launch(config: EngineConfig) -> Fabric:
         num_nodes=nodes,
         strategy=strategy,
         precision=config.precision,
+        plugins=[SavesInPlace()],
     )
     fabric.launch()
     return fabric
+
+
+def once(fabric: Fabric, action: Callable[[], T]) -> T:
+    """What ``action`` returns in the first process, in every process. A TrainingError is raised in all of
+    them: the others would wait for the first one."""
+    done: T | None = None
+    failed: TrainingError | None = None
+    if fabric.is_global_zero:
+        try:
+            done = action()
+        except TrainingError as error:
+            failed = error
+    if fabric.world_size > 1:
+        done, failed = fabric.broadcast((done, failed))
+    if failed is not None:
+        raise failed
+    return done  # type: ignore[return-value]
 
 
 def leave(fabric: Fabric) -> None:
@@ -55,7 +92,7 @@ def leave(fabric: Fabric) -> None:
 
 def single_device(name: str) -> torch.device:
     """The device that a run of one process with this setting would take."""
-    _require_available(name)
+    _require_available(EngineConfig(device=name).device)  # type: ignore[arg-type]  # checked at run time
     return Fabric(accelerator=name, devices=1).device
 
 

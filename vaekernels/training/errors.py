@@ -18,7 +18,7 @@ class DataError(TrainingError):
 
 
 class CheckpointError(TrainingError):
-    """A run directory or checkpoint that is missing, unreadable or of another run."""
+    """A run directory or checkpoint that is missing, unreadable, of another run or in use."""
 
 
 class Interrupted(TrainingError):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+from filelock import FileLock
 from lightning_fabric import Fabric
 from rich.console import Console
 from torch import Tensor
@@ -53,6 +55,21 @@ class Progress:
     sums: dict[str, float] = field(
         default_factory=lambda: {"examples": 0.0, "nll": 0.0, "rate": 0.0, "kl": 0.0}
     )
+
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> Progress:
+        """ValueError or TypeError unless ``state`` is that of a checkpoint."""
+        progress, fresh = cls(**state), cls()
+        if len(state) < len(fields(cls)):
+            raise ValueError(f"progress has {', '.join(state) or 'nothing'} only")
+        numbers = [
+            (getattr(progress, f.name), getattr(fresh, f.name)) for f in fields(cls) if f.name != "sums"
+        ]
+        numbers += [(progress.sums[name], value) for name, value in fresh.sums.items()]
+        for value, like in numbers:
+            if type(value) is not type(like) or not value >= 0:
+                raise ValueError(f"progress holds {value!r}")
+        return progress
 
     def count(self, step: Step, examples: int) -> None:
         self.batch += 1
@@ -105,9 +122,10 @@ class Trainer:
         self.folder = RunFolder(run_dir)
         self.progress = Progress()
         self._stop = False
+        self._lock: FileLock | None = None  # of the folder, in the first process
 
         self.fabric = fabric or engine.launch(config.engine)
-        self.console = console if self.fabric.is_global_zero else Console(quiet=True)
+        self.console = console if self.fabric.is_global_zero else display.console(quiet=True)
         seed, rank = config.engine.seed, self.fabric.global_rank
         torch.manual_seed(seed)
         self.model: VAE = build(config.model, data)
@@ -121,17 +139,29 @@ class Trainer:
         self._schedules = self._objective()
         self.strategy = strategies.build(config.strategy, self._schedules)
         self.log = Log(self.folder.log, self.fabric, tensorboard=config.engine.tensorboard)
-        if resume:
-            self._resume()
-        else:
-            self._start()
+        try:
+            engine.once(self.fabric, self._hold if resume else self._create)
+            if resume:
+                self._resume()
+            else:
+                self._start()
+        except BaseException:
+            self._release()
+            raise
 
     def fit(self) -> Evaluation:
-        """Train to the last epoch, evaluate, write ``metrics.json``.
+        """Train to the last epoch, evaluate, write ``metrics.json``. Then, whatever happened, other processes
+        may go on with the run.
 
         Interrupted after Ctrl-C, with all saved; NonFiniteError when a loss, a gradient or the evaluation is
         NaN or inf, with the last good checkpoint kept; CheckpointError when something cannot be written.
         """
+        try:
+            return self._fit()
+        finally:
+            self._release()
+
+    def _fit(self) -> Evaluation:
         epochs = self.config.optim.epochs
         evaluation: Evaluation | None = None
         steps = epochs * len(self.batches)
@@ -169,9 +199,13 @@ class Trainer:
         evaluation = self._evaluate()
         progress.seconds = time.perf_counter() - started
         self.strategy.end_epoch(self, evaluation)
-        self._log_epoch(evaluation)
+        line = self._log_epoch(evaluation)
         progress.next_epoch()
         self._save()
+        if (
+            line is not None
+        ):  # printed last: a standard output that was closed costs nothing that is not saved
+            self.console.print(line, highlight=False)
         return evaluation
 
     def update(self, batch: Tensor, trained: Part) -> Step:
@@ -274,10 +308,18 @@ class Trainer:
 
     # --- what is kept
 
+    def _create(self) -> None:
+        self._lock = self.folder.create()
+        self.folder.write_config(self.config)
+
+    def _hold(self) -> None:
+        self._lock = self.folder.hold()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
     def _start(self) -> None:
-        if self.fabric.is_global_zero:
-            self.folder.create()
-            self.folder.write_config(self.config)
         self.log.start()
 
     def _resume(self) -> None:
@@ -289,12 +331,12 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.strategy.load_state_dict(state["strategy"])
-            self.progress = Progress(**state["progress"])
+            self.progress = Progress.of(state["progress"])
             self._schedules.load_state_dict(state["schedules"])
             same_noise = checkpoint.restore_random_states(self.fabric, state["random"], self.noise)
-        except (KeyError, RuntimeError, TypeError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
+        except ConfigError:
+            raise
+        except Exception as error:  # a dozen types, for what is not of the type that it should be
             raise checkpoint.misfit(path, self.folder.config, error) from error
         if not same_noise:
             self.noise.manual_seed(
@@ -308,7 +350,7 @@ class Trainer:
             )
         if self.fabric.is_global_zero:
             self.folder.write_config(self.config)
-        self.log.resume(self.progress.step)
+        self.log.resume(self.progress.step, self.progress.epoch)
 
     def _save(self) -> None:
         progress = self.progress
@@ -324,7 +366,8 @@ class Trainer:
         }
         checkpoint.save(self.fabric, self.folder.checkpoint, state)
 
-    def _log_epoch(self, evaluation: Evaluation) -> None:
+    def _log_epoch(self, evaluation: Evaluation) -> str | None:
+        """What to print of the epoch, if this is one to print."""
         progress = self.progress
         epoch, epochs = progress.epoch + 1, self.config.optim.epochs
         weight = self.objective.weight.item()
@@ -337,7 +380,8 @@ class Trainer:
         }
         self.log.write("epoch", progress.step, values)
         if epoch == epochs or epoch % math.ceil(epochs / _EPOCH_LINES) == 0:
-            self.console.print(display.epoch_line(epoch, epochs, weight, evaluation), highlight=False)
+            return display.epoch_line(epoch, epochs, weight, evaluation)
+        return None
 
     def _metrics(self, evaluation: Evaluation) -> dict[str, Any]:
         data = self.data

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from vaekernels.training import checkpoint, settings
 from vaekernels.training.config import Config, differences
 from vaekernels.training.errors import CheckpointError, ConfigError
 
-__all__ = ["CHECKPOINT", "CONFIG", "LOG", "METRICS", "RunFolder"]
+__all__ = ["CHECKPOINT", "CONFIG", "LOCK", "LOG", "METRICS", "RunFolder", "new_folder"]
 
 CHECKPOINT, CONFIG, LOG, METRICS = "checkpoint.pt", "config.toml", "log.jsonl", "metrics.json"
+LOCK = "run.lock"
 
 # May differ between a run and its resumption: they do not change which run it is.
 _RESUMABLE = (
@@ -26,7 +31,8 @@ _RESUMABLE = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """``config.toml``, ``log.jsonl``, ``checkpoint.pt``, ``metrics.json``, and ``tensorboard/``."""
+    """``config.toml``, ``log.jsonl``, ``checkpoint.pt``, ``metrics.json``, ``tensorboard/`` and ``run.lock``,
+    which may stay behind: the lock itself is the operating system's, and ends with the process."""
 
     path: Path
 
@@ -46,21 +52,53 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / METRICS
 
-    def create(self) -> None:
-        """Make the folder. CheckpointError if it holds a run or cannot be made or written into."""
-        if self.checkpoint.exists() or self.config.exists():
-            raise CheckpointError(
-                f"{self.path} already holds a run; go on with it by --resume {self.path}, or give another "
-                f"--run-dir"
-            )
+    def create(self) -> FileLock:
+        """Make the folder and :meth:`hold` it. CheckpointError if it holds a run or cannot be made or written
+        into."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"cannot make {self.path}: {error.strerror}") from error
+        lock = self.hold()
+        if self.checkpoint.exists() or self.config.exists():
+            lock.release()
+            raise CheckpointError(
+                f"{self.path} already holds a run; go on with it by --resume {self.path}, or give another "
+                f"--run-dir"
+            )
+        return lock
+
+    def hold(self) -> FileLock:
+        """The lock by which one process alone trains in the folder, held until its ``release()`` or the end
+        of this process, even by a crash. CheckpointError if another process holds it.
+
+        Reading needs no lock: every file is whole at every moment, but for a last line of the log.
+        """
+        path = self.path / LOCK
+        holder = _first_line(path)
+        lock = FileLock(path, timeout=0, thread_local=False)
+        try:
+            lock.acquire()
+            # Where a file system has no locks, filelock warns and keeps a file that says this itself.
+            if _first_line(path) != str(os.getpid()):
+                path.write_text(f"{os.getpid()}\n")
+        except Timeout:
+            who = f"process {holder}" if holder else "another process"
+            raise CheckpointError(
+                f"{who} trains in {self.path}; wait for it or stop it, or give another --run-dir"
+            ) from None
+        except OSError as error:
+            lock.release()
+            raise CheckpointError(f"cannot lock {path}: {error.strerror or error}") from error
+        return lock
 
     def settings(self) -> Config:
         """The settings of the run in this folder. CheckpointError if there is none."""
-        if not self.config.is_file():
+        try:
+            there = self.config.is_file()
+        except OSError as error:
+            raise CheckpointError(f"cannot read {self.config}: {error.strerror}") from error
+        if not there:
             raise CheckpointError(f"no run in {self.path} (it has no {CONFIG})")
         return settings.load(self.config)
 
@@ -75,3 +113,27 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         checkpoint.write_text(self.config, settings.to_toml(config))
+
+
+def new_folder(path: Path) -> Path:
+    """``path``, made now, or where that is there already the first of ``path-2``, ``path-3``, ... that is
+    not: no two callers get the same. CheckpointError if it cannot be made."""
+    for number in count(1):
+        made = path if number == 1 else path.with_name(f"{path.name}-{number}")
+        try:
+            made.mkdir(parents=True)
+        except FileExistsError:
+            if not made.parent.is_dir():
+                raise CheckpointError(f"cannot make {made}: {made.parent} is no directory") from None
+        except OSError as error:
+            raise CheckpointError(f"cannot make {made}: {error.strerror}") from error
+        else:
+            return made
+    raise AssertionError
+
+
+def _first_line(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").partition("\n")[0][:20]
+    except OSError:
+        return ""

@@ -44,7 +44,7 @@ def open_run(path: Path, say: Callable[[str], None], *, device: str | None = Non
     try:
         model.load_state_dict(state["model"])
         step = int(state["progress"]["step"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:  # a dozen types, for what is not of the type that it should be
         raise checkpoint.misfit(folder.checkpoint, folder.config, error) from error
     where = engine.single_device(device or config.engine.device)
     return Run(folder, config, data, model.to(where).eval(), where, step)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from vaekernels._files import open_regular
 from vaekernels.training.config import Config
 from vaekernels.training.errors import ConfigError
 
@@ -35,18 +36,27 @@ def load(path: Path) -> Config:
 
 def from_toml(text: str) -> Config:
     """The config in a TOML text."""
-    return from_mapping(Config, tomllib.loads(text))
+    return from_mapping(Config, _loads(text))
 
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. ConfigError names the file, and the line where it is no TOML."""
     try:
-        tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-        return tables
+        with open_regular(path) as file:
+            return _loads(file.read().decode())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:  # of the text as TOML, or of the bytes as UTF-8
         raise ConfigError(f"{path} is not a TOML file: {error}") from error
+
+
+def _loads(text: str) -> dict[str, Any]:
+    """The tables of a TOML text. ValueError if it is none."""
+    try:
+        tables: dict[str, Any] = tomllib.loads(text)
+        return tables
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def to_toml(config: Config) -> str:
@@ -81,7 +91,7 @@ def _value(text: str) -> Any:
     if text.lower() == "none":
         return None
     try:
-        return tomllib.loads(f"x = {text}")["x"]
+        return _loads(f"x = {text}")["x"]
     except ValueError:
         return text
 

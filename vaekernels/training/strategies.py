@@ -46,7 +46,7 @@ class Strategy:
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state:
+        if state != {}:
             raise ValueError(f"the strategy has no state, got {dict(state)!r}")
 
 
@@ -57,7 +57,7 @@ class Aggressive(Strategy):
     An ordinary step changes the decoder alone, after up to ``inner_steps`` steps of the encoder alone on
     batches of their own, which end when their mean loss over ``check_every`` of them no longer falls. All of
     this ends after the first epoch in which the mutual information of x and z on held-out data is lower than
-    in the one before.
+    in the one before. An information that is not finite is ignored, and counted in ``ignored``.
     """
 
     def __init__(self, objective: Objective, *, inner_steps: int, check_every: int) -> None:
@@ -66,6 +66,7 @@ class Aggressive(Strategy):
         self._drawn = 0  # batches of the encoder's own
         self._information = -math.inf
         self.burning_in = True
+        self.ignored = 0
 
     @property
     def trained(self) -> Part:  # type: ignore[override]
@@ -88,6 +89,13 @@ class Aggressive(Strategy):
         if not self.burning_in:
             return
         information = evaluation.mi_lower.value
+        if not math.isfinite(information):
+            self.ignored += 1
+            trainer.console.print(
+                f"the mutual information is {information}: ignored ({self.ignored} so far), aggressive "
+                "training goes on"
+            )
+            return
         self.burning_in = information >= self._information
         self._information = information
         if not self.burning_in:
@@ -96,12 +104,18 @@ class Aggressive(Strategy):
             )
 
     def state_dict(self) -> dict[str, Any]:
-        return {"drawn": self._drawn, "information": self._information, "burning_in": self.burning_in}
+        return {
+            "drawn": self._drawn,
+            "information": self._information,
+            "burning_in": self.burning_in,
+            "ignored": self.ignored,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._drawn = int(state["drawn"])
         self._information = float(state["information"])
         self.burning_in = bool(state["burning_in"])
+        self.ignored = int(state["ignored"])
 
 
 class Pretrained(Strategy):

@@ -131,8 +131,9 @@ class Text(Data):
 
 
 def encode_sentences(sentences: Sequence[Sequence[str]], vocabulary: Sequence[str]) -> Tensor:
-    """int64 [N, T] with T one more than the longest sentence; words outside the vocabulary become UNK."""
-    index = {word: token for token, word in enumerate(vocabulary)}
+    """int64 [N, T] with T one more than the longest sentence; words outside the vocabulary become UNK. The
+    vocabulary begins with SPECIALS, which no word of a sentence is: a literal ``<pad>`` is a word."""
+    index = {word: token for token, word in enumerate(vocabulary) if token >= len(SPECIALS)}
     x = torch.full((len(sentences), 1 + max(map(len, sentences))), PAD, dtype=torch.int64)
     for row, words in zip(x, sentences, strict=True):
         row[: len(words)] = torch.tensor([index.get(word, UNK) for word in words])

@@ -14,11 +14,12 @@ import platform
 import re
 import sys
 import sysconfig
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from vaekernels._build import NO_CACHE, user_cache
+from vaekernels._files import open_regular, write_atomically
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data.base import Data
 from vaekernels.training.data.synthetic_text import load_synthetic_text
@@ -94,24 +95,29 @@ def _docstrings(path: Path) -> Iterator[str]:
                 pending.extend(reversed(children))
 
 
-def cache_dir() -> Path:
-    """Where this user's caches are, by the custom of the system."""
+def cache_dir() -> Path | None:
+    """Where this user's caches are, by the custom of the system; None where there is no such place."""
+    base: str | Path | None
     if sys.platform == "win32":
         base = os.environ.get("LOCALAPPDATA") or str(Path.home() / "AppData" / "Local")
     elif sys.platform == "darwin":
         base = str(Path.home() / "Library" / "Caches")
     else:
-        base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "vaekernels"
+        base = user_cache()
+    return None if base is None else Path(base) / "vaekernels"
 
 
 def _cached(root: Path, say: Callable[[str], None]) -> list[str]:
     place = hashlib.sha256(os.fsencode(root)).hexdigest()[:8]
-    path = cache_dir() / f"docstrings-{platform.python_version()}-{place}.json"
-    sentences = _read_cache(path)
+    folder = cache_dir()
+    path = None if folder is None else folder / f"docstrings-{platform.python_version()}-{place}.json"
+    sentences = None if path is None else _read_cache(path)
     if sentences is None:
         say(f"reading the docstrings under {root} (once, some 10 seconds) ...")
         sentences = read_sentences(root)
+        if path is None:
+            say(f"{NO_CACHE}; the next run reads them again")
+            return sentences
         try:
             _write_cache(path, sentences)
         except OSError as error:
@@ -127,10 +133,11 @@ def _read_cache(path: Path) -> list[str] | None:
     """The sentences, or None where the file is absent, damaged or of another format: they are then read
     again."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        with open_regular(path) as file:
+            stored = json.loads(file.read())
         sentences = stored["sentences"]
         whole = stored["format"] == _FORMAT and stored["sha256"] == _hash(sentences)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     return sentences if whole else None
 
@@ -138,11 +145,4 @@ def _read_cache(path: Path) -> list[str] | None:
 def _write_cache(path: Path, sentences: list[str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"format": _FORMAT, "sha256": _hash(sentences), "sentences": sentences}
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(content, file, ensure_ascii=False, indent=0)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=0))

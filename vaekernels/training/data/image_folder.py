@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,59 +13,98 @@ import torch
 
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data.base import Data
+from vaekernels.training.data.files import Most
 from vaekernels.training.data.shapes import as_arrays
 from vaekernels.training.errors import DataError
 
 __all__ = ["load_images"]
 
+# By suffix; Pillow tries these formats and no other. Left to itself it goes by the content, and starts
+# Ghostscript for PostScript.
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+_FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _GREY = ("1", "L")
 _COLOUR = ("RGB", "P", "RGBA", "CMYK", "YCbCr", "LA", "PA")  # become RGB
 
 
 def load_images(config: DataConfig, say: Callable[[str], None]) -> Data:
     """``images:DIR``: the images in a folder and the folders below it, in the order of their paths, all of
-    one size. Grey if all are, else RGB; transparency is dropped."""
+    one size, turned as their EXIF orientation says. Grey if all are, else RGB; transparency is dropped.
+    Hidden files are left out and counted; with ``config.corrupt`` "skip", so are those that cannot be
+    read."""
     root = Path(config.name.partition(":")[2])
-    paths = _paths(root)
+    paths = _paths(root, say)
     say(f"reading {len(paths)} images under {root} ...")
-    first = _read(paths[0])
-    images = [first]
-    for path in paths[1:]:
-        image = _read(path)
-        if image.shape[:2] != first.shape[:2]:
+    most = Most(config)
+    read: list[tuple[Path, np.ndarray]] = []
+    bad: list[DataError] = []
+    colour = False
+    for path in paths:
+        try:
+            image = _read(path)
+        except DataError as error:
+            if config.corrupt == "abort":
+                raise DataError(f"{error}; --set data.corrupt=skip leaves such files out") from error
+            bad.append(error)
+            continue
+        if read and image.shape[:2] != read[0][1].shape[:2]:
             raise DataError(
-                f"images of different size: {paths[0]} is {_size(first)}, {path} is {_size(image)}; resize "
-                f"them to one size"
+                f"images of different size: {read[0][0]} is {_size(read[0][1])}, {path} is {_size(image)}; "
+                f"resize them to one size"
             )
-        images.append(image)
-    if any(image.ndim == 3 for image in images):
+        colour |= image.ndim == 3
+        most.check(
+            f"{root}: {len(paths)} images", len(paths) * math.prod(image.shape[:2]) * (3 if colour else 1)
+        )
+        read.append((path, image))
+    if bad:
+        say(f"left out {len(bad)} of {len(paths)} files, the first of them {bad[0]}")
+    if not read:
+        raise DataError(f"{root}: none of {len(paths)} files is an image that can be read")
+    images = [image for _, image in read]
+    if colour:
         images = [image if image.ndim == 3 else np.stack([image] * 3, axis=2) for image in images]
     return as_arrays(config.name, torch.from_numpy(np.stack(images)), str(root))
 
 
-def _paths(root: Path) -> list[Path]:
-    if not root.is_dir():
-        raise DataError(f"cannot read {root}: {'not a folder' if root.exists() else 'No such folder'}")
-    paths = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+def _paths(root: Path, say: Callable[[str], None]) -> list[Path]:
+    try:
+        if not stat.S_ISDIR(os.stat(root).st_mode):
+            raise DataError(f"cannot read {root}: not a folder")
+    except (OSError, ValueError) as error:  # ValueError: NUL in the path
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"cannot read {root}: {reason}") from error
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    hidden = [path for path in found if _is_hidden(path.relative_to(root))]
+    paths = [path for path in found if not _is_hidden(path.relative_to(root))]
+    if hidden:
+        say(f"left out {len(hidden)} hidden files, the first of them {hidden[0]}")
     if not paths:
         raise DataError(f"no images under {root}; known are {', '.join(_SUFFIXES)}")
     return paths
 
 
+def _is_hidden(path: Path) -> bool:
+    """As ``._x.jpg``, where macOS keeps what other file systems cannot, and ``.ipynb_checkpoints/x.jpg``."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
 def _read(path: Path) -> np.ndarray:
     """uint8 [H, W] or [H, W, 3]."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as opened:
+            image = ImageOps.exif_transpose(opened)
             if image.mode in _GREY:
                 return np.asarray(image.convert("L"))
             if image.mode in _COLOUR:
                 return np.asarray(image.convert("RGB"))
-            raise DataError(f"{path}: pixels of mode {image.mode!r}; takes 8-bit grey or colour images")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises a dozen types for damaged files, and one for too many pixels
         raise DataError(f"{path}: damaged or no image ({error})") from error
+    raise DataError(f"{path}: pixels of mode {image.mode!r}; takes 8-bit grey or colour images")
 
 
 def _size(image: np.ndarray) -> str:

@@ -11,11 +11,13 @@ from vaekernels.training.errors import DataError
 __all__ = ["as_arrays"]
 
 _COLOURS = (1, 3)
+_CHANNELS = (1, 2, 3, 4)
 
 
 def as_arrays(name: str, x: Tensor, where: str) -> Arrays:
-    """[N, D] vectors, [N, H, W] grey images, [N, C, H, W] or (last axis 1 or 3, second not) [N, H, W, C]
-    images. bool becomes 2 levels, uint8 256, floats stay real numbers; anything else is a DataError."""
+    """[N, D] vectors, [N, H, W] grey images, [N, C, H, W] or [N, H, W, C] images: the last axis is the
+    channels if it is 1 or 3 and the second is neither, or if it alone is at most 4. bool becomes 2 levels,
+    uint8 256, floats stay real numbers; anything else is a DataError."""
     if x.dim() not in (2, 3, 4) or 0 in x.shape[1:]:
         raise DataError(
             f"{where}: shape {list(x.shape)}; takes [N, D] vectors, [N, H, W], [N, C, H, W] or [N, H, W, C] "
@@ -23,7 +25,7 @@ def as_arrays(name: str, x: Tensor, where: str) -> Arrays:
         )
     if x.dim() == 3:
         x = x.unsqueeze(1)
-    elif x.dim() == 4 and x.shape[3] in _COLOURS and x.shape[1] not in _COLOURS:
+    elif x.dim() == 4 and _channels_last(x):
         x = x.permute(0, 3, 1, 2)
     if x.dtype == torch.bool:
         x, levels = x.to(torch.uint8), 2
@@ -38,3 +40,10 @@ def as_arrays(name: str, x: Tensor, where: str) -> Arrays:
         raise DataError(f"{where}: dtype {str(x.dtype).removeprefix('torch.')}; takes uint8, bool or floats")
     train, heldout = split(x.contiguous(), where)
     return Arrays(name, train, heldout, digest(x), levels=levels)
+
+
+def _channels_last(x: Tensor) -> bool:
+    _, second, third, last = x.shape
+    if last in _COLOURS and second not in _COLOURS:
+        return True
+    return last in _CHANNELS and second not in _CHANNELS and third not in _CHANNELS

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from vaekernels._files import lines_of
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data.base import FEWEST, Data
+from vaekernels.training.data.files import Most, file_size, opened
 from vaekernels.training.data.vocabulary import text_data
 from vaekernels.training.errors import DataError
 
@@ -14,10 +16,11 @@ __all__ = ["load_text"]
 
 
 def load_text(config: DataConfig, say: Callable[[str], None]) -> Data:
-    """``text:PATH``: a UTF-8 file, one sentence per line, words separated by white space. Empty lines are
-    passed over; lines of more than ``config.max_tokens`` words are left out, and ``say`` is told how many."""
+    """``text:PATH``: a UTF-8 file, one sentence per line, words separated by white space; ``<unk>`` in it is
+    the unknown token. Only a newline ends a line. Empty lines are passed over; lines of more than
+    ``config.max_tokens`` words are left out, and ``say`` is told how many."""
     path = Path(config.name.partition(":")[2])
-    lines = [line.split() for line in _decoded(path).splitlines()]
+    lines = [line.split() for line in lines_of(_decoded(path, Most(config)))]
     sentences = [words for words in lines if 0 < len(words) <= config.max_tokens]
     if len(sentences) < FEWEST:
         raise DataError(
@@ -33,11 +36,10 @@ def load_text(config: DataConfig, say: Callable[[str], None]) -> Data:
     return text_data(config.name, sentences, config.vocabulary)
 
 
-def _decoded(path: Path) -> str:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from error
+def _decoded(path: Path, most: Most) -> str:
+    with opened(path) as file:
+        most.check(str(path), file_size(file))
+        content = file.read()
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

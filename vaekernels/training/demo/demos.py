@@ -78,10 +78,12 @@ def show(name: str, over: Mapping[str, object], folder: Path, console: Console) 
         found: list[Outcome] = []
         for variant in part.variants:
             number = sum(map(len, outcomes)) + len(found) + 1
-            console.print(f"[bold]{number} of {total}: {variant.title}[/bold]", highlight=False)
+            console.print(f"{number} of {total}: {variant.title}", style="bold", highlight=False)
             found.append(run(variant, over, folder / variant.folder, console))
             console.print()
         outcomes.append(found)
+    titled = [(part.title, found) for part, found in zip(parts, outcomes, strict=True)]
+    write_text(folder / PAGE, page.render(name, titled))
     for part, found in zip(parts, outcomes, strict=True):
         console.print(words.table(part.title, found))
         if excerpt := words.excerpt(found):
@@ -89,7 +91,5 @@ def show(name: str, over: Mapping[str, object], folder: Path, console: Console) 
         for line in words.conclusions(found):
             console.print(f"- {line}", highlight=False)
         console.print()
-    titled = [(part.title, found) for part, found in zip(parts, outcomes, strict=True)]
-    write_text(folder / PAGE, page.render(name, titled))
     console.print(f"side by side, with pictures: {folder / PAGE}", highlight=False, soft_wrap=True)
     return outcomes

@@ -9,7 +9,8 @@ import jinja2
 import torch
 from torch import Tensor
 
-from vaekernels.collapse import Curve, pictures
+from vaekernels.collapse import Curve
+from vaekernels.collapse import plots as pictures
 from vaekernels.training import gallery
 from vaekernels.training.demo import words
 from vaekernels.training.demo.outcome import Outcome

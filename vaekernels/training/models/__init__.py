@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
+import torch
+
 from vaekernels.training.config import ModelConfig
 from vaekernels.training.data.base import Arrays, Data, Text
+from vaekernels.training.errors import ConfigError
 from vaekernels.training.models.base import VAE, Sample, reset
 from vaekernels.training.models.conv import ConvVAE
 from vaekernels.training.models.ladder import LadderVAE
@@ -41,11 +46,33 @@ __all__ = [
     "widened",
 ]
 
+_BYTES = 16  # of a parameter in training: itself, its gradient and Adam's two averages, in float32
+
 
 def build(config: ModelConfig, data: Data) -> VAE:
     """A freshly initialised model for ``data``; draws from torch's default generator. ``config`` has passed
-    :func:`vaekernels.training.combinations.resolve`, which takes the place of every "auto"."""
+    :func:`vaekernels.training.combinations.resolve`, which takes the place of every "auto". ConfigError if
+    the machine has too little memory to train it: nothing is allocated before."""
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in _build(config, data).parameters())
+    needed, there = parameters * _BYTES, _memory()
+    if there is not None and needed > there:
+        raise ConfigError(
+            f"the model has {parameters:,} parameters, which take {needed / 2**30:,.0f} GiB in training; "
+            f"this machine has {there / 2**30:,.0f}; make model.hidden ({config.hidden}) or another size "
+            f"smaller"
+        )
+    return _build(config, data)
 
+
+def _memory() -> int | None:
+    """Bytes that the machine has, where the system tells."""
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):
+        return None
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _build(config: ModelConfig, data: Data) -> VAE:
     def posterior(dims: int) -> Posterior:
         return Posterior(dims, delta=config.delta, batch_norm=config.batch_norm)
 

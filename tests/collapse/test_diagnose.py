@@ -1,0 +1,447 @@
+"""`diagnose` as its users meet it: inputs, refusals, budgets, and that it keeps its word."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from planted import Linear, generator, normal
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset, TensorDataset
+
+from vaekernels import collapse
+from vaekernels.collapse import verdict
+from vaekernels.collapse.estimate import Estimate
+from vaekernels.collapse.verdict import Dim, rule
+
+MODEL = Linear.worth([0.8, 0.3, 0.0], generator(0))
+X = MODEL.sample(400, generator(1))
+
+
+def diagnose(*arguments: Any, **settings: Any) -> collapse.Report:
+    return collapse.diagnose(*arguments, **{"n": 200, "k": 8, "progress": False, **settings})
+
+
+def numbers(report: collapse.Report) -> dict[str, Any]:
+    said = report.to_json()
+    return {name: said[name] for name in ("verdict", "metrics", "dims", "rate_distortion", "gaps", "train")}
+
+
+@pytest.fixture(scope="module")
+def report() -> collapse.Report:
+    return diagnose(MODEL.encode, MODEL.log_likelihood, X, train=MODEL.sample(400, generator(2)))
+
+
+def test_the_contract(report: collapse.Report) -> None:
+    assert report.verdict == "informative" and report.subtype is None and report.overfit is False
+    assert [dim.state for dim in report.dims] == ["active", "active", "pruned"]
+    for name in [
+        "mi_lower",
+        "mi_upper",
+        "rate",
+        "i_dec",
+        "delta_shuffle",
+        "delta_prior",
+        "delta_mean",
+        "nelbo",
+        "iwae_nll",
+        "aggregate_kl",
+        "svi_gain",
+        "active_units",
+    ]:
+        estimate = report.metrics[name]
+        assert isinstance(estimate, Estimate), name
+        assert estimate.low <= estimate.value <= estimate.high, name
+    assert report.train is not None and report.train["nelbo"] is not None
+    assert set(report.gaps) == {"nelbo", "delta_shuffle", "i_dec"}
+    assert set(report.skipped) == {"beta", "effective_beta", "free_bits"}
+
+
+def test_refined_codes_lie_below_the_held_out_point_by_their_gain(report: collapse.Report) -> None:
+    """On the plane, though they were measured on 128 examples, whose mean is another."""
+    nelbo = {name: sum(point) for name, point in report.rate_distortion.items()}
+    gain = report.metrics["svi_gain"].value
+    assert nelbo["held out"] - nelbo["refined by gradient"] == pytest.approx(gain, abs=1e-9)
+
+
+def test_the_same_seed_gives_the_same_report(report: collapse.Report) -> None:
+    train = MODEL.sample(400, generator(2))
+    state = torch.get_rng_state()
+    again = diagnose(MODEL.encode, MODEL.log_likelihood, X, train=train)
+    assert numbers(again) == numbers(report)
+    assert torch.equal(torch.get_rng_state(), state)  # no one else's random numbers were touched
+    other = diagnose(MODEL.encode, MODEL.log_likelihood, X, train=train, seed=1)
+    assert numbers(other) != numbers(report)
+
+
+class Pairs(Dataset[tuple[Tensor, int]]):
+    def __len__(self) -> int:
+        return len(X)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return X[index], index
+
+
+class Stream(IterableDataset[Tensor]):
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(X)
+
+
+def test_tensors_tuples_and_datasets(report: collapse.Report) -> None:
+    seen: list[type] = []
+
+    def encode(x: Any) -> tuple[Tensor, Tensor]:
+        seen.append(type(x))
+        return MODEL.encode(x[0])
+
+    def log_likelihood(x: Any, z: Tensor) -> Tensor:
+        seen.append(type(x))
+        return MODEL.log_likelihood(x[0], z)
+
+    expected = numbers(diagnose(MODEL.encode, MODEL.log_likelihood, X))
+    for heldout in ((X, torch.arange(400)), [X, X], TensorDataset(X, torch.zeros(400)), Pairs()):
+        assert numbers(diagnose(encode, log_likelihood, heldout)) == expected
+    assert set(seen) == {tuple}
+    one_tensor = TensorDataset(X)  # its items are tuples of one
+    assert numbers(diagnose(encode, log_likelihood, one_tensor)) == expected
+    streamed = diagnose(MODEL.encode, MODEL.log_likelihood, Stream())
+    assert streamed.settings["examples"] == {"heldout": 200}
+    assert streamed.verdict == "informative"
+
+
+@pytest.mark.parametrize(
+    "heldout, error, words",
+    [
+        (X[:3], ValueError, r"heldout must have at least 4 examples, got 3"),
+        (X[:0], ValueError, r"at least 4 examples, got 0"),
+        (TensorDataset(X[:2]), ValueError, r"at least 4 examples, got 2"),
+        ((X, X[:7]), ValueError, r"equally many in every tensor, got shapes \[400, 5\], \[7, 5\]"),
+        (torch.tensor(1.0), ValueError, r"examples along the first axis"),
+        (
+            "docstrings",
+            TypeError,
+            r"heldout must be a tensor, a tuple of tensors or a torch Dataset, got str",
+        ),
+        ((), TypeError, r"got tuple"),
+        ([X, "label"], TypeError, r"got tuple"),
+    ],
+)
+def test_wrong_examples_are_named(heldout: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        diagnose(MODEL.encode, MODEL.log_likelihood, heldout)
+
+
+def test_items_that_are_no_tensors() -> None:
+    class Records(Dataset[dict[str, Tensor]]):
+        def __len__(self) -> int:
+            return 10
+
+        def __getitem__(self, index: int) -> dict[str, Tensor]:
+            return {"x": X[index]}
+
+    with pytest.raises(TypeError, match="items of a Dataset must be tensors or tuples of tensors, got dict"):
+        diagnose(MODEL.encode, MODEL.log_likelihood, Records())
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"n": 3}, "n must be an integer of at least 4, got 3"),
+        ({"k": 1}, "k must be an integer of at least 2, got 1"),
+        ({"k": 2.5}, "k must be an integer of at least 2, got 2.5"),
+        ({"budget_s": 0}, "budget_s must be positive"),
+    ],
+)
+def test_wrong_settings_are_named(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        diagnose(MODEL.encode, MODEL.log_likelihood, X, **settings)
+
+
+def test_the_train_split_is_named() -> None:
+    with pytest.raises(ValueError, match="train must have at least 4 examples, got 1"):
+        diagnose(MODEL.encode, MODEL.log_likelihood, X, train=X[:1])
+
+
+@pytest.mark.parametrize(
+    "encode, log_likelihood, error, words",
+    [
+        (lambda x: (x, x[:, :2]), MODEL.log_likelihood, ValueError, r"mu and logvar of shape \[B, D\]"),
+        (lambda x: x, MODEL.log_likelihood, TypeError, r"must return the tensors \(mu, logvar\), got Tensor"),
+        (MODEL.encode, lambda x, z: z, ValueError, r"shape \[64\], got \[64, 3\]"),
+        (MODEL.encode, lambda x, z: 1.0, ValueError, r"shape \[64\], got float"),
+        (
+            lambda x: (x * math.nan, x),
+            lambda x, z: x[:, 0],
+            ValueError,
+            "encode gave NaN or inf for 64 of 64",
+        ),
+        (
+            MODEL.encode,
+            lambda x, z: z[:, 0].log(),
+            ValueError,
+            r"log_likelihood gave NaN or inf for \d+ of 64",
+        ),
+    ],
+)
+def test_wrong_functions_are_named(
+    encode: Any, log_likelihood: Any, error: type[Exception], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        diagnose(encode, log_likelihood, X)
+
+
+def test_infinities_of_other_codes_are_named() -> None:
+    """Finite on what the model was tried with, mu; infinite on some of the codes that the measures need."""
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        return MODEL.log_likelihood(x, z) + torch.where(z[:, 2].abs() > 2.2, -math.inf, 0.0)
+
+    with pytest.raises(ValueError, match=r"log_likelihood \(heldout\) gave NaN or inf for \d+ of 200"):
+        diagnose(MODEL.encode, log_likelihood, X)
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout(0.1), nn.BatchNorm1d(5)])
+@pytest.mark.parametrize("where", ["encode", "log_likelihood"])
+def test_a_model_in_train_mode_is_refused(layer: nn.Module, where: str) -> None:
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        return MODEL.encode(layer(x) if where == "encode" else x)
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        return MODEL.log_likelihood(layer(x) if where == "log_likelihood" else x, z)
+
+    layer.train()
+    with pytest.raises(ValueError, match=rf"{where} gave different values.*eval\(\)"):
+        diagnose(encode, log_likelihood, X)
+    layer.eval()
+    assert diagnose(encode, log_likelihood, X).checks["deterministic"]
+
+
+def test_a_floating_point_hair_is_no_randomness() -> None:
+    calls = iter(range(10**9))
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = MODEL.encode(x)
+        return mu * (1 + 1e-6 * (next(calls) % 2)), logvar
+
+    diagnose(encode, MODEL.log_likelihood, X)
+
+
+def test_latents_of_another_shape() -> None:
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = MODEL.encode(x)
+        return mu.view(-1, 3, 1), logvar.reshape(-1, 3, 1)
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        assert z.shape[1:] == (3, 1)
+        return MODEL.log_likelihood(x, z[..., 0])
+
+    with pytest.raises(ValueError, match="flatten_latents"):
+        diagnose(encode, log_likelihood, X)
+    flat = collapse.flatten_latents(encode, log_likelihood, (3, 1))
+    assert numbers(diagnose(*flat, X)) == numbers(diagnose(MODEL.encode, MODEL.log_likelihood, X))
+    with pytest.raises(ValueError, match=r"latent_shape is \[4\], but encode returned \[B, ...\] of"):
+        diagnose(*collapse.flatten_latents(encode, log_likelihood, (4,)), X)
+    with pytest.raises(ValueError, match="one or more positive sizes"):
+        collapse.flatten_latents(encode, log_likelihood, ())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_codes_come_back_in_the_encoders_dtype(dtype: torch.dtype) -> None:
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = MODEL.encode(x)
+        return mu.to(dtype), logvar.to(dtype)
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        assert z.dtype == dtype
+        return MODEL.log_likelihood(x, z.float())
+
+    assert diagnose(encode, log_likelihood, X).verdict == "informative"
+
+
+@pytest.mark.parametrize("n", [4, 5, 30])
+def test_few_examples_are_not_enough_for_a_verdict_on_small_effects(n: int) -> None:
+    report = diagnose(MODEL.encode, MODEL.log_likelihood, X[:n], train=X[n : 2 * n], k=32)
+    assert report.settings["contrast_codes"] == min(32, n // 2)
+    assert report.verdict in ("informative", "partial", "near-collapsed", "undetermined")
+    if n <= 5:
+        assert report.verdict == "undetermined"
+    assert len(str(report).splitlines()) > 20
+
+
+def test_works_inside_no_grad_and_inference_mode(report: collapse.Report) -> None:
+    train = MODEL.sample(400, generator(2))
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            inside = X.clone()
+            assert numbers(diagnose(MODEL.encode, MODEL.log_likelihood, inside, train=train)) == numbers(
+                report
+            )
+
+
+# --- budget -------------------------------------------------------------------------------------------------
+
+
+def test_a_spent_budget_names_what_it_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock that counts evaluations, 1000 a second, in place of one that measures."""
+    now = [0.0]
+    monkeypatch.setattr("vaekernels.collapse.budget.time.perf_counter", lambda: now[0])
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        now[0] += len(z) / 1000
+        return MODEL.log_likelihood(x, z)
+
+    names = ("nelbo", "i_dec", "use", "svi_gain", "train.nelbo", "train.i_dec", "delta_prior", "iwae_nll")
+    measured: list[int] = []
+    for budget in (0.3, 1.0, 3.0, 10.0, 40.0, 100.0):
+        report = diagnose(MODEL.encode, log_likelihood, X, train=X[200:], budget_s=budget)
+        now[0] = 0.0
+        skipped = [name for name in names if name in report.skipped]
+        measured.append(len(names) - len(skipped))
+        for name in report.skipped:
+            if name in report.metrics:
+                assert report.metrics[name] is None
+            if name == "use":
+                assert all(dim.use is None for dim in report.dims)
+        for name, why in report.skipped.items():
+            assert "budget_s" in why or "known here" in why or "measured" in why, name
+        assert all(report.metrics[name] is not None for name in ("rate", "mi_lower", "mi_upper"))
+        assert report.cost["seconds"] <= budget + 0.3
+        if budget == 0.3:
+            assert report.verdict == "undetermined" and "not measured" in " ".join(report.reasons)
+        str(report)
+    assert measured == sorted(measured) and measured[0] <= 1 and measured[-1] == len(names)
+
+
+def test_what_is_decided_comes_before_what_is_only_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("vaekernels.collapse.budget.time.perf_counter", lambda: now[0])
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        now[0] += len(z) / 1000
+        return MODEL.log_likelihood(x, z)
+
+    # 192 for the check, 400 + 1600 + 600 for the verdict: the refinement's 21504 do not fit
+    report = diagnose(MODEL.encode, log_likelihood, X, budget_s=4.0)
+    assert report.verdict == "informative"
+    assert "svi_gain" in report.skipped and "take about" in report.skipped["svi_gain"]
+    assert report.metrics["iwae_nll"] is None and "iwae_nll" in report.skipped
+
+
+# --- decisions ----------------------------------------------------------------------------------------------
+
+
+def dim(state: str, rate: float = 0.5) -> Dim:
+    estimate = Estimate(rate, rate, rate)
+    return Dim(0, state, "", estimate, estimate, estimate, estimate, None, 1.0)  # type: ignore[arg-type]
+
+
+def interval(middle: float, half: float = 0.01) -> Estimate:
+    return Estimate(middle, middle - half, middle + half)
+
+
+# rate, MI lower = upper, Delta_shuffle, I_dec, states -> verdict; the thresholds are 0.1 and 0.5
+@pytest.mark.parametrize(
+    "rate, information, shuffle, decoded, states, verdict",
+    [
+        (0.5, 0.0, 0.0, 0.0, ["rate-only"], "rate-only"),
+        (0.05, 0.0, 0.0, 0.0, ["pruned"], "collapsed"),
+        (0.09, 0.08, 0.05, 0.05, ["low-rate"], "near-collapsed"),  # as collapsed, but something is used
+        (2.0, 2.0, 0.0, 0.0, ["encoder-only"], "encoder-only"),
+        (2.0, 2.0, 3.0, 1.0, ["active", "pruned"], "informative"),
+        (2.0, 2.0, 3.0, 1.0, ["active", "rate-only"], "informative"),  # half
+        (2.0, 2.0, 3.0, 1.0, ["active", "rate-only", "rate-only"], "partial"),
+        (0.4, 0.3, 0.1, 0.2, ["active"], "near-collapsed"),  # the lower end of Delta_shuffle is 0.09
+        (0.4, 0.3, 0.12, 0.2, ["active"], "informative"),
+        (2.0, 2.0, 3.0, 0.1, ["active"], "undetermined"),
+        (2.0, 2.0, 0.1, 0.0, ["undetermined"], "undetermined"),
+    ],
+)
+def test_verdicts(
+    rate: float, information: float, shuffle: float, decoded: float, states: list[str], verdict: str
+) -> None:
+    metrics: dict[str, Estimate | None] = {
+        "rate": interval(rate),
+        "mi_lower": interval(information),
+        "mi_upper": interval(information),
+        "delta_shuffle": interval(shuffle),
+        "i_dec": interval(decoded),
+        "svi_gain": interval(0.0),
+    }
+    resampled = {
+        name: torch.tensor([each.low, each.value, each.high, each.value])
+        for name, each in metrics.items()
+        if each is not None
+    }
+    dims = [dim(state, 0.0 if state == "pruned" else 0.5) for state in states]
+    ruling = rule(metrics, dims, resampled)
+    assert ruling.verdict == verdict
+    assert ruling.confidence == (None if verdict == "undetermined" else 1.0)
+    if verdict == "collapsed":
+        assert ruling.subtype == "model collapse"
+        assert rule({**metrics, "svi_gain": interval(0.06)}, dims, resampled).subtype == "inference lag"
+        assert rule({**metrics, "svi_gain": None}, dims, resampled).subtype is None
+    for missing in ("delta_shuffle", "i_dec"):
+        told = rule({**metrics, missing: None}, dims, resampled)
+        assert told.verdict == ("rate-only" if verdict == "rate-only" else "undetermined")
+
+
+def test_confidence_is_the_share_of_resamples() -> None:
+    metrics: dict[str, Estimate | None] = dict.fromkeys(
+        ("rate", "mi_lower", "mi_upper", "delta_shuffle", "i_dec", "svi_gain"), interval(0.0)
+    )
+    resampled = {name: torch.zeros(4) for name in metrics}
+    resampled["i_dec"] = torch.tensor([0.0, 0.0, 0.2, 0.0])
+    assert rule(metrics, [dim("pruned", 0.0)], resampled).confidence == 0.75
+
+
+def test_every_state_has_its_row() -> None:
+    """The table of states, one row after the other."""
+    yes, no, unsure = (
+        verdict.Answer(True, False, interval(1.0)),
+        verdict.Answer(False, True, interval(0.0, 0.001)),
+        verdict.Answer(False, False, interval(0.02, 0.05)),
+    )
+    empty, full = interval(0.1, 0.05), interval(0.9, 0.05)
+
+    def state(
+        rate: float, information: Any, share: Any, use: Any, train_only: bool = False, **more: Any
+    ) -> str:
+        redundant = more.get("redundant", ())
+        return verdict.state_of(rate, information, share, use, train_only, redundant, more.get("train"))[0]
+
+    assert state(0.5, yes, full, yes) == "active"
+    assert state(0.05, yes, full, yes) == "low-rate"
+    assert state(0.001, no, None, no) == "pruned"
+    assert state(0.001, no, None, unsure) == "undetermined"
+    assert state(0.5, no, empty, yes) == "rate-only"
+    assert state(0.5, yes, empty, no) == "rate-only"  # most of the rate is empty
+    assert state(0.5, yes, full, no, train_only=True, train=interval(1.0)) == "memorised"
+    assert state(0.5, yes, full, no) == "encoder-only"
+    assert state(0.5, yes, full, no, redundant=(1, 2)) == "active"
+    assert state(0.5, yes, full, unsure) == "undetermined"
+    assert state(0.5, unsure, full, yes) == "undetermined"
+    assert state(0.5, yes, full, None) == "undetermined"
+
+
+def test_use_of_a_blind_decoder_is_exactly_nothing() -> None:
+    report = diagnose(MODEL.encode, lambda x, z: normal(x, torch.zeros(()), 1.0), X)
+    assert report.verdict == "encoder-only"
+    assert all(d.use is not None and (d.use.low, d.use.high) == (0, 0) for d in report.dims)
+    assert report.metrics["i_dec"] == Estimate(0.0, 0.0, 0.0)
+    assert report.checks["likelihood_gradient"] is False
+
+
+def test_shedding_an_empty_rate_is_no_gain() -> None:
+    """Refinement sheds 0.65 nats that tell nothing, but the prior, which has none, is as good."""
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.full((len(x), 3), 0.6), torch.full((len(x), 3), -0.2)
+
+    report = diagnose(encode, lambda x, z: normal(x, torch.zeros(()), 1.0), X)
+    assert report.verdict == "rate-only"
+    rate, gain = report.metrics["rate"], report.metrics["svi_gain"]
+    assert rate is not None and rate.value > 0.5
+    assert gain is not None and -0.05 < gain.high < 0.01

@@ -1,0 +1,150 @@
+"""The examples of a diagnosis: selected from tensors or a Dataset, moved, hashed. The types of the model's
+two functions, and the adapter for latents that are not vectors."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import itertools
+from collections.abc import Sequence, Sized
+from typing import Any, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+
+__all__ = ["Encode", "Examples", "LogLikelihood", "digest", "flatten_latents", "select", "take"]
+
+Examples: TypeAlias = Tensor | tuple[Tensor, ...]
+"""A tensor, or several with the same examples along their first axes."""
+
+MINIMUM = 4  # examples: fewer give no interval worth the name
+
+
+class Encode(Protocol):
+    """x -> (mu, logvar), [B, D] each: q(z|x) = N(mu, diag exp(logvar))."""
+
+    def __call__(self, x: Any, /) -> tuple[Tensor, Tensor]: ...
+
+
+class LogLikelihood(Protocol):
+    """(x, z) -> log p(x|z) in nats, summed over data dimensions, [B]."""
+
+    def __call__(self, x: Any, z: Tensor, /) -> Tensor: ...
+
+
+def count(x: Examples) -> int:
+    return len(x) if isinstance(x, Tensor) else len(x[0])
+
+
+def take(x: Examples, rows: Tensor | slice) -> Examples:
+    """The examples at ``rows``, on the device they are on."""
+    if isinstance(x, Tensor):
+        return x[rows if isinstance(rows, slice) else rows.to(x.device)]
+    return tuple(part[rows if isinstance(rows, slice) else rows.to(part.device)] for part in x)
+
+
+def to_device(x: Examples, device: torch.device | str | None) -> Examples:
+    if device is None:
+        return x
+    return x.to(device) if isinstance(x, Tensor) else tuple(part.to(device) for part in x)
+
+
+def select(name: str, data: object, n: int, generator: torch.Generator) -> Examples:
+    """At most ``n`` examples of ``data``, at random and in random order.
+
+    A Dataset's items are collated as a DataLoader does; of one without a length the first ``n`` are taken.
+    TypeError for anything that is no tensor, tuple of tensors or Dataset of tensors (or numbers) or of tuples
+    of them; ValueError for fewer than 4 examples or tensors of different lengths.
+    """
+    if isinstance(data, list):
+        data = tuple(data)
+    if isinstance(data, Tensor) or (isinstance(data, tuple) and data and _all_tensors(data)):
+        tensors = _same_length(name, data)
+        return take(tensors, _chosen(name, count(tensors), n, generator))
+    if isinstance(data, Dataset):
+        if isinstance(data, Sized):
+            items = [data[i] for i in _chosen(name, len(data), n, generator).tolist()]
+        else:
+            items = list(itertools.islice(iter(data), n))
+            _enough(name, len(items))
+        collated = default_collate(items)
+        tensors = tuple(collated) if isinstance(collated, list | tuple) else collated
+        if isinstance(tensors, Tensor) or (isinstance(tensors, tuple) and _all_tensors(tensors)):
+            return tensors
+        raise TypeError(
+            f"{name}: the items of a Dataset must be tensors or tuples of tensors, got "
+            f"{type(items[0]).__name__}; wrap it in a Dataset that returns them"
+        )
+    raise TypeError(
+        f"{name} must be a tensor, a tuple of tensors or a torch Dataset, got {type(data).__name__}"
+    )
+
+
+def digest(x: Examples) -> str:
+    """sha256 of types, shapes and bytes."""
+    found = hashlib.sha256()
+    for part in (x,) if isinstance(x, Tensor) else x:
+        found.update(f"{part.dtype}{list(part.shape)}".encode())
+        values = part.detach().cpu().contiguous()
+        found.update(ctypes.string_at(values.data_ptr(), values.nbytes))  # NumPy is no dependency of the core
+    return found.hexdigest()
+
+
+def flatten_latents(
+    encode: Encode, log_likelihood: LogLikelihood, latent_shape: Sequence[int]
+) -> tuple[Encode, LogLikelihood]:
+    """The two functions of a model whose latents are ``[B, *latent_shape]``, as functions of latents [B, D].
+
+    D is the product of ``latent_shape``; the axes after the batch axis are flattened in their order, so that
+    dimension d of the diagnosis is element ``torch.unravel_index(d, latent_shape)`` of the latent::
+
+        encode, log_likelihood = collapse.flatten_latents(vae.encode, vae.log_likelihood, (4, 8, 8))
+        report = collapse.diagnose(encode, log_likelihood, heldout)
+
+    ValueError, when called, if ``encode`` returns another shape.
+    """
+    shape = tuple(int(size) for size in latent_shape)
+    if not shape or min(shape) < 1:
+        raise ValueError(f"latent_shape must be one or more positive sizes, got {latent_shape!r}")
+
+    def flat_encode(x: Any, /) -> tuple[Tensor, Tensor]:
+        mu, logvar = encode(x)
+        for part in (mu, logvar):
+            if tuple(part.shape[1:]) != shape:
+                raise ValueError(
+                    f"latent_shape is {list(shape)}, but encode returned [B, ...] of {list(part.shape)}"
+                )
+        return mu.flatten(1), logvar.flatten(1)
+
+    def flat_log_likelihood(x: Any, z: Tensor, /) -> Tensor:
+        return log_likelihood(x, z.reshape(len(z), *shape))
+
+    return flat_encode, flat_log_likelihood
+
+
+def _all_tensors(parts: Sequence[object]) -> bool:
+    return all(isinstance(part, Tensor) for part in parts)
+
+
+def _same_length(name: str, data: Any) -> Examples:
+    parts: tuple[Tensor, ...] = (data,) if isinstance(data, Tensor) else data
+    shapes = [list(part.shape) for part in parts]
+    if any(not shape for shape in shapes) or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            f"{name} must have its examples along the first axis, equally many in every tensor, got shapes "
+            f"{', '.join(map(str, shapes))}"
+        )
+    return parts[0] if isinstance(data, Tensor) else parts
+
+
+def _chosen(name: str, available: int, n: int, generator: torch.Generator) -> Tensor:
+    _enough(name, available)
+    return torch.randperm(available, generator=generator)[:n]
+
+
+def _enough(name: str, available: int) -> None:
+    if available < MINIMUM:
+        raise ValueError(
+            f"{name} must have at least {MINIMUM} examples, got {available}; a verdict needs hundreds"
+        )

@@ -1,0 +1,243 @@
+"""The measurements on one split of the data, example by example."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vaekernels import ops
+from vaekernels.collapse import decoder
+from vaekernels.collapse.decoder import Codes
+from vaekernels.collapse.estimate import Bootstrap, Estimate, along_cycle
+from vaekernels.collapse.examples import Examples, count, take
+from vaekernels.collapse.extras import Samples
+from vaekernels.collapse.information import mi_bounds
+from vaekernels.collapse.metrics import ACTIVE_THRESHOLD, derangement
+from vaekernels.collapse.model import Model, require_finite
+from vaekernels.collapse.svi import Refinement, refine
+
+__all__ = ["Encoded", "Measurements"]
+
+USE_PAIRS = 1 << 14  # evaluations for shuffling single dimensions: 1024 examples for 16 dims, 64 for 256
+_USE_LEAST = 64
+REFINED = 128
+"""Examples on which inference is refined."""
+WEIGHTED = 512
+"""Examples of the importance-weighted likelihood."""
+CONTRASTED = 512
+"""Examples of a train split for I_dec."""
+
+SHOWN_DIMS = 16
+_COLUMNS = 1 << 12  # resampled at once: 32 MiB of means
+
+# One stream of random numbers for each use, so that leaving one out changes no other.
+_STREAMS = ("noise", "pairs", "bootstrap", "contrasts", "use", "refine", "importance", "codes", "select")
+
+
+def stream(seed: int, name: str, number: int = 0) -> torch.Generator:
+    """A generator of its own for one use of randomness on one split."""
+    return torch.Generator().manual_seed((seed * 64 + number * 32 + _STREAMS.index(name)) % 2**63)
+
+
+class Encoded(NamedTuple):
+    """Per dimension: the rate, information and mismatch of all, by the columns' means."""
+
+    rate: list[Estimate]
+    lower: list[Estimate]
+    upper: list[Estimate]
+    mismatch: list[Estimate]
+
+
+class Measurements:
+    """Of one split: its examples, their codes, and in ``columns`` a float64 [n] for every measure, whose mean
+    is the measure and which may be resampled as if the examples were independent. A measure of fewer examples
+    has those of the first."""
+
+    def __init__(self, name: str, model: Model, x: Examples, seed: int, number: int) -> None:
+        self.name = name
+        self.model = model
+        self.x = x
+        self.n = count(x)
+        self._seed, self._number = seed, number
+        self.columns: dict[str, Tensor] = {}
+        self.nll: dict[str, Tensor] = {}  # under its own code, a shuffled one, one of the prior
+        self.bootstrap = self.subset(self.n)
+        self.use_n = self.n
+        self.caps: dict[str, float] = {}
+        self.tau: tuple[float, float] | None = None
+
+    def _stream(self, name: str) -> torch.Generator:
+        return stream(self._seed, name, self._number)
+
+    def encode(self) -> None:
+        mu, logvar = self.model.moments(self.x)
+        require_finite(f"encode ({self.name})", torch.cat([mu, logvar], dim=1))
+        codes = Codes.draw(mu, logvar, self._stream("noise"))
+        self.mu, self.logvar, self.codes = mu.cpu().double(), logvar.cpu().double(), codes
+        self.z = codes.own(0, self.n)
+        dims = self.mu.shape[1]
+        self.use_n = min(self.n, max(_USE_LEAST, USE_PAIRS // dims))
+        self.rates = ops.gaussian_kl(self.mu, self.logvar, reduction="elementwise")
+        bounds = mi_bounds(mu, logvar, self.z, generator=self._stream("codes"))
+        self.bounds = bounds
+        self.caps |= {"mi_lower": bounds.cap}
+        rate = self.rates.sum(dim=1)
+        self.columns |= {"rate": rate, "mi_lower": bounds.lower, "mi_upper": bounds.upper}
+
+    def shuffle(self) -> None:
+        permutation = derangement(self.n, generator=self._stream("pairs"))
+        own = self._finite(self.model.nll(self.x, self.codes.own))
+        shuffled = self._finite(self.model.nll(self.x, lambda a, b: self.codes.shuffled(permutation, a, b)))
+        self.nll |= {"own": own, "shuffled": shuffled}
+        self.columns |= {
+            "nll": own,
+            "nelbo": own + self.columns["rate"],
+            "delta_shuffle": along_cycle(shuffled - own, permutation),
+        }
+
+    def decode_information(self, k: int, n: int) -> None:
+        """I_dec on the first ``n`` examples."""
+        x, codes = self.first(n), self.codes.first(n)
+        found = decoder.infonce_of(self.model, x, codes, k, self._stream("contrasts"))
+        self.tau = found.tau
+        self.caps["i_dec"] = math.log(decoder.contrasts(n, k))
+        self.columns["i_dec"] = self._finite(found.resample)
+
+    def other_codes(self) -> None:
+        own = self.nll["own"]
+        self.nll["prior"] = self._finite(self.model.nll(self.x, self.codes.prior))
+        mean = self._finite(self.model.nll(self.x, self.codes.mean))
+        self.columns |= {"delta_prior": self.nll["prior"] - own, "delta_mean": mean - own}
+
+    def lost(self, groups: list[Tensor]) -> Tensor:
+        """Nats lost when each group of dimensions is shuffled, on the first ``use_n`` examples:
+        [use_n, groups]."""
+        x, codes = self.first(self.use_n), self.codes.first(self.use_n)
+        nll = decoder.shuffled_nll(self.model, x, codes, self._use_pairs(), groups)
+        return self._finite(nll) - self.nll["own"][: self.use_n, None]
+
+    def use_columns(self, lost: Tensor) -> Tensor:
+        """``lost``, or differences of its columns, ready to resample by ``subset(use_n)``."""
+        return along_cycle(lost, self._use_pairs())
+
+    def use_estimates(self, lost: Tensor) -> list[Estimate]:
+        return self.subset(self.use_n).estimates(self.use_columns(lost))
+
+    def _use_pairs(self) -> Tensor:
+        return derangement(self.use_n, generator=self._stream("use"))
+
+    def refine(self) -> Refinement:
+        n = min(self.n, REFINED)
+        found = refine(self.model, self.first(n), self.mu[:n], self.logvar[:n], self._stream("refine"))
+        for values in found[:3]:
+            self._finite(values)
+        return found
+
+    def importance(self, k: int) -> None:
+        n = min(self.n, WEIGHTED)
+        x, codes = self.first(n), self.codes.first(n)
+        self.nll["importance"] = self._finite(
+            decoder.importance_nll(self.model, x, codes, k, self._stream("importance"))
+        )
+
+    def subset(self, n: int) -> Bootstrap:
+        """For measures of the first ``n`` examples."""
+        return Bootstrap(n, generator=self._stream("bootstrap"))
+
+    def estimates(self, names: list[str]) -> dict[str, Estimate]:
+        columns = torch.stack([self.columns[name] for name in names], dim=1)
+        found = self.subset(len(columns)).estimates(columns)
+        return {
+            name: replace(estimate, saturated=self._saturated(name))
+            for name, estimate in zip(names, found, strict=True)
+        }
+
+    def _saturated(self, name: str) -> bool:
+        """Whether the lower bound that speaks for ``name`` is within a nat of its cap."""
+        name = "mi_lower" if name == "mi_upper" else name
+        return name in self.caps and self.columns[name].mean().item() > self.caps[name] - 1
+
+    def resampled(self, names: tuple[str, ...]) -> dict[str, Tensor]:
+        """The means of those columns that were measured, in every resample."""
+        known = [name for name in names if name in self.columns]
+        means = self.bootstrap.means(torch.stack([self.columns[name] for name in known], dim=1))
+        return dict(zip(known, means.unbind(dim=1), strict=True))
+
+    def point(self) -> tuple[float, float]:
+        """On the rate-distortion plane."""
+        return self.columns["rate"].mean().item(), self.columns["nll"].mean().item()
+
+    def aggregate_kl(self) -> Estimate:
+        """rate - I, between its bounds."""
+        upper, lower = self.bootstrap.estimates(
+            torch.stack(
+                [self.columns["rate"] - self.columns[name] for name in ("mi_lower", "mi_upper")], dim=1
+            )
+        )
+        return bracket(lower, upper) if not self._saturated("mi_lower") else at_most(upper)
+
+    def active_units(self) -> Estimate:
+        total, resampled = 0.0, torch.zeros(self.bootstrap.resamples, dtype=torch.float64)
+        for part in torch.split(self.mu - self.mu.mean(dim=0), _COLUMNS, dim=1):
+            means = self.bootstrap.means(torch.cat([part, part.square()], dim=1))
+            first, second = means.chunk(2, dim=1)
+            resampled += (second - first.square() > ACTIVE_THRESHOLD).sum(dim=1)
+            total += float((part.square().mean(dim=0) > ACTIVE_THRESHOLD).sum())
+        centre = torch.tensor([total], dtype=torch.float64)
+        return self.bootstrap.interval(centre, resampled[:, None])[0]
+
+    def per_dim(self) -> Encoded:
+        bounds = self.bounds
+        rate = self._by_columns(self.rates)
+        lower, upper = self._by_columns(bounds.lower_dims), self._by_columns(bounds.upper_dims)
+        lower = [replace(each, saturated=each.value > bounds.cap - 1) for each in lower]
+        least = self._by_columns(self.rates - bounds.upper_dims)
+        most = self._by_columns(self.rates - bounds.lower_dims)
+        mismatch = [
+            at_most(b) if each.saturated else bracket(a, b)
+            for a, b, each in zip(least, most, lower, strict=True)
+        ]
+        return Encoded(rate, lower, upper, mismatch)
+
+    def shares(self, dims: list[int]) -> list[Estimate]:
+        """The upper bound of I_d as a share of the rate."""
+        found: list[Estimate] = []
+        for part in torch.split(torch.tensor(dims), _COLUMNS):
+            values = torch.cat([self.bounds.upper_dims[:, part], self.rates[:, part]], dim=1)
+            found += self.bootstrap.of_means(values, _ratio)
+        return found
+
+    def samples(self) -> Samples:
+        """What the pictures show beyond the estimates."""
+        shown = self.rates.mean(dim=0).argsort(descending=True)[:SHOWN_DIMS].sort().values
+        return Samples(dict(self.nll), self.columns.get("nelbo"), shown.tolist(), self.z[:, shown])
+
+    def first(self, n: int) -> Examples:
+        return take(self.x, slice(0, n)) if n < self.n else self.x
+
+    def _by_columns(self, values: Tensor) -> list[Estimate]:
+        parts = torch.split(values, _COLUMNS, dim=1)
+        return [estimate for part in parts for estimate in self.bootstrap.estimates(part)]
+
+    def _finite(self, values: Tensor) -> Tensor:
+        require_finite(f"log_likelihood ({self.name})", values)
+        return values
+
+
+def bracket(lower: Estimate, upper: Estimate) -> Estimate:
+    """From a lower and an upper bound: their middle, whose bias is of second order, and the outer ends."""
+    return Estimate((lower.value + upper.value) / 2, lower.low, upper.high, lower.saturated)
+
+
+def at_most(upper: Estimate) -> Estimate:
+    """Of a divergence whose lower bound is lost to saturation: from 0, which is one as well."""
+    return Estimate(max(upper.value, 0.0) / 2, 0.0, max(upper.high, 0.0), saturated=True)
+
+
+def _ratio(means: Tensor) -> Tensor:
+    information, rate = means.chunk(2, dim=-1)
+    return information / rate

@@ -1,0 +1,140 @@
+"""The report as text: a table of at most 100 columns, from what `Report.to_json` gives."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from vaekernels.collapse.estimate import Estimate
+from vaekernels.collapse.verdict import Dim
+
+__all__ = [
+    "DIM_ESTIMATES",
+    "LABELS",
+    "by_reason",
+    "dims_of",
+    "gaps_of",
+    "headline",
+    "metrics_of",
+    "text",
+    "train_of",
+]
+
+WIDTH = 100
+_TABLE_DIMS = 64
+DIM_ESTIMATES = ("rate", "information", "mismatch", "use", "use_train")
+"""The fields of `Dim` that are estimates."""
+
+LABELS = {
+    "rate": "rate (KL, unclamped)",
+    "mi_lower": "I(x;z), lower bound",
+    "mi_upper": "I(x;z), upper bound",
+    "aggregate_kl": "KL(q(z) || p(z)) = rate - I",
+    "active_units": "active units, Var(mu) > 0.01",
+    "delta_shuffle": "Δ_shuffle: another example's z",
+    "delta_prior": "Δ_prior: a z of the prior",
+    "delta_mean": "Δ_mean: mu in place of z",
+    "i_dec": "I_dec: what the decoder can read",
+    "svi_gain": "gain of refining q by gradient",
+    "nll": "NLL (reconstruction)",
+    "nelbo": "NELBO (NLL + rate)",
+    "iwae_nll": "NLL, importance-weighted (IWAE)",
+}
+"""Metric -> what the tables call it, in their order."""
+
+
+def text(said: Mapping[str, Any]) -> str:
+    """The whole report. ``said``: what `Report.to_json` gives."""
+    lines = [headline(said)]
+    for label, texts in (("", said["reasons"]), ("advice: ", said["advice"])):
+        for each in texts:
+            lines += textwrap.wrap(label + each, WIDTH, initial_indent="  - ", subsequent_indent="    ")
+    metrics, train = metrics_of(said), train_of(said)
+    examples = said["settings"]["examples"]["heldout"]
+    lines += ["", f"{f'nats, {examples} held-out examples':38}{'[95%]':>30}{'train [95%]':>30}"]
+    for name, label in LABELS.items():
+        on_train = _cell(name, train[name]) if name in train else ""
+        lines.append(f"{label:38}{_cell(name, metrics[name]):>30}{on_train:>30}".rstrip())
+    if any(each is not None and each.saturated for each in metrics.values()):
+        lines.append("* saturated: within a nat of what so many examples, or contrast codes, can show")
+    lines += [
+        "",
+        f"{'dim':>5}  {'state':13}{'rate':>7}  {'I_d [95%, all dims]':>24}  {'s_d [95%, all dims]':>24}",
+    ]
+    dims = dims_of(said)
+    for dim in dims[:_TABLE_DIMS]:
+        use = "not measured" if dim.use is None else dim.use.show(3)
+        note = f"  with {_some(dim.redundant)}" if dim.redundant else ""
+        row = f"{dim.index:>5}  {dim.state:13}{dim.rate.value:>7.3f}"
+        row += f"  {dim.information.show(3):>24}  {use:>24}{note}"
+        lines.append(row[:WIDTH])
+    if len(dims) > _TABLE_DIMS:
+        lines.append(f"  and {len(dims) - _TABLE_DIMS} more dimensions")
+    for why, names in by_reason(said["skipped"]).items():
+        lines += textwrap.wrap(f"skipped: {', '.join(names)}: {why}", WIDTH, subsequent_indent="    ")
+    return "\n".join(lines)
+
+
+def headline(said: Mapping[str, Any]) -> str:
+    """The verdict in one line."""
+    parts = [said["verdict"] + (f" ({said['subtype']})" if said["subtype"] else "")]
+    if said["confidence"] is not None:
+        parts.append(f"confidence {said['confidence']:.2f}")
+    if said["overfit"] is not None:
+        parts.append("overfit" if said["overfit"] else "not overfit")
+    return ", ".join(parts)
+
+
+def by_reason(skipped: Mapping[str, str]) -> dict[str, list[str]]:
+    """Reason -> what was skipped for it."""
+    found: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        found.setdefault(why, []).append(name)
+    return found
+
+
+# ---- the estimates of report.json as objects again --------------------------------------------------------
+
+
+def metrics_of(said: Mapping[str, Any]) -> dict[str, Estimate | None]:
+    """By name, None for what was not measured."""
+    return _estimates(said["metrics"], said["saturated"])
+
+
+def train_of(said: Mapping[str, Any]) -> dict[str, Estimate | None]:
+    """Those on the train split; empty without one."""
+    return _estimates(said["train"] or {}, said["train_saturated"])
+
+
+def gaps_of(said: Mapping[str, Any]) -> dict[str, Estimate | None]:
+    """By how much the train split is better; empty without one."""
+    return _estimates(said["gaps"] or {}, ())
+
+
+def dims_of(said: Mapping[str, Any]) -> list[Dim]:
+    found = []
+    for dim in said["dims"]:
+        rest = {name: dim[name] for name in ("index", "state", "reason", "mu_variance")}
+        estimates: Any = _estimates({name: dim[name] for name in DIM_ESTIMATES}, dim["saturated"])
+        found.append(Dim(**rest, **estimates, redundant=tuple(dim["redundant"])))
+    return found
+
+
+def _estimates(
+    triples: Mapping[str, Sequence[float] | None], saturated: Collection[str]
+) -> dict[str, Estimate | None]:
+    return {
+        name: None if triple is None else Estimate(triple[0], triple[1], triple[2], name in saturated)
+        for name, triple in triples.items()
+    }
+
+
+def _cell(name: str, estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "not measured"
+    return estimate.show(0 if name == "active_units" else 2) + ("*" if estimate.saturated else " ")
+
+
+def _some(indices: Sequence[int]) -> str:
+    return ", ".join(map(str, indices[:4])) + (", ..." if len(indices) > 4 else "")

@@ -1,0 +1,345 @@
+"""The verdict: thresholds and rules that turn estimates into the state of every dimension, the verdict on the
+model, its reasons and advice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from vaekernels.collapse.estimate import Estimate, holm_high, holm_low
+
+__all__ = [
+    "Answer",
+    "Dim",
+    "Ruling",
+    "State",
+    "Verdict",
+    "advice",
+    "answers",
+    "empty_shares",
+    "ends",
+    "rule",
+    "state_of",
+]
+
+State: TypeAlias = Literal[
+    "active", "low-rate", "pruned", "rate-only", "encoder-only", "memorised", "undetermined"
+]
+Verdict: TypeAlias = Literal[
+    "collapsed", "rate-only", "encoder-only", "informative", "partial", "near-collapsed", "undetermined"
+]
+
+EPS_INFO = 0.01
+"""Nats below which I(x; z_d) and a dimension's rate count as nothing."""
+EPS_USE = 0.02
+"""Nats below which the cost of shuffling one dimension counts as nothing."""
+EPS_GLOBAL = 0.1
+"""Nats below which a measure of the whole latent counts as nothing."""
+LOW_RATE = 0.1
+EMPTY_SHARE = 0.3
+"""Share of information in a rate below which the rate is called empty."""
+NEAR = 0.5
+LAG = 0.05
+"""Gain of refined inference, in nats, from which a collapse is the encoder's."""
+
+THRESHOLDS = {
+    "information": EPS_INFO,
+    "use": EPS_USE,
+    "global": EPS_GLOBAL,
+    "low_rate": LOW_RATE,
+    "empty_share": EMPTY_SHARE,
+    "near_collapsed": NEAR,
+    "inference_lag": LAG,
+}
+
+
+class Answer(NamedTuple):
+    """Is there as much as a threshold? ``yes``: significantly more than nothing, and estimated at the
+    threshold or more. ``no``: significantly less than the threshold. Neither: undetermined."""
+
+    yes: bool
+    no: bool
+    estimate: Estimate
+    """with the ends that decided: those of all dimensions together (Holm)"""
+
+
+def answers(lower: Sequence[Estimate], upper: Sequence[Estimate], n: int, threshold: float) -> list[Answer]:
+    """One question for many dimensions, from bounds (or twice the same estimates) on ``n`` examples."""
+    lows, highs = holm_low(lower, n), holm_high(upper, n, threshold)
+    found: list[Answer] = []
+    for low, high, below, above in zip(lows, highs, lower, upper, strict=True):
+        value = (below.value + above.value) / 2
+        found.append(
+            Answer(
+                low > 0 and value >= threshold,
+                high < threshold,
+                Estimate(value, low, high, below.saturated),
+            )
+        )
+    return found
+
+
+def empty_shares(
+    rates: Sequence[Estimate], shares: Callable[[list[int]], list[Estimate]], n: int
+) -> dict[int, Estimate]:
+    """Information / rate of the dimensions whose rate is no mere rounding, with upper ends for all of them.
+    ``shares`` estimates it for the dimensions it is given."""
+    paying = [d for d, rate in enumerate(rates) if rate.value >= EPS_INFO]
+    if not paying:
+        return {}
+    found = shares(paying)
+    highs = holm_high(found, n, EMPTY_SHARE)
+    return {d: replace(share, high=high) for d, share, high in zip(paying, found, highs, strict=True)}
+
+
+@dataclass(frozen=True)
+class Dim:
+    """What is known of one latent dimension. The ends of ``information`` and ``use`` hold for all dimensions
+    together; None was not measured."""
+
+    index: int
+    state: State
+    reason: str
+    rate: Estimate
+    information: Estimate
+    mismatch: Estimate
+    """rate - information, how far the aggregate posterior of this dimension is from the prior"""
+    use: Estimate | None
+    """nats lost when this dimension alone is shuffled"""
+    use_train: Estimate | None
+    mu_variance: float
+    redundant: tuple[int, ...] = ()
+    """dimensions that say the same; shuffled together they matter, this one alone does not"""
+
+
+def state_of(
+    rate: float,
+    information: Answer,
+    share: Estimate | None,
+    use: Answer | None,
+    train_only: bool,
+    redundant: Sequence[int],
+    use_train: Estimate | None,
+) -> tuple[State, str]:
+    """The state of one dimension and why. ``share``: information / rate with its upper end for all
+    dimensions; ``train_only``: shuffling costs on the train split and, on held-out data, nothing or
+    significantly less; ``redundant``: the group in which it is used."""
+    told = f"rate {rate:.3f}, information {ends(information.estimate)}"
+    if use is not None:
+        told += f", use {ends(use.estimate)}"
+    used = (use is not None and use.yes) or bool(redundant)
+    if redundant:
+        told += f"; shuffled together with {_listed(redundant)} it is used"
+    if information.yes and used:
+        return ("low-rate" if rate < LOW_RATE else "active"), told
+    if rate < EPS_INFO and information.no and use is not None and use.no:
+        return "pruned", told
+    if rate >= EPS_INFO and (information.no or (share is not None and share.high < EMPTY_SHARE)):
+        if share is not None:
+            told += f", information / rate at most {share.high:.2f}"
+        return "rate-only", told
+    if information.yes and train_only and use_train is not None:
+        return "memorised", f"{told}, use on the train split {ends(use_train)}"
+    if rate >= EPS_INFO and information.yes and use is not None and use.no:
+        return "encoder-only", told
+    return "undetermined", told + ("" if use is not None else ", use not measured")
+
+
+class Condition(NamedTuple):
+    """That one end of a measure's interval, or its value, lies on one side of a threshold."""
+
+    metric: str
+    end: Literal["low", "value", "high"]
+    side: Literal["below", "at least"]
+    threshold: float
+
+    def holds(self, metrics: Mapping[str, Estimate | None]) -> bool:
+        estimate = metrics[self.metric]
+        if estimate is None:
+            return False
+        number: float = getattr(estimate, self.end)
+        return number < self.threshold if self.side == "below" else number >= self.threshold
+
+    def reason(self, metrics: Mapping[str, Estimate | None]) -> str:
+        estimate = metrics[self.metric]
+        if estimate is None:
+            return f"{_LABELS[self.metric]} was not measured"
+        part = {"low": "lower end", "value": "estimate", "high": "upper end"}[self.end]
+        return f"{_LABELS[self.metric]} {ends(estimate)}: {part} {self.side} {self.threshold:g}"
+
+
+def _all(
+    metrics: Sequence[str], end: Literal["low", "value", "high"], side: Literal["below", "at least"], t: float
+) -> list[Condition]:
+    return [Condition(metric, end, side, t) for metric in metrics]
+
+
+_LABELS = {
+    "rate": "rate",
+    "mi_lower": "lower bound of I(x;z)",
+    "mi_upper": "upper bound of I(x;z)",
+    "delta_shuffle": "Δ_shuffle",
+    "i_dec": "I_dec",
+}
+_DECODER = ["delta_shuffle", "i_dec"]
+RULES: list[tuple[Verdict, list[Condition]]] = [
+    (
+        "rate-only",
+        [
+            Condition("rate", "low", "at least", EPS_GLOBAL),
+            Condition("mi_upper", "high", "below", EPS_GLOBAL),
+        ],
+    ),
+    ("collapsed", _all(["mi_upper", *_DECODER], "high", "below", EPS_GLOBAL)),
+    (
+        "encoder-only",
+        [
+            Condition("mi_lower", "low", "at least", EPS_GLOBAL),
+            *_all(_DECODER, "high", "below", EPS_GLOBAL),
+        ],
+    ),
+    ("informative", _all(["mi_lower", *_DECODER], "low", "at least", EPS_GLOBAL)),
+    ("near-collapsed", _all(["mi_lower", *_DECODER], "value", "below", NEAR)),
+]
+"""The first whose conditions all hold. "collapsed" also asks that no dimension is used; "informative" is
+"partial" where fewer than half of the dimensions that cost rate are."""
+
+
+class Ruling(NamedTuple):
+    verdict: Verdict
+    subtype: str | None
+    confidence: float | None
+    """share of the bootstrap resamples whose means meet the verdict's conditions; None for undetermined"""
+    reasons: list[str]
+
+
+def rule(
+    metrics: Mapping[str, Estimate | None], dims: Sequence[Dim], resampled: Mapping[str, Tensor]
+) -> Ruling:
+    """The verdict on the model. ``resampled``: the means of the measures in every bootstrap resample."""
+    used = [dim.index for dim in dims if dim.state in ("active", "low-rate")]
+    notes: list[str] = []
+    for verdict, conditions in RULES:
+        if not all(condition.holds(metrics) for condition in conditions):
+            continue
+        reasons = [condition.reason(metrics) for condition in conditions]
+        subtype: str | None = None
+        if verdict == "collapsed":
+            if used:
+                notes = [f"not collapsed: {_listed(used)} active or low-rate"]
+                continue
+            subtype, why = _subtype(metrics["svi_gain"])
+            reasons.append(why)
+        if verdict == "informative":
+            share = _share_of_work(dims, used)
+            if share is None:
+                notes = [*reasons, "by which dimensions z is used was not measured"]
+                break
+            reasons.append(share[1])
+            verdict = "informative" if share[0] else "partial"
+        return Ruling(verdict, subtype, _confidence(conditions, resampled), reasons + notes)
+    return Ruling("undetermined", None, None, notes or _undecided(metrics))
+
+
+def _share_of_work(dims: Sequence[Dim], used: Sequence[int]) -> tuple[bool, str] | None:
+    """Whether half of the dimensions that cost rate are used, and that in words."""
+    if any(dim.use is None for dim in dims):
+        return None
+    paying = [dim.index for dim in dims if dim.rate.value >= EPS_INFO]
+    working = set(paying).intersection(used)
+    return 2 * len(working) >= len(paying), (
+        f"{len(working)} of the {len(paying)} dimensions with a rate of {EPS_INFO:g} or more are active or "
+        f"low-rate"
+    )
+
+
+def _undecided(metrics: Mapping[str, Estimate | None]) -> list[str]:
+    told = []
+    for metric, label in _LABELS.items():
+        estimate = metrics[metric]
+        told.append(f"{label} {'was not measured' if estimate is None else ends(estimate)}")
+    return [
+        *told,
+        f"no rule holds: each asks on which side of {EPS_GLOBAL:g} an end of these intervals lies, or for "
+        f"estimates below {NEAR:g}",
+    ]
+
+
+def _confidence(conditions: Sequence[Condition], resampled: Mapping[str, Tensor]) -> float:
+    met = torch.tensor(True)
+    for condition in conditions:
+        below = resampled[condition.metric] < condition.threshold
+        met = met & (below if condition.side == "below" else ~below)
+    return met.double().mean().item()
+
+
+def _subtype(gain: Estimate | None) -> tuple[str | None, str]:
+    if gain is None:
+        return None, "whether better inference would help was not measured"
+    refined = f"refining every q(z|x) by gradient gains {ends(gain)}"
+    if gain.value < LAG:
+        return "model collapse", f"better inference finds nothing either: {refined}, below {LAG:g}"
+    return "inference lag", f"better inference finds what the encoder does not: {refined}, at least {LAG:g}"
+
+
+def advice(verdict: Verdict, subtype: str | None, overfit: bool | None, dims: Sequence[Dim]) -> list[str]:
+    """What to do about it."""
+    found = [_ADVICE[subtype if subtype is not None else verdict]]
+    by_state: dict[State, list[int]] = {}
+    for dim in dims:
+        by_state.setdefault(dim.state, []).append(dim.index)
+    for state, text in _DIM_ADVICE.items():
+        if state in by_state and state != verdict:
+            found.append(f"{_listed(by_state[state])}: {text}")
+    if overfit:
+        found.append(
+            "the model is better on the train split: more data, a smaller model, a higher beta or an earlier "
+            "stop"
+        )
+    return found
+
+
+_ADVICE: dict[str, str] = {
+    "collapsed": "the decoder does without z: hold the rate up (free bits, a delta-VAE) or weaken the "
+    "decoder",
+    "model collapse": "the decoder does without z, and no encoder could help: hold the rate up from the "
+    "start (free bits, a controller, a delta-VAE), weaken the decoder (word dropout, a smaller context), or "
+    "lower beta if it is above 1; annealing alone often falls back",
+    "inference lag": "the decoder can use codes that the encoder does not find: train the encoder more "
+    "(several encoder steps for one of the decoder, He et al. 2019), or start from a pretrained encoder",
+    "rate-only": "the rate is paid for codes that tell nothing: the aggregate posterior is off the prior. "
+    "Clamp free bits after the batch mean rather than per sample, check for a constant offset of mu, and "
+    "weaken the decoder so that the floor is worth filling",
+    "encoder-only": "z tells the examples apart, but the decoder does not look: check that z reaches it, "
+    "and weaken it",
+    "informative": "nothing to mend; compare models on the IWAE NLL, not on the ELBO",
+    "partial": "z is used, by fewer than half of the dimensions that cost rate: fewer latent dimensions, or "
+    "a floor for each dimension",
+    "near-collapsed": "z is nearly unused: treat it as collapsed, and measure again on more examples if the "
+    "difference matters",
+    "undetermined": "raise n, or k where I_dec is saturated, until the intervals clear the thresholds",
+}
+
+_DIM_ADVICE: dict[State, str] = {
+    "low-rate": "well regularised; leave alone",
+    "pruned": "unused at no cost; benign unless all are",
+    "rate-only": "a rate without information: aggregate mismatch or an empty floor",
+    "memorised": "used on the train split only: more data, a higher beta",
+    "encoder-only": "encoded, not decoded: check redundancy, weaken the decoder",
+}
+
+
+def ends(estimate: Estimate) -> str:
+    """With the digits that a threshold of 0.01 needs."""
+    digits = 3 if max(abs(estimate.value), abs(estimate.low), abs(estimate.high)) < 10 else 1
+    return estimate.show(digits) + (" (saturated)" if estimate.saturated else "")
+
+
+def _listed(indices: Sequence[int]) -> str:
+    shown = ", ".join(map(str, indices[:12]))
+    more = f" and {len(indices) - 12} more" if len(indices) > 12 else ""
+    return f"dim{'s' if len(indices) > 1 else ''} {shown}{more}"
