@@ -306,6 +306,8 @@ GroupingOf<Int> check_backward(const Latent& in, const Options& o, const Incomin
   check_bounds(o);
   TORCH_CHECK_VALUE(!prior_grads || in.prior_mu,
                     "prior_grads needs a learned prior, got none; give prior_mu and prior_logvar");
+  const bool kl = grads.kl || grads.kl_per_group;
+  GroupingOf<Int> g = kl ? check_kl<Int>(in, o, false) : GroupingOf<Int>();
   if (grads.z) {
     const auto shape = grads.z->sym_sizes();
     const bool batched = grads.z->dim() == mu.dim() + 1;
@@ -314,8 +316,7 @@ GroupingOf<Int> check_backward(const Latent& in, const Options& o, const Incomin
     TORCH_CHECK_VALUE(saved.rng.has_value(), "rng must be given with grad_z, got None; give the state of z");
     check_rng(mu, *saved.rng);
   }
-  if (!grads.kl && !grads.kl_per_group) return {};
-  GroupingOf<Int> g = check_kl<Int>(in, o, false);
+  if (!kl) return {};
   const at::ScalarType compute = compute_type(mu);
   if (grads.kl) {
     const auto shape = grads.kl->sym_sizes(), whole = mu.sym_sizes();

@@ -43,44 +43,31 @@ def op_cases():
     logvar = logvar.detach().abs().add(0.1).requires_grad_()
     lp = lp.detach().abs().add(0.1).requires_grad_()
     moments = torch.cat([mu, logvar], 1).detach().requires_grad_()
-    for name, options in SAMPLE_OPTIONS.items():
-        yield f"reparameterize-{name}", "reparameterize", (mu, logvar, RNG), options
-        yield f"reparameterize_packed-{name}", "reparameterize_packed", (moments, 1, RNG), options
-        yield f"reparameterize_draw-{name}", "reparameterize_draw", (mu, logvar), options
-        yield f"reparameterize_packed_draw-{name}", "reparameterize_packed_draw", (moments, 1), options
+    pair, packed = (mu, logvar, 1), (moments, None, 1)
+    for form, tensors in (("pair", pair), ("packed", packed)):
+        for name, options in SAMPLE_OPTIONS.items():
+            yield f"sample-{form}-{name}", "latent", (*tensors, RNG), {"kl": False} | options
+            yield f"draw-sample-{form}-{name}", "latent_draw", (*tensors, None), {"kl": False} | options
+        for name, options in KL_OPTIONS.items():
+            yield f"kl-{form}-{name}", "latent", (*tensors, None), {"sample": False} | options
+            yield f"sample_kl-{form}-{name}", "latent", (*tensors, RNG), options
+            yield f"draw-{form}-{name}", "latent_draw", (*tensors, None), options
     for name, options in KL_OPTIONS.items():
-        yield f"gaussian_kl-{name}", "gaussian_kl", (mu, logvar), options
-        yield f"gaussian_kl-prior-{name}", "gaussian_kl", (mu, logvar, mp, lp), options
-        yield f"gaussian_kl_packed-{name}", "gaussian_kl_packed", (moments, 1), options
-        yield f"sample_kl-{name}", "sample_kl", (mu, logvar, RNG), options
-        yield f"sample_kl-prior-{name}", "sample_kl", (mu, logvar, RNG, mp, lp), options | {"balance": 0.8}
-        yield f"sample_kl_packed-{name}", "sample_kl_packed", (moments, 1, RNG), options
-        yield f"sample_kl_draw-{name}", "sample_kl_draw", (mu, logvar), options
-        yield f"sample_kl_packed_draw-{name}", "sample_kl_packed_draw", (moments, 1), options
+        yield f"kl-prior-{name}", "latent", (*pair, None, mp, lp), {"sample": False} | options
+        yield f"sample_kl-prior-{name}", "latent", (*pair, RNG, mp, lp), options | {"balance": 0.8}
+    yield "draw-nothing", "latent_draw", (*pair, None), {"sample": False}
     yield "_rng_state", "_rng_state", (mu,), {}
     yield "_philox_words", "_philox_words", (RNG, 10, 3), {}
     gate, none = torch.tensor([0.25, -0.25, 0.25]), torch.empty(0, dtype=torch.uint8)
     plain = [t.detach() for t in (mu, logvar, mp, lp)]
     z, one = torch.ones(4, 3), torch.tensor(1.0)
-    yield (
-        "latent_backward-all",
-        "latent_backward",
-        (z, one, torch.ones(3), plain[0], plain[1], RNG, plain[2], plain[3], gate, none),
-        {"prior_grads": True},
-    )
-    yield "latent_backward-z", "latent_backward", (z, None, None, *plain[:2], RNG, None, None, None, None), {}
-    yield (
-        "latent_backward-kl",
-        "latent_backward",
-        (None, one, None, *plain[:2], None, None, None, gate, none),
-        {},
-    )
-    yield (
-        "latent_backward_packed",
-        "latent_backward_packed",
-        (z, one, None, moments.detach(), 1, RNG, None, None, gate, none),
-        {},
-    )
+    both = (z, one, torch.ones(3), *plain[:2], 1, RNG, *plain[2:], gate, none)
+    yield "backward-all", "latent_backward", both, {"prior_grads": True}
+    yield "backward-z", "latent_backward", (z, None, None, *plain[:2], 1, RNG, *[None] * 4), {}
+    of_kl = (None, one, None, *plain[:2], 1, None, None, None, gate, none)
+    yield "backward-kl", "latent_backward", of_kl, {}
+    halves = (z, one, None, moments.detach(), None, 1, RNG, None, None, gate, none)
+    yield "backward-packed", "latent_backward", halves, {}
 
 
 OP_CASES = {name: rest for name, *rest in op_cases()}
@@ -98,8 +85,7 @@ def test_every_operator_is_checked(kernels):
         for n in torch._C._dispatch_get_all_op_names()
         if n.startswith("vaekernels::")
     }
-    references = {"latent_backward_reference", "latent_backward_packed_reference"}
-    assert names - references == {op for op, _, _ in OP_CASES.values()}
+    assert names - {"latent_backward_reference"} == {op for op, _, _ in OP_CASES.values()}
 
 
 def test_the_drawing_ops_are_tagged_and_the_pure_ones_are_not(kernels):
