@@ -3,8 +3,8 @@
 >>> import torch
 >>> import vaekernels as vk
 >>> mu, logvar = torch.randn(128, 32), torch.randn(128, 32)
->>> z, kl, per_group = vk.sample_kl(mu, logvar, free_bits=0.25)
->>> z.shape, kl.shape, per_group.shape
+>>> z, kl, kl_per_group = vk.sample_kl(mu, logvar, free_bits=0.25)
+>>> z.shape, kl.shape, kl_per_group.shape
 (torch.Size([128, 32]), torch.Size([]), torch.Size([32]))
 
 `reparameterize` draws the sample, `gaussian_kl` computes the KL divergence with free bits, `sample_kl` does
@@ -24,6 +24,11 @@ import torch
 from vaekernels import _build, _native
 from vaekernels._native import FallbackWarning
 from vaekernels.ops import (
+    Clamp,
+    KLOptions,
+    Parameterization,
+    Penalty,
+    Reduction,
     SampleKL,
     gaussian_kl,
     gaussian_kl_packed,
@@ -51,7 +56,12 @@ else:
 __version__ = _build.VERSION
 
 __all__ = [
+    "Clamp",
     "FallbackWarning",
+    "KLOptions",
+    "Parameterization",
+    "Penalty",
+    "Reduction",
     "SampleKL",
     "__version__",
     "gaussian_kl",

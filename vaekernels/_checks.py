@@ -34,7 +34,7 @@ def _on_one_device(a: Tensor, b: Tensor) -> bool:
     return (a.is_cpu and b.is_cpu) or a.device == b.device
 
 
-def check_pair(name: str, t: Tensor, other_name: str, other: Tensor) -> None:
+def check_pair(name: str, t: Tensor, other_name: str, other: Tensor | None) -> None:
     """Two floating tensors of one dtype, device and shape."""
     if not isinstance(t, Tensor):
         _not_a_tensor(name, t)

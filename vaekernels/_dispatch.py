@@ -96,8 +96,10 @@ def latent(
         if sample and rng is None:
             rng = operators._rng_state(first, generator=generator)
         out = operators.latent(first, second, dim, rng, prior_mu, prior_logvar, **operator_options)
-    z, loss, rate = out[0] if sample else None, out[1] if kl else None, out[2] if kl else None
-    return (z, loss, rate) if shared is None else (z, *shared.reduce(loss, rate))
+    z = out[0] if sample else None
+    if not kl:
+        return z, None, None
+    return (z, *(out[1:3] if shared is None else shared.reduce(out[1], out[2])))
 
 
 def checked(want: int, first: Any, /, *given: Any, **options: Any) -> dict[str, Any] | None:

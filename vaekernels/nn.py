@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from vaekernels import _checks, ops
-from vaekernels.ops import SampleKL
+from vaekernels.ops import Clamp, Parameterization, Penalty, Reduction, SampleKL
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -125,12 +125,12 @@ class Options(TypedDict, total=False):
 
     beta: float | Scheduled | None
     free_bits: float | Tensor | Scheduled | None
-    clamp: str
-    penalty: str
+    clamp: Clamp
+    penalty: Penalty
     batch_dims: int
     group_dims: int | Sequence[int] | None
-    reduction: str
-    parameterization: str
+    reduction: Reduction
+    parameterization: Parameterization
     logvar_bounds: tuple[float, float] | None
     process_group: ProcessGroup | None
     deterministic_eval: bool
@@ -151,12 +151,12 @@ class _Latent(nn.Module):
         *,
         beta: float | Scheduled | None = None,
         free_bits: float | Tensor | Scheduled | None = None,
-        clamp: str = "batch",
-        penalty: str = "floor",
+        clamp: Clamp = "batch",
+        penalty: Penalty = "floor",
         batch_dims: int = 1,
         group_dims: int | Sequence[int] | None = None,
-        reduction: str = "batchmean",
-        parameterization: str = "logvar",
+        reduction: Reduction = "batchmean",
+        parameterization: Parameterization = "logvar",
         logvar_bounds: tuple[float, float] | None = None,
         process_group: ProcessGroup | None = None,
         deterministic_eval: bool = False,
