@@ -18,8 +18,8 @@ struct Latent {
   Tensor mu, logvar;
   OptTensor prior_mu, prior_logvar, weight;
 
-  Latent permuted(at::IntArrayRef order) const {
-    const auto copy = [&](const Tensor& t) { return t.permute(order).contiguous(); };
+  Latent permuted(at::IntArrayRef order, at::ScalarType dtype) const {
+    const auto copy = [&](const Tensor& t) { return t.permute(order).to(dtype).contiguous(); };
     const auto copy_given = [&](const OptTensor& t) { return t ? OptTensor(copy(*t)) : t; };
     return {copy(mu), copy(logvar), copy_given(prior_mu), copy_given(prior_logvar), weight};
   }

@@ -208,8 +208,8 @@ Results forward(const Options& o, const Latent& in, const Noise& noise, bool sam
     // Groups that interleave with the summed axes in memory: z from the tensors as they are, because its
     // numbers go by storage order, the KL from copies in [B, G, S] order.
     const auto [order, inverse] = by_role(g);
-    Results out = forward<Backend>(permuted(o, g), in.permuted(order), OptTensor(), false, true, {},
-                                   free_bits_per_group);
+    Results out = forward<Backend>(permuted(o, g), in.permuted(order, mu.scalar_type()), OptTensor(), false,
+                                   true, {}, free_bits_per_group);
     if (o.reduction == Reduction::elementwise) {
       const Tensor copied = std::move(out.kl);
       out.kl = empty_beside(mu, mu.sizes(), dense, copied.scalar_type());
@@ -295,29 +295,34 @@ void backward(const Options& o, const Latent& in, const Incoming& grads, const S
   const auto dense = dense_strides(mu);
   const std::optional<Layout> layout = kl ? kl_layout(mu, g, dense) : sample_layout(mu, in.logvar, dense);
   if (!layout) {
-    // As in `forward`: the two gradients come from two launches and are added.
+    // As in `forward`: the two gradients come from two launches and are added. Both are written in the dtype
+    // of the arithmetic: in a smaller one each would be rounded, and could overflow, before they are added.
+    const auto compute = compute_type(mu);
     const auto [order, inverse] = by_role(g);
-    const Latent copied = in.permuted(order);
+    const Latent copied = in.permuted(order, compute);
     Incoming of_kl{{}, grads.kl, grads.kl_per_group};
     if (of_kl.kl && o.reduction == Reduction::elementwise) of_kl.kl = of_kl.kl->permute(order);
-    const auto like = [&](const Tensor& t) { return t.defined() ? at::empty_like(copied.mu) : Tensor(); };
-    Gradients part{at::empty_like(copied.mu), at::empty_like(copied.mu), like(out.prior_mu),
-                   like(out.prior_logvar)};
-    const Options in_order = permuted(o, g);
-    backward<Backend>(in_order, copied, of_kl, saved, grouping_of<int64_t>(copied.mu, in_order), part);
-    const auto put = [&, inverse = inverse](Tensor& to, const Tensor& from, bool add) {
-      if (!to.defined()) return;
-      const Tensor there = from.permute(inverse);
-      add ? to.add_(there) : to.copy_(there);
+    const auto like = [](const Tensor& wanted, const Tensor& t) {
+      return wanted.defined() ? at::empty_like(t) : Tensor();
     };
+    Gradients kl_part{like(out.mu, copied.mu), like(out.logvar, copied.mu), like(out.prior_mu, copied.mu),
+                      like(out.prior_logvar, copied.mu)};
+    const Options in_order = permuted(o, g);
+    backward<Backend>(in_order, copied, of_kl, saved, grouping_of<int64_t>(copied.mu, in_order), kl_part);
+    Gradients z_part;
     if (grads.z) {
-      Gradients sampled{out.mu, out.logvar, {}, {}};
-      backward<Backend>(o, in, Incoming{grads.z, {}, {}}, saved, Grouping(), sampled);
+      // These keep the order in storage, by which the random numbers go.
+      const Latent wide{mu.to(compute), in.logvar.to(compute), {}, {}, {}};
+      z_part = {at::empty_like(wide.mu), at::empty_like(wide.mu), {}, {}};
+      backward<Backend>(o, wide, Incoming{grads.z->to(compute), {}, {}}, saved, Grouping(), z_part);
     }
-    put(out.mu, part.mu, grads.z.has_value());
-    put(out.logvar, part.logvar, grads.z.has_value());
-    put(out.prior_mu, part.prior_mu, false);
-    put(out.prior_logvar, part.prior_logvar, false);
+    const auto put = [inverse = inverse](Tensor& to, const Tensor& kl, const Tensor& z) {
+      if (to.defined()) to.copy_(z.defined() ? kl.permute(inverse).add_(z) : kl.permute(inverse));
+    };
+    put(out.mu, kl_part.mu, z_part.mu);
+    put(out.logvar, kl_part.logvar, z_part.logvar);
+    put(out.prior_mu, kl_part.prior_mu, {});
+    put(out.prior_logvar, kl_part.prior_logvar, {});
     return;
   }
 
