@@ -193,10 +193,9 @@ class Row:
 
     kernel: str
     dtype: str
-    layout: str
+    tiling: str
     kl: str
     sample: str
-    keys: str
     registers: int
     stack: int
     local: int  # instructions that access local memory
@@ -216,7 +215,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        return " ".join(filter(None, (self.kernel, self.dtype, self.layout, self.kl, self.sample, self.keys)))
+        return " ".join(filter(None, (self.kernel, self.dtype, self.tiling, self.kl, self.sample)))
 
     def cells(self) -> list[str]:
         values = (getattr(self, f.name) for f in fields(self))
@@ -283,10 +282,9 @@ def row(
     made = Row(
         kernel=kernel.removesuffix("_kernel"),
         dtype=dtype,
-        layout=values.get("Layout", ""),
+        tiling=values.get("Tiling", ""),
         kl={"none": "", "": ""}.get(kl, f"kl {kl}"),
         sample="z" if sample else "",
-        keys=f"{values['KeySource']} keys" if "KeySource" in values and sample else "",
         registers=usage["REG"],
         stack=usage["STACK"] + usage["LOCAL"],
         local=_count(instructions, r"(LDL|STL)\b"),
