@@ -200,6 +200,7 @@ class Row:
     stack: int
     local: int  # instructions that access local memory
     float64: int  # instructions of float64 arithmetic
+    division64: int  # functions that divide signed 64-bit integers, in some 100 instructions
     instructions: int
     elements: int | None = None
     loop: int | None = None
@@ -289,6 +290,7 @@ def row(
         stack=usage["STACK"] + usage["LOCAL"],
         local=_count(instructions, r"(LDL|STL)\b"),
         float64=_count(instructions, FLOAT64.pattern),
+        division64=sum(isinstance(i, str) and i.endswith("_div_s64") for i in body),
         instructions=len(instructions),
     )
     if not made.plain:

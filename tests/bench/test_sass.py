@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import sass
 
@@ -126,6 +128,15 @@ def test_local_memory_and_float64_are_caught():
     assert broken_rules(second) == ["a stack of 16 bytes", "2 instructions of float64 arithmetic"]
 
 
+def test_divisions_of_64_bit_integers_are_caught():
+    divides = LISTING.replace("$first_kernel$help", "$__internal_0_$__cuda_sm20_div_s64")
+    row = sass.row(
+        "first_kernel", sass.functions(divides)["first_kernel"], sass.usage_of(USAGE)["first_kernel"], {}
+    )
+    assert row.division64 == 1
+    assert "1 divisions of 64-bit integers" in broken_rules(replace(row, kernel="first_plain"))
+
+
 def test_what_float64_arithmetic_is():
     for text in ("DADD R2, R2, R4", "@P0 DMUL R2, R2, R4", "MUFU.RCP64H R3, R3", "F2F.F64.F32 R2, R4"):
         assert sass.FLOAT64.match(sass.Instruction(text).opcode), text
@@ -170,6 +181,8 @@ def broken_rules(row: sass.Row) -> list[str]:
         broken.append(f"{row.local} accesses to local memory")
     if row.float64 and row.dtype != "float64":
         broken.append(f"{row.float64} instructions of float64 arithmetic")
+    if row.plain and row.division64:
+        broken.append(f"{row.division64} divisions of 64-bit integers")
     return broken
 
 
