@@ -19,7 +19,7 @@ __device__ __forceinline__ const PhiloxKeys& keys_for(const Keys& keys, unsigned
   if constexpr (Sample) {
     if (threadIdx.x == 0)
       *copy = keys.state == nullptr
-                  ? keys.host
+                  ? keys.general
                   : philox_keys(static_cast<uint64_t>(keys.state[0]), static_cast<uint64_t>(keys.state[1]));
     __syncthreads();
   }

@@ -4,8 +4,6 @@
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "../philox.h"
 #include "geometry.h"
 #include "latent.h"
@@ -23,9 +21,9 @@ namespace vk::cuda {
 
 // The round keys where the host knows the random state; else where in device memory that state is.
 struct Keys {
-  PhiloxKeys host;       // for general kernels
-  QuadKeys quads;        // the same for plain kernels
-  const int64_t* state;  // null: the host knew it
+  PhiloxKeys general;    // for general kernels
+  QuadKeys plain;        // the same for plain kernels
+  const int64_t* state;  // null: the keys are set
 };
 
 inline Keys keys_of(const Problem& p) {
@@ -45,13 +43,6 @@ struct Source {
 
 __device__ __forceinline__ char* element_of(const Source& s, int64_t b, int64_t o, int64_t i) {
   return static_cast<char*>(s.data) + (b * s.b + o * s.o + i * s.i);
-}
-
-// Bytes of an element that a kernel for T works on.
-template <class T>
-__device__ __forceinline__ int element_size(DType dtype) {
-  if constexpr (std::is_same_v<T, AnyFloat>) return dtype == DType::f32 ? 4 : 2;
-  return sizeof(T);
 }
 
 inline Source source_of(const Axes& a, const Geometry& g, DType dtype) {
