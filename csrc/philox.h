@@ -15,7 +15,7 @@ inline constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 inline constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 inline constexpr int kPhiloxRounds = 10;
 
-// What every counter of one call shares: the round keys and the first two counter words.
+// The same for every counter of one call: the round keys and the first two counter words.
 struct PhiloxKeys {
   uint32_t round[2 * kPhiloxRounds];
   uint32_t c0, c1;
@@ -55,8 +55,8 @@ VK_FN Words philox(const PhiloxKeys& keys, uint64_t quad) {
 
 #else
 
-// The host keeps each word in a 64-bit lane and lets the upper half fill with rubbish: a product needs its
-// factor's lower half only, so the vectorised loop does without a single shuffle (1.15 against 1.40 ns per
+// The host holds each word in a 64-bit lane whose upper half may be anything: a product needs only the lower
+// half of its factors, so the vectorised loop does without a single shuffle (1.15 against 1.40 ns per
 // element for 32-bit lanes, AVX-512).
 VK_FN Words philox(const PhiloxKeys& keys, uint64_t quad) {
   const uint64_t low = 0xFFFFFFFFu;
@@ -78,8 +78,8 @@ VK_FN Words philox(const PhiloxKeys& keys, uint64_t quad) {
 
 #endif
 
-// What the first two rounds make of a counter before they see the quad, for quads below 2^32: two of the
-// twenty products need no quad.
+// The part of the first two rounds that does not depend on the quad, for quads below 2^32: two of the twenty
+// products need no quad.
 struct QuadKeys {
   uint32_t first;      // of round 1
   uint32_t second[2];  // of round 2, with what is known of the words they meet
@@ -129,14 +129,14 @@ VK_LONG_FN Pair<double> box_muller(uint32_t x, uint32_t y, double) {
   // The complement u - 1 is exact, so log1p keeps the small radii right.
   const double minus = (static_cast<double>(s) + 0.5) * scale;
   const double r = sqrt(-2.0 * (s < 0 ? log1p(minus) : log(minus)));
-  const double turn = scale * static_cast<double>(static_cast<int32_t>(y));
+  const double turns = scale * static_cast<double>(static_cast<int32_t>(y));
 #if defined(__CUDA_ARCH__)
   // sin and cos would bring along a reduction of huge angles, which keeps a table in local memory.
   double sine, cosine;
-  sincospi(2.0 * turn, &sine, &cosine);
+  sincospi(2.0 * turns, &sine, &cosine);
   return {r * cosine, r * sine};
 #else
-  const double angle = 6.283185307179586477 * turn;
+  const double angle = 6.283185307179586477 * turns;
   return {r * cos(angle), r * sin(angle)};
 #endif
 }
@@ -191,10 +191,10 @@ VK_FN Pair<typename L::F> box_muller_of(typename L::U x, typename L::U y) {
   p = p * f + 1.0000731f;
   p = p * f - 1.9999997f;
   const F r = L::sqrt(p * f + L::to_float(k) * -1.3862944f);
-  // The angle less a multiple of pi, |a| <= pi/2: an odd multiple turns both signs.
+  // The angle less a multiple of pi, |a| <= pi/2: an odd multiple changes the sign of both normals.
   const U doubled = y + y;
   const F a = L::to_float(std::bit_cast<I>(doubled)) * 7.3145904e-10f;
-  const F turned = std::bit_cast<F>(std::bit_cast<U>(r) ^ ((y ^ doubled) & 0x80000000u));
+  const F signed_r = std::bit_cast<F>(std::bit_cast<U>(r) ^ ((y ^ doubled) & 0x80000000u));
   const F a2 = a * a;
   F sine = a2 * 2.5904885e-6f - 1.9800898e-4f;
   sine = sine * a2 + 8.33289982e-3f;
@@ -204,7 +204,7 @@ VK_FN Pair<typename L::F> box_muller_of(typename L::U x, typename L::U y) {
   cosine = cosine * a2 + 4.16635848e-2f;
   cosine = cosine * a2 - 0.49999905f;
   cosine = cosine * a2 + 1.f;
-  return {turned * cosine, turned * a * sine};
+  return {signed_r * cosine, signed_r * a * sine};
 }
 
 VK_FN Pair<float> box_muller(uint32_t x, uint32_t y, float) { return box_muller_of<Scalar>(x, y); }

@@ -15,6 +15,8 @@ enum class DType : uint8_t { f32, f64, bf16, f16 };
 enum class Clamp : uint8_t { none, batch, sample };  // none: no free bits
 enum class Reduction : uint8_t { batchmean, sum, mean, none, elementwise };
 
+inline int item_size(DType dtype) { return dtype == DType::f64 ? 8 : (dtype == DType::f32 ? 4 : 2); }
+
 struct Strides {
   int64_t b = 0, g = 0, s = 0;
 };
@@ -58,6 +60,12 @@ struct Problem {
   int64_t numel() const { return B * G * S; }
   Strides dense() const { return groups_inner ? Strides{G * S, 1, G} : Strides{G * S, S, 1}; }
 };
+
+// The bounds on the log-variance, as bounds on the log standard deviation.
+template <class R>
+Bounds<R> bounds_of(const Problem& p) {
+  return {static_cast<R>(0.5 * p.lo), static_cast<R>(0.5 * p.hi)};
+}
 
 struct Forward : Problem {
   Penalty penalty = Penalty::floor;

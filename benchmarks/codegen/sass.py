@@ -193,14 +193,14 @@ class Row:
 
     kernel: str
     dtype: str
-    layout: str
+    tiling: str
     kl: str
     sample: str
-    keys: str
     registers: int
     stack: int
     local: int  # instructions that access local memory
     float64: int  # instructions of float64 arithmetic
+    division64: int  # functions that divide signed 64-bit integers, in some 100 instructions
     instructions: int
     elements: int | None = None
     loop: int | None = None
@@ -216,7 +216,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        return " ".join(filter(None, (self.kernel, self.dtype, self.layout, self.kl, self.sample, self.keys)))
+        return " ".join(filter(None, (self.kernel, self.dtype, self.tiling, self.kl, self.sample)))
 
     def cells(self) -> list[str]:
         values = (getattr(self, f.name) for f in fields(self))
@@ -283,14 +283,14 @@ def row(
     made = Row(
         kernel=kernel.removesuffix("_kernel"),
         dtype=dtype,
-        layout=values.get("Layout", ""),
+        tiling=values.get("Tiling", ""),
         kl={"none": "", "": ""}.get(kl, f"kl {kl}"),
         sample="z" if sample else "",
-        keys=f"{values['KeySource']} keys" if "KeySource" in values and sample else "",
         registers=usage["REG"],
         stack=usage["STACK"] + usage["LOCAL"],
         local=_count(instructions, r"(LDL|STL)\b"),
         float64=_count(instructions, FLOAT64.pattern),
+        division64=sum(isinstance(i, str) and i.endswith("_div_s64") for i in body),
         instructions=len(instructions),
     )
     if not made.plain:

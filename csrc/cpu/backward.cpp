@@ -63,13 +63,13 @@ class BackwardJob {
   struct State {
     TileBuffers<R> tile;
     typename Normals<R>::Buffer normals;
-    R sum[kTile], noise[kTile], c[kTile], grad_z[kTile];  // zero, unless written, are sum and noise
+    R sum[kTile], noise[kTile], c[kTile], grad_z[kTile];  // sum and noise are zero unless written
     R grad_mu[kTile], grad_scale[kTile], grad_prior_mu[kTile], grad_prior_scale[kTile];
-    int filled = 0;  // the first so many of c are the same number
+    int filled = 0;  // this many elements of c, from the first on, are the same number
   };
 
-  // What of c, the gradient with respect to KL[b, g] over w_b, is the same for all rows of a group; and the
-  // factor of what is not.
+  // The part of c, the gradient with respect to KL[b, g] over w_b, that is the same for all batch rows; and
+  // the factor of the part that is not.
   void prepare_groups() {
     const R* gate = static_cast<const R*>(p_.gate);
     const R* grad_rate = static_cast<const R*>(p_.grad_kl_per_group);
@@ -91,9 +91,9 @@ class BackwardJob {
       const bool open = p_.clamp != Clamp::batch || !std::signbit(gate[g]);
       if (grad_kl_ && scalar && !by_row_ && open) s += gain;
     }
-    // Where whole rows fit a tile, the numbers of a whole tile repeat: written out once, they are read in
-    // place.
-    if (m_.kind != Matrix::Kind::runs && p_.G < kTile && kTile % p_.G == 0 && p_.numel() >= kTile) {
+    // Where a tile holds whole rows, every tile has the same numbers: written out once for a whole tile, they
+    // are read in place.
+    if (m_.kind != Matrix::Kind::cells && p_.G < kTile && kTile % p_.G == 0 && p_.numel() >= kTile) {
       shared_.resize(kTile);
       for (int64_t n = p_.G; n < kTile; n *= 2) std::copy_n(shared_.begin(), n, shared_.begin() + n);
     }
@@ -111,27 +111,27 @@ class BackwardJob {
     return weight_ ? weight_[b] * c : c;
   }
 
-  // c of a tile: in `s.c`, or where it lies already.
+  // c of a tile: in `s.c`, or where it is in memory already.
   const R* coefficients(int64_t begin, int n, State& s) const {
     R* const c = s.c;
-    if (m_.kind == Matrix::Kind::runs && p_.reduction != Reduction::elementwise &&
+    if (m_.kind == Matrix::Kind::cells && p_.reduction != Reduction::elementwise &&
         begin % m_.cols + n <= m_.cols) {
       const int64_t row = begin / m_.cols;
       const R same = coefficient(row / m_.inner, row % m_.inner);
-      // Of a long run every tile has the same, and most find it there.
+      // All tiles of a long row have the same number, so that most find it there already.
       if (s.filled < n || std::memcmp(c, &same, sizeof(R)) != 0) std::fill_n(c, n, same);
       s.filled = n;
       return c;
     }
     s.filled = 0;
     const bool plain = !by_row_ && !weight_;
-    if (plain && m_.kind != Matrix::Kind::runs && p_.reduction != Reduction::elementwise) {
+    if (plain && m_.kind != Matrix::Kind::cells && p_.reduction != Reduction::elementwise) {
       const int64_t col = begin % m_.cols;
       if (n == kTile && col + n <= static_cast<int64_t>(shared_.size())) return shared_.data() + col;
     }
     for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
       const int64_t b = row / m_.inner;
-      if (m_.kind == Matrix::Kind::runs) {
+      if (m_.kind == Matrix::Kind::cells) {
         std::fill_n(c + at, len, coefficient(b, row % m_.inner));
       } else if (plain) {
         std::copy_n(shared_.data() + col, len, c + at);

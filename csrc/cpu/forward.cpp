@@ -9,7 +9,8 @@
 namespace vk::cpu {
 namespace {
 
-// float sums are moved into double ones after this many additions, which keeps their error near one rounding.
+// float sums are added to double ones after this many additions, which keeps their error close to one
+// rounding.
 constexpr int kRowsPerFlush = 64;
 
 template <class R>
@@ -54,7 +55,7 @@ class ForwardJob {
     if (call.z != nullptr) {
       normals_.emplace_back(call, call.numel());
       for (int64_t k = 0; k < call.K; ++k) {
-        char* block = static_cast<char*>(call.z) + k * call.numel() * item_size();
+        char* block = static_cast<char*>(call.z) + k * call.numel() * item_size(call.dtype);
         z_.emplace_back(block, call.dense(), call, m_);
       }
     }
@@ -84,7 +85,7 @@ class ForwardJob {
 
   void run(int64_t begin, int64_t end) {
     State state;
-    if (p_.has_kl && m_.kind != Matrix::Kind::runs) {
+    if (p_.has_kl && m_.kind != Matrix::Kind::cells) {
       const size_t width =
           static_cast<size_t>(folded_ ? std::min<int64_t>(kTile, p_.numel()) : chunks_.col_step);
       state.sum.resize(width);
@@ -102,13 +103,11 @@ class ForwardJob {
     std::vector<R> sum;         // per column, at most kRowsPerFlush rows
     std::vector<double> total;  // per column
     int rows = 0;               // in `sum`
-    double run = 0;             // of the matrix row at hand
+    double row_sum = 0;         // of the current matrix row, as far as it was read
   };
 
-  size_t item_size() const { return p_.dtype == DType::f64 ? 8 : (p_.dtype == DType::f32 ? 4 : 2); }
-
   // How many chunks a cell's sum is spread over.
-  int64_t parts() const { return m_.kind == Matrix::Kind::runs ? chunks_.across : chunks_.per_unit; }
+  int64_t parts() const { return m_.kind == Matrix::Kind::cells ? chunks_.across : chunks_.per_unit; }
 
   void chunk(int64_t index, State& state) {
     const Chunk c = chunks_[index];
@@ -186,10 +185,11 @@ class ForwardJob {
       });
     } else {
       for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
-        if (col == c.col0) state.run = 0;
-        state.run += static_cast<double>(sum_of(kl + at, len));
+        if (col == c.col0) state.row_sum = 0;
+        state.row_sum += static_cast<double>(sum_of(kl + at, len));
         if (col + len == c.col1)
-          cells_[static_cast<size_t>(index % chunks_.across * p_.cells() + row)] = static_cast<R>(state.run);
+          cells_[static_cast<size_t>(index % chunks_.across * p_.cells() + row)] =
+              static_cast<R>(state.row_sum);
       });
     }
   }

@@ -1,4 +1,4 @@
-// What the forward and the backward job of the CPU kernels share.
+// Used by the forward and the backward job of the CPU kernels.
 #pragma once
 
 #include "latent.h"
@@ -20,12 +20,7 @@ auto with_param(Param param, const F& f) {
   }
 }
 
-template <class R>
-Bounds<R> bounds_of(const Problem& p) {
-  return {static_cast<R>(0.5 * p.lo), static_cast<R>(0.5 * p.hi)};
-}
-
-// A tile's loop in its two kinds; `near` is null where it cannot serve.
+// Both kinds of the loop over a tile; `near` is null where it cannot be used.
 template <class Tile>
 struct Tiles {
   Tile near, far;
@@ -63,7 +58,7 @@ void run_chunks(Job& job, int64_t count, int64_t elements, Parallel parallel) {
       [](void* context, int64_t begin, int64_t end) { static_cast<Job*>(context)->run(begin, end); }, &job);
 }
 
-// The width of a tile's rows that lets most of the tensors be read and written in place.
+// The width of a tile's rows with which most of the tensors can be read and written in place.
 template <class R>
 int width_of(std::initializer_list<const View<R>*> views) {
   int width = kTile;
@@ -72,7 +67,7 @@ int width_of(std::initializer_list<const View<R>*> views) {
   return width;
 }
 
-// A tile of n elements in rows of `width` where that goes, else in one.
+// A tile of n elements in rows of `width` if n is a multiple of it, else in one row.
 inline TileShape shape_of(int n, int width) {
   return width < kTile && n % width == 0 ? TileShape{n / width, width} : TileShape{1, padded(n)};
 }

@@ -1,5 +1,5 @@
-// What the CPU kernels offer. Free of torch: the caller brings the memory and a way to run chunks in
-// parallel.
+// The interface of the CPU kernels. Without torch: the caller passes the memory and a function that runs
+// chunks in parallel.
 #pragma once
 
 #include <cstdint>

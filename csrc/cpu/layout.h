@@ -1,4 +1,4 @@
-// How the CPU kernels walk a problem: z's storage as a matrix, cut into chunks, cut into tiles.
+// How the CPU kernels cut a problem: z's storage as a matrix, the matrix into chunks, a chunk into tiles.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@ struct Matrix {
   enum class Kind {
     columns,  // [B, G]: a column is a group
     strips,   // [B * S, G]: a column is a group, S rows make a batch row
-    runs,     // [B * G, S]: a row is the cell (b, g)
+    cells,    // [B * G, S]: a row is the cell (b, g)
   };
   Kind kind;
   int64_t rows, cols, inner;
@@ -23,7 +23,7 @@ struct Matrix {
 inline Matrix matrix_of(const Problem& p) {
   if (p.S == 1) return {Matrix::Kind::columns, p.B, p.G, 1};
   if (p.groups_inner) return {Matrix::Kind::strips, p.B * p.S, p.G, p.S};
-  return {Matrix::Kind::runs, p.B * p.G, p.S, p.G};
+  return {Matrix::Kind::cells, p.B * p.G, p.S, p.G};
 }
 
 // Calls f(row, column, at, n) for each piece of [begin, begin + n) of z's storage that lies in one row; `at`
@@ -38,8 +38,8 @@ VK_FN void for_segments(const Matrix& m, int64_t begin, int n, const F& f) {
   }
 }
 
-// Chunks are units of parallel work. Their borders depend on the shape alone, so that sums do not depend on
-// the number of threads.
+// Chunks are units of parallel work. Where they begin and end depends on the shape alone, so that sums do not
+// depend on the number of threads.
 struct Chunk {
   int64_t row0, row1, col0, col1;
 };
@@ -118,8 +118,8 @@ VK_FN decltype(auto) as_type(DType dtype, const F& f) {
   }
 }
 
-// A tensor's place in memory, element by element of z's storage. Memory is runs of `run_` elements that lie
-// side by side as they do there, one every `step_`.
+// Where the elements of a tensor lie, in the order of z's storage. `contiguous_` elements that are neighbours
+// there are neighbours in the tensor as well; the next so many begin `step_` elements further on.
 template <class R>
 class View {
  public:
@@ -127,20 +127,20 @@ class View {
   View(void* data, const Strides& s, const Problem& p, const Matrix& m)
       : data_(data), dtype_(p.dtype), m_(m) {
     outer_ = s.b;
-    inner_ = m.kind == Matrix::Kind::runs ? s.g : s.s;
-    col_ = m.kind == Matrix::Kind::runs ? s.s : s.g;
+    inner_ = m.kind == Matrix::Kind::cells ? s.g : s.s;
+    col_ = m.kind == Matrix::Kind::cells ? s.s : s.g;
     if (m.cols > 1 && col_ != 1) return;
     const bool one_outer = m.rows == m.inner;
-    run_ = m.cols;
-    if (m.inner > 1 && inner_ != run_) {
+    contiguous_ = m.cols;
+    if (m.inner > 1 && inner_ != contiguous_) {
       if (one_outer || outer_ == m.inner * inner_) step_ = inner_;
       return;
     }
-    run_ *= m.inner;
+    contiguous_ *= m.inner;
     step_ = outer_;
-    if (!one_outer && outer_ != run_) return;
+    if (!one_outer && outer_ != contiguous_) return;
     whole_ = true;
-    run_ = step_ = m.rows * m.cols;
+    contiguous_ = step_ = m.rows * m.cols;
   }
   View(const Input& in, const Problem& p, const Matrix& m)
       : View(const_cast<void*>(in.data), in.stride, p, m) {}
@@ -151,8 +151,9 @@ class View {
   // The width that the rows of a tile have to have for the tile to be computed in place; kTile where any will
   // do, or none.
   int width() const {
-    const bool rows = step_ != 0 && run_ < kTile && run_ % kLanes == 0 && kTile % run_ == 0;
-    return same_type() && rows ? static_cast<int>(run_) : kTile;
+    const bool rows =
+        step_ != 0 && contiguous_ < kTile && contiguous_ % kLanes == 0 && kTile % contiguous_ == 0;
+    return same_type() && rows ? static_cast<int>(contiguous_) : kTile;
   }
 
   // n elements from `begin` of z's storage as rows of `width`: where they are if they can be read like a tile
@@ -162,7 +163,7 @@ class View {
     as_type<R>(dtype_, [&](auto zero) {
       const auto* data = static_cast<const decltype(zero)*>(data_);
       for_pieces(begin, n, [&](int64_t from, int64_t stride, int at, int rows, int len) {
-        if (run_ != 0)
+        if (contiguous_ != 0)
           load_rows(data + from, stride, rows, len, buffer + at);
         else
           for (int i = 0; i < len; ++i) buffer[at + i] = widen(data[from + i * col_]);
@@ -175,8 +176,8 @@ class View {
   Rows<R> direct(int64_t begin, int n, int width) const {
     if (!same_type() || n % kLanes != 0) return {};
     R* data = static_cast<R*>(data_);
-    if (in_one_run(begin, n)) return {data + offset(begin), width};
-    if (run_ == width && step_ != 0 && begin % width == 0) return {data + offset(begin), step_};
+    if (is_contiguous(begin, n)) return {data + offset(begin), width};
+    if (contiguous_ == width && step_ != 0 && begin % width == 0) return {data + offset(begin), step_};
     return {};
   }
 
@@ -184,7 +185,7 @@ class View {
     as_type<R>(dtype_, [&](auto zero) {
       auto* data = static_cast<decltype(zero)*>(data_);
       for_pieces(begin, n, [&](int64_t to, int64_t stride, int at, int rows, int len) {
-        if (run_ != 0)
+        if (contiguous_ != 0)
           store_rows(from + at, data + to, stride, rows, len);
         else
           for (int i = 0; i < len; ++i) narrow(from[at + i], data[to + i * col_]);
@@ -194,23 +195,26 @@ class View {
 
  private:
   bool same_type() const { return sizeof(R) == 8 || dtype_ == DType::f32; }
-  bool in_one_run(int64_t begin, int n) const { return whole_ || (run_ != 0 && begin % run_ + n <= run_); }
+  bool is_contiguous(int64_t begin, int n) const {
+    return whole_ || (contiguous_ != 0 && begin % contiguous_ + n <= contiguous_);
+  }
   int64_t offset(int64_t begin) const {
     if (whole_) return begin;
-    if (step_ != 0) return begin / run_ * step_ + begin % run_;
+    if (step_ != 0) return begin / contiguous_ * step_ + begin % contiguous_;
     const int64_t row = begin / m_.cols;
     return row / m_.inner * outer_ + row % m_.inner * inner_ + begin % m_.cols * col_;
   }
 
-  // Calls f(offset in memory, stride, offset in the tile, rows, length of a row) for what makes up
-  // [begin, begin + n): whole runs together, what is cut off at either end, or the pieces of rows.
+  // Calls f(offset in memory, stride, offset in the tile, rows, length of a row) for the pieces that make up
+  // [begin, begin + n): all whole contiguous pieces in one call, and one call for a part of a piece at either
+  // end. Without a single step_, one call for each row of the matrix.
   template <class F>
   void for_pieces(int64_t begin, int n, const F& f) const {
-    const int64_t run = step_ != 0 ? run_ : m_.cols;
+    const int64_t length = step_ != 0 ? contiguous_ : m_.cols;
     for (int at = 0; at < n;) {
-      const int64_t left = run - (begin + at) % run;
+      const int64_t left = length - (begin + at) % length;
       const int len = static_cast<int>(std::min<int64_t>(n - at, left));
-      const int rows = step_ != 0 && len == run ? (n - at) / len : 1;
+      const int rows = step_ != 0 && len == length ? (n - at) / len : 1;
       f(offset(begin + at), step_, at, rows, len);
       at += rows * len;
     }
@@ -220,9 +224,9 @@ class View {
   DType dtype_ = DType::f32;
   Matrix m_{};
   int64_t outer_ = 0, inner_ = 0, col_ = 0;
-  bool whole_ = false;  // memory is one run
-  int64_t run_ = 0;     // 0: no two elements do
-  int64_t step_ = 0;    // 0: the runs lie otherwise
+  bool whole_ = false;      // all elements are contiguous
+  int64_t contiguous_ = 0;  // 0: no two elements are
+  int64_t step_ = 0;        // 0: no single distance, or nothing contiguous
 };
 
 // The normals of a tile, sample k.

@@ -1,14 +1,15 @@
 // Philox words and normals by the vector.
 //
 // The vectors are the compiler's own (`vector_size`): one source, which also runs, slower, on processors that
-// have none as wide. Only what the compiler does not find by itself is named: the square root, the product of
-// 32-bit words, which left alone becomes `vpmullq` on AVX-512 (twice the time), and the xor of three.
+// have none as wide. Intrinsics are used only where the compiler does not find the instruction: the square
+// root, the product of 32-bit words, which left alone becomes `vpmullq` on AVX-512 (twice the time), and the
+// xor of three.
 //
 // A round of Philox multiplies 32-bit words to 64 bits. Each word sits in a 64-bit lane whose upper half may
-// hold rubbish, which is what `vpmuludq` takes, so no lane is ever shuffled.
+// hold anything, which is what `vpmuludq` takes, so no lane is ever shuffled.
 //
 // Of W quads that are worked on together, lane 4 L + j holds quad (W / 4) j + L. In this order the four
-// normals of a quad find together within 128 bits, where shuffles are cheapest.
+// normals of a quad lie within the same 128 bits, where shuffles are cheapest.
 #pragma once
 
 #include <cstring>

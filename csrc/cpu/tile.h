@@ -1,9 +1,9 @@
 // The elementwise half of the CPU kernels: loops over a tile that fits the first-level cache, written so that
 // the compiler vectorises them for every instruction set.
 //
-// Every loop runs over whole groups of kLanes elements, the rubbish behind the end of a tile included. So
-// there is no scalar remainder, every element takes the same instructions wherever a tile starts, and results
-// do not depend on chunk borders or vector width.
+// Every loop runs over whole groups of kLanes elements, the unused elements behind the end of a tile
+// included. So there is no scalar remainder, every element takes the same instructions wherever a tile
+// starts, and results do not depend on chunk borders or vector width.
 #pragma once
 
 #include <bit>
@@ -36,7 +36,8 @@ VK_FN void lanes(int n, const Body& body) {
 
 // ---- normals ---------------------------------------------------------------------------------------------
 
-// Those of float32 are in normals.h. Here float64's, of which the platform's libm takes nearly all the time.
+// Those of float32 are in normals.h. These are float64's, where the platform's libm takes nearly all the
+// time.
 inline void normals_of(const Words* words, int quads, double* eps) {
   for (int q = 0; q < quads; ++q) {
     const Pair<double> a = box_muller(words[q].x0, words[q].x1, double());
@@ -52,7 +53,7 @@ inline void normals_of(const Words* words, int quads, double* eps) {
 
 enum class Mode { sample, standard, prior };  // no KL; the KL to N(0, I); the KL to a given Gaussian
 
-// Rows of a tile, or of what it is made from, where they lie: `stride` apart.
+// The rows of a tile, or of a tensor that it is read from, where they are in memory: `stride` apart.
 template <class R>
 struct Rows {
   R* at = nullptr;
@@ -70,10 +71,10 @@ struct TileInputs {
   AnyRange range = {};  // here the compiler does not know its numbers, which math.h wants
 };
 
-// The loops of a tile come in two kinds. `Near` is for log-variances within +-87 and no bounds on them, which
-// is nearly every call, and does without five clamps, which share the ports of the products that bound the
-// loop. It looks at what it reads and returns false where the other kind has to do the tile again. Both give
-// the same bits.
+// There are two kinds of the loop over a tile. `Near` is for log-variances within +-87 and no bounds on them,
+// which is nearly every call. It needs five clamps less; they would use the same ports of the processor as
+// the multiplications, which limit the speed. It checks the numbers that it reads and returns false where the
+// other kind has to compute the tile again. Both give the same bits.
 template <Param P, class R>
 inline constexpr bool kHasNear = sizeof(R) == 4 && !kHoldsSd<P>;
 

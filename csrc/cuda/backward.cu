@@ -1,47 +1,48 @@
 // The backward kernels for any problem, and the choice of the kernel: every gradient in one elementwise pass.
-// What the forward decided is read, never decided again.
+// Which groups are open is read from what the forward wrote, never computed again.
 #include "backward.cuh"
 #include "element.cuh"
 
 namespace vk::cuda {
 namespace {
 
-// Where a thread's quad is in the tensors.
-struct Position {
+// Where in the tensors the quad is that a thread works on.
+struct BackwardPosition {
   const char *mu, *scale, *prior_mu, *prior_scale;
   char *grad_mu, *grad_scale, *grad_prior_mu, *grad_prior_scale;
   int64_t storage, batch_row;
   int valid;
 };
 
-// The part of the KL's gradient that the elements of a vector do not share with other rows: its factor by
-// element, and whether each group of the row is open.
+// The part of the KL's gradient that differs between batch rows: its factor, and a bit for each group of the
+// vector that is 1 where the group is open.
 template <class R>
 struct RowGain {
   R gain = 0;
   unsigned open = ~0u;
 };
 
-template <Layout L, class R>
-__device__ __forceinline__ RowGain<R> row_gain(const BackwardArgs<R>& a, const Place& p, const Position& at,
-                                               R gain) {
+template <Tiling kTiling, class R>
+__device__ __forceinline__ RowGain<R> row_gain(const BackwardArgs<R>& a, const ThreadOffsets& p,
+                                               const BackwardPosition& at, R gain) {
   RowGain<R> row;
   if (!a.by_row()) return row;
   row.gain = a.reduction == Reduction::none ? a.grad_kl[at.batch_row] : gain;
   if (a.clamp != Clamp::sample) return row;
-  const int64_t cell = at.batch_row * a.groups + (L == Layout::column ? p.i : p.o);
-  const int shift = static_cast<int>(cell % 8), bits = L == Layout::column ? at.valid : 1;
+  const int64_t cell = at.batch_row * a.groups + (kTiling == Tiling::column ? p.i : p.o);
+  const int shift = static_cast<int>(cell % 8), bits = kTiling == Tiling::column ? at.valid : 1;
   row.open = a.open[cell / 8];
   if (shift + bits > 8) row.open |= static_cast<unsigned>(a.open[cell / 8 + 1]) << 8;
   row.open >>= shift;
   return row;
 }
 
-// One quad. `shared`: what of its KL's gradient all batch rows share, by column or for all of it.
-template <class T, Layout L, bool HasKL, bool Sample, int kGroups>
+// Computes the gradients of one quad. `shared`: the part of the KL's gradient that is the same for all batch
+// rows, by column or one number for all elements.
+template <class T, Tiling kTiling, bool HasKL, bool Sample, int kGroups>
 __device__ __forceinline__ void backward_quad(const BackwardArgs<compute_t<T>>& a, const PhiloxKeys& keys,
-                                              const Place& p, const Position& at, compute_t<T> gain,
-                                              const compute_t<T> (&shared)[kGroups]) {
+                                              const ThreadOffsets& p, const BackwardPosition& at,
+                                              compute_t<T> gain, const compute_t<T> (&shared)[kGroups]) {
   using R = compute_t<T>;
   const bool prior = HasKL && a.prior_mu.data != nullptr;
   Quad<T> mu{}, scale, prior_mu{}, prior_scale{};
@@ -55,7 +56,7 @@ __device__ __forceinline__ void backward_quad(const BackwardArgs<compute_t<T>>& 
   if constexpr (Sample) {
     int64_t storage = at.storage;
     for (int64_t k = 0; k < a.K; ++k) {
-      forget_shared();
+      reload_shared();
       Quad<T> grad;
       R eps[4];
       grad.load(static_cast<const char*>(a.grad_z.data) + storage * a.grad_z.i, a.grad_z.i, a.grad_z.wide,
@@ -70,7 +71,7 @@ __device__ __forceinline__ void backward_quad(const BackwardArgs<compute_t<T>>& 
     }
   }
   if constexpr (HasKL) {
-    const RowGain<R> row = row_gain<L>(a, p, at, gain);
+    const RowGain<R> row = row_gain<kTiling>(a, p, at, gain);
     const R weight = a.weight != nullptr ? a.weight[at.batch_row] : R(1);
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -85,7 +86,7 @@ __device__ __forceinline__ void backward_quad(const BackwardArgs<compute_t<T>>& 
       for (int j = 0; j < 4; ++j) c[j] += grad_kl.value[j];
     }
   }
-  // The gradients take the place of the elements.
+  // The gradients overwrite the elements.
   quad_gradients<HasKL, Sample>(a.param, a.slope, Shares<R>{a.bounds, a.posterior_share, a.prior_share},
                                 prior, mu.value, scale.value, prior_mu.value, prior_scale.value, sum, noise,
                                 c);
@@ -98,24 +99,24 @@ __device__ __forceinline__ void backward_quad(const BackwardArgs<compute_t<T>>& 
     prior_scale.store(at.grad_prior_scale, a.grad_prior_scale.i, a.grad_prior_scale.wide, at.valid, a.dtype);
 }
 
-template <class T, Layout L, bool HasKL, bool Sample>
+template <class T, Tiling kTiling, bool HasKL, bool Sample>
 __global__ void __launch_bounds__(kBlock, 1)
     backward_kernel(const __grid_constant__ BackwardArgs<compute_t<T>> a) {
   using R = compute_t<T>;
-  constexpr int kGroups = HasKL && L == Layout::column ? 4 : 1;
+  constexpr int kGroups = HasKL && kTiling == Tiling::column ? 4 : 1;
   VK_SHARED(memory);
   const PhiloxKeys& keys = keys_for<Sample>(a.keys, memory);
   const Geometry& g = a.g;
-  const Place p = place_of<L, 4>(g);
-  if (p.steps == 0 || (L == Layout::column && p.tail == 0)) return;
+  const ThreadOffsets p = thread_offsets_of<kTiling, 4>(g);
+  if (p.steps == 0 || (kTiling == Tiling::column && p.tail == 0)) return;
   const bool prior = HasKL && a.prior_mu.data != nullptr;
-  const int64_t storage_step = L == Layout::column ? g.ty() * g.I : static_cast<int64_t>(g.tx()) * 4;
+  const int64_t storage_step = kTiling == Tiling::column ? g.ty() * g.I : static_cast<int64_t>(g.tx()) * 4;
 
   R shared[kGroups] = {}, gain = 0;
-  if constexpr (HasKL) gain = shared_gradients<kGroups>(a, L == Layout::column ? p.i : p.o, shared);
+  if constexpr (HasKL) gain = shared_gradients<kGroups>(a, kTiling == Tiling::column ? p.i : p.o, shared);
 
   for (int64_t b = p.b_begin + p.tz; b < p.b_end; b += g.tz()) {
-    Position at{};
+    BackwardPosition at{};
     if (HasKL) at.mu = element_of(a.mu, b, p.o, p.i);
     at.scale = element_of(a.scale, b, p.o, p.i);
     if (a.grad_mu.data != nullptr) at.grad_mu = element_of(a.grad_mu, b, p.o, p.i);
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     at.batch_row = g.folded ? p.o : b;
     for (int step = 0; step < p.steps; ++step) {
       at.valid = step < p.full ? 4 : p.tail;
-      backward_quad<T, L, HasKL, Sample>(a, keys, p, at, gain, shared);
+      backward_quad<T, kTiling, HasKL, Sample>(a, keys, p, at, gain, shared);
       if (HasKL) at.mu += a.mu.step;
       at.scale += a.scale.step;
       at.grad_mu += a.grad_mu.step;
@@ -153,14 +154,15 @@ void launch_kernel(const BackwardArgs<R>& a, bool has_kl, bool sample, cudaStrea
   if constexpr (sizeof(R) == 4) {
     if (a.g.plain) return backward_plain(a, has_kl, sample, stream);
   }
-  choose_general(a.g.layout, has_kl, sample,
-                 [&]<Layout L, bool HasKL, bool Sample>(GeneralKernel<L, HasKL, Sample>) {
-                   const auto kernel = backward_kernel<general_t<R>, L, HasKL, Sample>;
+  choose_general(a.g.tiling, has_kl, sample,
+                 [&]<Tiling kTiling, bool HasKL, bool Sample>(GeneralKernel<kTiling, HasKL, Sample>) {
+                   const auto kernel = backward_kernel<general_t<R>, kTiling, HasKL, Sample>;
                    VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), kKeyBytes<Sample>, stream, a);
                  });
 }
 
-// An output that is not wanted stands in no vector's way: it counts as one that is laid out like `other`.
+// An output that is not wanted counts as one that is laid out like `other`, so that it does not keep vectors
+// from being moved whole.
 Axes axes_of_output(const Output& out, const Output& other, const Problem& p) {
   return axes_of(out.data != nullptr ? out : Output{nullptr, other.stride}, p);
 }
@@ -212,12 +214,12 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
     a.grad_prior_scale = source_of(out_prior_scale, g, call.dtype);
   }
   a.grad_z = dense_source(call.grad_z, g, call.dtype);
-  a.grad_z.wide = is_wide_dense(call.grad_z, g, call.K, size_of(call.dtype));
+  a.grad_z.wide = is_wide_dense(call.grad_z, g, call.K, item_size(call.dtype));
   a.in = stride32_of(a.scale, g, 16);
   a.out = stride32_of(a.grad_scale, g, 16);
   a.prior_in = stride32_of(a.prior_scale, g, 16);
   a.prior_out = stride32_of(a.grad_prior_scale, g, 16);
-  a.quads = stride32_of(a.grad_z, g, 4 * size_of(call.dtype));
+  a.quads = stride32_of(a.grad_z, g, 4 * item_size(call.dtype));
   a.bounds = bounds_of<R>(call);
   a.log_variance = log_variance_of(call);
   a.special = a.log_variance.adjusts || (kl && call.weight != nullptr) ||

@@ -1,4 +1,4 @@
-// What a backward kernel is told.
+// The parameter of a backward kernel.
 #pragma once
 
 #include "launch.cuh"
@@ -57,8 +57,8 @@ __device__ __forceinline__ R shared_gradient(const BackwardArgs<R>& a, int64_t g
   return open && !a.by_row() ? shared + gain : shared;
 }
 
-// What of their KL's gradient all batch rows share, of kGroups groups from `first` on. Returns the loss's
-// gain.
+// The part of the KL's gradient that is the same for all batch rows, of kGroups groups from `first` on.
+// Returns the loss's gain.
 template <int kGroups, class R>
 __device__ __forceinline__ R shared_gradients(const BackwardArgs<R>& a, int64_t first, R* shared) {
   const R inverse_weight = fabs(a.gate[0]);

@@ -5,19 +5,20 @@
 namespace vk::cuda {
 namespace {
 
-// The rows of a block, in columns or (row) along them. `gains`: the gradient of the loss with respect to an
-// element's KL, by column or for all of them. Special: with weights of batch rows, and log-variances that
-// have to be adjusted.
-template <class T, Layout L, Kl K, bool Sample, bool Special>
-__device__ __forceinline__ void run(const BackwardArgs<float>& a, const QuadKeys& keys, const Place& p,
-                                    const float* gains) {
+// Computes the batch rows of a block. `gains`: the gradient of the loss with respect to an element's KL, by
+// column or (row) one number for all elements. Special: with weights of batch rows, log-variances that have
+// to be adjusted, and the prior's and the posterior's shares of the gradient.
+template <class T, Tiling kTiling, Kl K, bool Sample, bool Special>
+__device__ __forceinline__ void backward_rows(const BackwardArgs<float>& a, const QuadKeys& keys,
+                                              const ThreadOffsets& p, const float* gains) {
   constexpr int N = kVector<T>;
-  constexpr bool kHasKl = K != Kl::none, kPrior = K == Kl::prior, kColumn = L == Layout::column;
+  constexpr bool kHasKl = K != Kl::none, kPrior = K == Kl::prior, kColumn = kTiling == Tiling::column;
   const Geometry& g = a.g;
   const int64_t first = p.b_begin + p.tz;
   const uint32_t steps = kColumn && p.tail == 0 ? 0 : p.steps;
-  Walk in(a.in, first, p.o, p.i / N), out(a.out, first, p.o, p.i / N), quad(a.quads, first, p.o, p.i / N);
-  Walk prior(a.prior_in, first, p.o, p.i / N), prior_out(a.prior_out, first, p.o, p.i / N);
+  VectorOffset in(a.in, first, p.o, p.i / N), out(a.out, first, p.o, p.i / N),
+      quad(a.quads, first, p.o, p.i / N);
+  VectorOffset prior(a.prior_in, first, p.o, p.i / N), prior_out(a.prior_out, first, p.o, p.i / N);
   const bool weighted = Special && kHasKl && a.weight != nullptr;
   const bool folded = kColumn && g.folded;  // then B is 1
   if (first >= p.b_end) return;
@@ -86,7 +87,7 @@ __device__ __forceinline__ void run(const BackwardArgs<float>& a, const QuadKeys
           prior_mu[j] = e.prior_mu;
           prior_y[j] = Special ? e.prior_scale * a.log_variance.slope : e.prior_scale;
         }
-        // The gradients take the place of the elements.
+        // The gradients overwrite the elements.
         mu_vector.set(q, mu);
         scale_vector.set(q, y);
         prior_mu_vector.set(q, prior_mu);
@@ -114,21 +115,21 @@ __device__ __forceinline__ void run(const BackwardArgs<float>& a, const QuadKeys
   } while (!folded && batch_row < static_cast<uint32_t>(p.b_end));
 }
 
-// Nine tensors of a 16-bit type by columns are too many for 64 registers.
-template <class T, Layout L, Kl K, bool Sample>
+// With nine tensors of a 16-bit type and sums by columns, 64 registers are too few.
+template <class T, Tiling kTiling, Kl K, bool Sample>
 inline constexpr int kRegisters =
-    K != Kl::prior ? 48 : (sizeof(T) == 2 && L == Layout::column && Sample ? 80 : 64);
+    K != Kl::prior ? 48 : (sizeof(T) == 2 && kTiling == Tiling::column && Sample ? 80 : 64);
 
-template <class T, Layout L, Kl K, bool Sample, KeySource S>
-VK_PLAIN_KERNEL((kRegisters<T, L, K, Sample>))
+template <class T, Tiling kTiling, Kl K, bool Sample>
+VK_PLAIN_KERNEL((kRegisters<T, kTiling, K, Sample>))
 backward_plain_kernel(const __grid_constant__ BackwardArgs<float> a) {
-  constexpr bool kColumns = K != Kl::none && L == Layout::column;
-  const QuadKeys keys = quad_keys_for<Sample ? S : KeySource::host>(a.keys);
-  const Place p = place_of<L, kVector<T>>(a.g);
+  constexpr bool kColumns = K != Kl::none && kTiling == Tiling::column;
+  const QuadKeys keys = quad_keys_for<Sample>(a.keys);
+  const ThreadOffsets p = thread_offsets_of<kTiling, kVector<T>>(a.g);
   float* gains = nullptr;
   float row_gain[1];
   if constexpr (kColumns) {
-    // Numbers that all rows share, in shared memory, where they cost no registers.
+    // All rows have these numbers in common. In shared memory they take no registers.
     VK_SHARED(memory);
     gains = reinterpret_cast<float*>(memory) + p.tx * kVector<T>;
     if (p.ty == 0 && p.tz == 0) shared_gradients<kVector<T>>(a, p.i, gains);
@@ -138,18 +139,18 @@ backward_plain_kernel(const __grid_constant__ BackwardArgs<float> a) {
     shared_gradients<1>(a, p.o, gains);
   }
   if (a.special)
-    run<T, L, K, Sample, true>(a, keys, p, gains);
+    backward_rows<T, kTiling, K, Sample, true>(a, keys, p, gains);
   else
-    run<T, L, K, Sample, false>(a, keys, p, gains);
+    backward_rows<T, kTiling, K, Sample, false>(a, keys, p, gains);
 }
 
 }  // namespace
 
 void backward_plain(const BackwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
   choose_plain(a, has_kl, sample,
-               [&]<class T, Layout L, Kl K, bool Sample, KeySource S>(PlainKernel<T, L, K, Sample, S>) {
-                 const auto kernel = backward_plain_kernel<T, L, K, Sample, S>;
-                 const bool gains = K != Kl::none && L == Layout::column;
+               [&]<class T, Tiling kTiling, Kl K, bool Sample>(PlainKernel<T, kTiling, K, Sample>) {
+                 const auto kernel = backward_plain_kernel<T, kTiling, K, Sample>;
+                 const bool gains = K != Kl::none && kTiling == Tiling::column;
                  const size_t shared = gains ? a.g.width() * sizeof(float) : 0;
                  VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
                });

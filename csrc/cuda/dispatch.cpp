@@ -45,8 +45,8 @@ void write_state(const at::PhiloxCudaState& state, at::Tensor& out, cudaStream_t
 }
 
 // Counters for the stream: zero before and after every call, because calls on one stream follow each other. A
-// capture never uses them, so an abandoned one leaves nothing behind. Made once per stream and kept: a few
-// pages in all.
+// capture never uses them, so an abandoned one leaves no counter that is not zero. Allocated once per stream
+// and never freed: a few pages in all.
 unsigned* counters_for(const at::Tensor& like, c10::cuda::CUDAStream stream) {
   static std::mutex mutex;
   static auto* made =

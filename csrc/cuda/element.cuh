@@ -1,15 +1,15 @@
 // A quad of elements on the general paths: its normals, its samples and KL, its gradients.
 //
-// Elements go one by one through one copy of their code: the arrays turn by one place per round, so that
-// every index is a constant and nothing leaves the registers.
+// Elements go one by one through one copy of their code: the arrays rotate by one element per round, so that
+// every index is a constant and all arrays stay in registers.
 #pragma once
 
 #include "launch.cuh"
 
 namespace vk::cuda {
 
-// Shared memory that the round keys take. Reading them there costs 1.5 instructions per element and keeps no
-// registers.
+// Bytes of shared memory for the round keys. Reading them there costs 1.5 instructions per element and takes
+// no registers.
 template <bool Sample>
 inline constexpr int kKeyBytes = Sample ? (sizeof(PhiloxKeys) + 15) / 16 * 16 : 0;
 
@@ -19,15 +19,16 @@ __device__ __forceinline__ const PhiloxKeys& keys_for(const Keys& keys, unsigned
   if constexpr (Sample) {
     if (threadIdx.x == 0)
       *copy = keys.state == nullptr
-                  ? keys.host
+                  ? keys.general
                   : philox_keys(static_cast<uint64_t>(keys.state[0]), static_cast<uint64_t>(keys.state[1]));
     __syncthreads();
   }
   return *copy;
 }
 
-// Keeps what lies in shared memory there: the compiler would move it into registers for the whole loop.
-__device__ __forceinline__ void forget_shared() {
+// Makes the compiler read shared memory again: otherwise it would hold the round keys in registers for the
+// whole loop.
+__device__ __forceinline__ void reload_shared() {
 #if defined(__CUDA_ARCH__)
   asm volatile("" ::: "memory");
 #endif
@@ -35,7 +36,7 @@ __device__ __forceinline__ void forget_shared() {
 
 // Drops x[0], moves the others down and puts `last` behind them.
 template <class R, int N>
-__device__ __forceinline__ void turn(R (&x)[N], R last) {
+__device__ __forceinline__ void rotate(R (&x)[N], R last) {
 #pragma unroll
   for (int i = 0; i + 1 < N; ++i) x[i] = x[i + 1];
   x[N - 1] = last;
@@ -55,10 +56,10 @@ __device__ __forceinline__ void quad_normals(const PhiloxKeys& keys, uint64_t qu
 #pragma unroll 1
     for (int i = 0; i < 2; ++i) {
       const Pair<R> pair = box_muller(x[0], y[0], R());
-      turn(x, x[0]);
-      turn(y, y[0]);
-      turn(out, pair.first);
-      turn(out, pair.second);
+      rotate(x, x[0]);
+      rotate(y, y[0]);
+      rotate(out, pair.first);
+      rotate(out, pair.second);
     }
   }
 }
@@ -73,12 +74,12 @@ __device__ __forceinline__ void normals(const PhiloxKeys& keys, uint64_t first, 
     R four[4] = {};
     quad_normals(keys, first / 4 + q, four);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) turn(all, four[j]);
+    for (int j = 0; j < 4; ++j) rotate(all, four[j]);
   }
-  if ((first & 1) != 0) turn(all, R(0));
+  if ((first & 1) != 0) rotate(all, R(0));
   if ((first & 2) != 0) {
-    turn(all, R(0));
-    turn(all, R(0));
+    rotate(all, R(0));
+    rotate(all, R(0));
   }
 #pragma unroll
   for (int j = 0; j < 4; ++j) out[j] = all[j];
@@ -120,11 +121,11 @@ __device__ __forceinline__ void sample_and_kl(Param param, R slope, const Bounds
       e = sampled<Param::std, HasKL>(mu[0], sd[0], prior_mu[0], prior_s[0], prior, bounds);
     else
       e = sampled<Param::softplus, HasKL>(mu[0], sd[0], prior_mu[0], prior_s[0], prior, bounds);
-    turn(mu, mu[0]);
-    turn(sd, e.sd);
-    turn(prior_mu, prior_mu[0]);
-    turn(prior_s, prior_s[0]);
-    turn(kl, e.kl);
+    rotate(mu, mu[0]);
+    rotate(sd, e.sd);
+    rotate(prior_mu, prior_mu[0]);
+    rotate(prior_s, prior_s[0]);
+    rotate(kl, e.kl);
   }
 }
 
@@ -165,37 +166,37 @@ __device__ __forceinline__ void quad_gradients(Param param, R slope, const Share
     } else {
       e = gradients<Param::softplus, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, z, c[0]);
     }
-    turn(mu, e.mu);
-    turn(s, e.scale);
-    turn(prior_mu, e.prior_mu);
-    turn(prior_s, e.prior_scale);
-    turn(sum, sum[0]);
-    turn(noise, noise[0]);
-    turn(c, c[0]);
+    rotate(mu, e.mu);
+    rotate(s, e.scale);
+    rotate(prior_mu, e.prior_mu);
+    rotate(prior_s, e.prior_scale);
+    rotate(sum, sum[0]);
+    rotate(noise, noise[0]);
+    rotate(c, c[0]);
   }
 }
 
 // What a general kernel is compiled for, besides the type.
-template <Layout L, bool HasKL, bool Sample>
+template <Tiling kTiling, bool HasKL, bool Sample>
 struct GeneralKernel {};
 
 // Calls launch(GeneralKernel<...>()) of the kernel for a call.
-template <Layout L, class Launch>
+template <Tiling kTiling, class Launch>
 void choose_general(bool has_kl, bool sample, const Launch& launch) {
   if (!has_kl)
-    launch(GeneralKernel<L, false, true>());
+    launch(GeneralKernel<kTiling, false, true>());
   else if (sample)
-    launch(GeneralKernel<L, true, true>());
+    launch(GeneralKernel<kTiling, true, true>());
   else
-    launch(GeneralKernel<L, true, false>());
+    launch(GeneralKernel<kTiling, true, false>());
 }
 
 template <class Launch>
-void choose_general(Layout layout, bool has_kl, bool sample, const Launch& launch) {
-  if (layout == Layout::column)
-    choose_general<Layout::column>(has_kl, sample, launch);
+void choose_general(Tiling tiling, bool has_kl, bool sample, const Launch& launch) {
+  if (tiling == Tiling::column)
+    choose_general<Tiling::column>(has_kl, sample, launch);
   else
-    choose_general<Layout::row>(has_kl, sample, launch);
+    choose_general<Tiling::row>(has_kl, sample, launch);
 }
 
 // The type that a general kernel's elements have in memory.

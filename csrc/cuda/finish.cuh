@@ -1,5 +1,5 @@
-// From the blocks' sums to the results: rows, tiles of groups, the loss. Run by the blocks that arrive last,
-// or by a kernel of their own; the same code in the same order either way.
+// From the blocks' sums to the results: rows, tiles of groups, the loss. Computed by the blocks that arrive
+// last, or by a kernel of its own; the same code in the same order in both cases.
 #pragma once
 
 #include "forward.cuh"
@@ -7,8 +7,8 @@
 
 namespace vk::cuda {
 
-// A threshold that may not be one (negative, NaN) makes the value NaN: device memory cannot be checked
-// beforehand.
+// An invalid threshold (negative, NaN) makes the value NaN: reading device memory to check it before the
+// launch would have to wait for the GPU.
 template <class R>
 struct FreeBits {
   R lambda;
@@ -166,16 +166,17 @@ __device__ void finish_loss(const ForwardArgs<R>& a, R* shared) {
   a.kl[0] = a.reduction == Reduction::mean ? sum / a.row_size : sum;
 }
 
-// What is left to do once a block has its sums in sums[0 .. width): hand them on, and finish what it
-// completes. `clamped`: this thread's share of a loss of clamped elements. Cells: whether single ones may
-// matter (Geometry::cells); without them it makes do with 48 registers.
-template <bool Cells, class R>
+// Called once a block has its sums in sums[0 .. width): writes them to scratch memory where other blocks work
+// on the same tile, and finishes the tile, the rows and the loss where this block is the last one that they
+// waited for. `clamped`: this thread's share of a loss of clamped elements. kCells: whether single cells may
+// matter (Geometry::cells); without them 48 registers are enough.
+template <bool kCells, class R>
 __device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile, int part, R clamped,
                                           int* flag, R* sums) {
   const int width = a.g.width(), parts = a.g.parts();
   const int64_t block = tile * parts + part;
   const bool counting = a.counters != nullptr;
-  R* behind = sums + width;  // room for block_sum that leaves the sums alone
+  R* behind = sums + width;  // for block_sum, which must not overwrite the sums
   if (parts > 1) {
     for (int c = threadIdx.x; c < width; c += blockDim.x) a.sums[block * width + c] = sums[c];
     if (a.weight != nullptr) {
@@ -183,13 +184,13 @@ __device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile,
       if (threadIdx.x == 0) a.weights[block] = weight;
     }
   }
-  if (Cells && a.clamps_elements()) {
+  if (kCells && a.clamps_elements()) {
     const R share = block_sum(behind, clamped);
     if (threadIdx.x == 0) a.losses[block] = share;
   }
 
   bool last = a.one_block();
-  if (Cells && a.finishes_rows()) {
+  if (kCells && a.finishes_rows()) {
     const int64_t set = a.g.folded ? part : part / a.g.splits;
     const unsigned writers = static_cast<unsigned>(a.row_writers());
     if (writers == 1 || (counting && block_arrives_last(a.counters + 1 + set, writers, flag))) {
@@ -214,25 +215,26 @@ __device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile,
   }
 }
 
-// The end of a block's work: adds up what its threads found, by column or (row) one number for each thread.
-template <Layout L, bool Cells, int kSums, class R>
-__device__ __forceinline__ void hand_in(const ForwardArgs<R>& a, const Place& p, const R (&sum)[kSums],
-                                        R clamped, unsigned char* room) {
-  int* flag = reinterpret_cast<int*>(room);
-  R* sums = reinterpret_cast<R*>(room + kFlagBytes);
+// The end of a block's work: adds up its threads' sums, by column or (row) one number for each thread, writes
+// the block's partial sums and finishes what they complete.
+template <Tiling kTiling, bool kCells, int kSums, class R>
+__device__ __forceinline__ void write_partials(const ForwardArgs<R>& a, const ThreadOffsets& p,
+                                               const R (&sum)[kSums], R clamped, unsigned char* shared) {
+  int* flag = reinterpret_cast<int*>(shared);
+  R* sums = reinterpret_cast<R*>(shared + kFlagBytes);
   const int width = a.g.width();
-  const int height = L == Layout::column ? a.g.ty() : a.g.tx();  // threads that share a group
-  const int line = p.tz * height + (L == Layout::column ? p.ty : p.tx);
+  const int height = kTiling == Tiling::column ? a.g.ty() : a.g.tx();  // threads that share a group
+  const int line = p.tz * height + (kTiling == Tiling::column ? p.ty : p.tx);
 #pragma unroll
   for (int j = 0; j < kSums; ++j)
-    sums[line * width + (L == Layout::column ? p.tx * kSums + j : p.ty)] = sum[j];
+    sums[line * width + (kTiling == Tiling::column ? p.tx * kSums + j : p.ty)] = sum[j];
   __syncthreads();
   sum_rows(sums, width, height * a.g.tz());
-  finish_block<Cells>(a, p.tile, p.part, clamped, flag, sums);
+  finish_block<kCells>(a, p.tile, p.part, clamped, flag, sums);
 }
 
-// Does for a captured launch what the last blocks do otherwise, with as many threads: a block for each tile
-// and each set of rows that is not complete yet, then (`loss`) one block for the loss.
+// Does for a captured launch what the last blocks do in other launches, with as many threads: a block for
+// each tile and each set of rows that is not complete yet, then (`loss`) one block for the loss.
 template <class R>
 __global__ void __launch_bounds__(1024) finish_kernel(const __grid_constant__ ForwardArgs<R> a, bool loss) {
   VK_SHARED(shared);

@@ -26,10 +26,10 @@ __device__ __forceinline__ R clamp_quad(const ForwardArgs<R>& a, int64_t group, 
   return sum;
 }
 
-// Writes what clamp_quad found for four columns of row b, if there is one. Called by whole warps.
+// Writes what clamp_quad computed for four columns of row b, if that row exists. Called by whole warps.
 template <class R>
-__device__ __forceinline__ void write_cells(const ForwardArgs<R>& a, const Place& p, int64_t b, bool exists,
-                                            int valid, R sum, unsigned open) {
+__device__ __forceinline__ void write_cells(const ForwardArgs<R>& a, const ThreadOffsets& p, int64_t b,
+                                            bool exists, int valid, R sum, unsigned open) {
   if (a.clamp == Clamp::sample) {
     if (a.masks != nullptr) {
       if (valid > 0) a.masks[b * a.g.vectors() + p.i / 4] = static_cast<uint8_t>(open);
@@ -45,9 +45,9 @@ __device__ __forceinline__ void write_cells(const ForwardArgs<R>& a, const Place
   }
 }
 
-// Where a thread's quad is in the tensors, and what its KL counts.
+// Where in the tensors the quad is that a thread works on, and the weight of its batch row.
 template <class R>
-struct Position {
+struct ForwardPosition {
   const char *mu, *scale, *prior_mu, *prior_scale;
   int64_t storage, batch_row;
   int valid;
@@ -56,9 +56,9 @@ struct Position {
 };
 
 // One quad: reads it, draws K samples, and adds its KL to `sum` (by column; or all of it to sum[0]).
-template <class T, Layout L, bool HasKL, bool Sample, int kSums>
+template <class T, Tiling kTiling, bool HasKL, bool Sample, int kSums>
 __device__ __forceinline__ void forward_quad(const ForwardArgs<compute_t<T>>& a, const PhiloxKeys& keys,
-                                             const Place& p, const Position<compute_t<T>>& at,
+                                             const ThreadOffsets& p, const ForwardPosition<compute_t<T>>& at,
                                              compute_t<T> (&sum)[kSums], compute_t<T>& clamped) {
   using R = compute_t<T>;
   const bool prior = HasKL && a.prior_mu.data != nullptr;
@@ -81,7 +81,7 @@ __device__ __forceinline__ void forward_quad(const ForwardArgs<compute_t<T>>& a,
       for (int j = 0; j < 4; ++j) out.value[j] = kl[j];
       out.store(reinterpret_cast<char*>(a.kl + at.storage), sizeof(R), a.kl_wide, at.valid, a.dtype);
     }
-    if constexpr (L == Layout::column) {
+    if constexpr (kTiling == Tiling::column) {
       if (at.exists) {
 #pragma unroll
         for (int j = 0; j < 4; ++j) sum[j] += at.weight * kl[j];
@@ -102,7 +102,7 @@ __device__ __forceinline__ void forward_quad(const ForwardArgs<compute_t<T>>& a,
   if constexpr (Sample) {
     int64_t storage = at.storage;
     for (int k = 0; k < a.K; ++k) {
-      forget_shared();
+      reload_shared();
       R eps[4];
       normals(keys, static_cast<uint64_t>(storage), a.g.aligned, eps);
       Quad<T> z;
@@ -114,36 +114,36 @@ __device__ __forceinline__ void forward_quad(const ForwardArgs<compute_t<T>>& a,
   }
 }
 
-template <class T, Layout L, bool HasKL, bool Sample>
+template <class T, Tiling kTiling, bool HasKL, bool Sample>
 __global__ void __launch_bounds__(kBlock, 1)
     forward_kernel(const __grid_constant__ ForwardArgs<compute_t<T>> a) {
   using R = compute_t<T>;
-  constexpr int kSums = HasKL && L == Layout::column ? 4 : 1;
+  constexpr int kSums = HasKL && kTiling == Tiling::column ? 4 : 1;
   VK_SHARED(shared);
   const PhiloxKeys& keys = keys_for<Sample>(a.keys, shared);
-  unsigned char* room = shared + kKeyBytes<Sample>;
-  R* sums = reinterpret_cast<R*>(room + kFlagBytes);
+  unsigned char* reduction = shared + kKeyBytes<Sample>;
+  R* sums = reinterpret_cast<R*>(reduction + kFlagBytes);
   const Geometry& g = a.g;
-  const Place p = place_of<L, 4>(g);
+  const ThreadOffsets p = thread_offsets_of<kTiling, 4>(g);
   const bool scratch = HasKL && g.cells == Cells::scratch;
-  const int height = L == Layout::column ? g.ty() : g.tx();  // threads that share a cell
+  const int height = kTiling == Tiling::column ? g.ty() : g.tx();  // threads that share a cell
   R* totals = sums + max(g.threads() * kSums, g.width() + g.threads());
   if (scratch)
     for (int c = threadIdx.x; c < g.width(); c += blockDim.x) totals[c] = 0;
-  leave_state(a);
+  store_state(a);
 
   const bool prior = HasKL && a.prior_mu.data != nullptr;
-  const int64_t storage_step = L == Layout::column ? g.ty() * g.I : static_cast<int64_t>(g.tx()) * 4;
+  const int64_t storage_step = kTiling == Tiling::column ? g.ty() * g.I : static_cast<int64_t>(g.tx()) * 4;
   R sum[kSums] = {};
   R clamped = 0;
   for (int64_t row = p.b_begin; row < p.b_end; row += g.tz()) {
     const int64_t b = row + p.tz;
-    // Where neighbours exchange numbers, all threads make the same steps, some of them without elements.
+    // Where threads of a warp exchange numbers, all make the same number of steps, some without elements.
     const bool together = HasKL && g.cells == Cells::elements;
-    const bool idle = b >= p.b_end || (L == Layout::column && p.tail == 0);
+    const bool idle = b >= p.b_end || (kTiling == Tiling::column && p.tail == 0);
     const int steps =
         together ? static_cast<int>((p.to - p.from + g.ty() - 1) >> g.log_ty) : (idle ? 0 : p.steps);
-    Position<R> at{};
+    ForwardPosition<R> at{};
     at.mu = element_of(a.mu, b, p.o, p.i);
     at.scale = element_of(a.scale, b, p.o, p.i);
     if (prior) {
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kBlock, 1)
       at.exists = !together || (b < p.b_end && at.batch_row < p.to);
       if (together && (idle || !at.exists)) at.valid = 0;
       if (weighted && g.folded && at.exists) at.weight = a.weight[at.batch_row];
-      forward_quad<T, L, HasKL, Sample>(a, keys, p, at, sum, clamped);
+      forward_quad<T, kTiling, HasKL, Sample>(a, keys, p, at, sum, clamped);
       at.mu += a.mu.step;
       at.scale += a.scale.step;
       if (prior) {
@@ -177,8 +177,8 @@ __global__ void __launch_bounds__(kBlock, 1)
         __syncthreads();
 #pragma unroll
         for (int j = 0; j < kSums; ++j) {
-          const int cell = L == Layout::column ? p.tz * width + p.tx * 4 + j : p.tz * width + p.ty;
-          sums[(L == Layout::column ? p.ty : p.tx) * cells + cell] = sum[j];
+          const int cell = kTiling == Tiling::column ? p.tz * width + p.tx * 4 + j : p.tz * width + p.ty;
+          sums[(kTiling == Tiling::column ? p.ty : p.tx) * cells + cell] = sum[j];
           sum[j] = 0;
         }
         __syncthreads();
@@ -200,17 +200,17 @@ __global__ void __launch_bounds__(kBlock, 1)
     if (scratch) {
       for (int c = threadIdx.x; c < g.width(); c += blockDim.x) sums[c] = totals[c];
       __syncthreads();
-      finish_block<true>(a, p.tile, p.part, clamped, reinterpret_cast<int*>(room), sums);
+      finish_block<true>(a, p.tile, p.part, clamped, reinterpret_cast<int*>(reduction), sums);
     } else {
-      hand_in<L, true>(a, p, sum, clamped, room);
+      write_partials<kTiling, true>(a, p, sum, clamped, reduction);
     }
   }
 }
 
-// Hands out pieces of scratch memory; with no memory it only counts.
-class Room {
+// Gives out pieces of scratch memory, each a multiple of 16 bytes. Without memory it only counts the bytes.
+class ScratchAllocator {
  public:
-  explicit Room(void* base) : base_(static_cast<char*>(base)) {}
+  explicit ScratchAllocator(void* base) : base_(static_cast<char*>(base)) {}
 
   template <class V>
   void take(V*& out, int64_t count) {
@@ -263,10 +263,10 @@ ForwardArgs<R> arguments(const Forward& call) {
   a.reduction = call.reduction;
   a.group_sums = call.group_sums;
   a.z = dense_source(call.z, g, call.dtype);
-  a.z.wide = is_wide_dense(call.z, g, call.K, size_of(call.dtype));
+  a.z.wide = is_wide_dense(call.z, g, call.K, item_size(call.dtype));
   a.in = stride32_of(a.mu, g, 16);
   a.prior_in = stride32_of(a.prior_mu, g, 16);
-  a.quads = stride32_of(a.z, g, 4 * size_of(call.dtype));
+  a.quads = stride32_of(a.z, g, 4 * item_size(call.dtype));
   a.kl_wide = is_wide_dense(call.kl, g, 1, sizeof(R));
   a.free_bits = static_cast<R>(call.free_bits);
   a.row_size = static_cast<R>(call.row_size());
@@ -285,18 +285,18 @@ ForwardArgs<R> arguments(const Forward& call) {
 template <class R>
 size_t take_scratch(ForwardArgs<R>& a, void* base) {
   const Geometry& g = a.g;
-  Room room(base);
+  ScratchAllocator scratch(base);
   if (g.parts() > 1) {
-    room.take(a.sums, g.tiles * g.parts() * g.width());
-    if (a.weight != nullptr) room.take(a.weights, g.tiles * g.parts());
+    scratch.take(a.sums, g.tiles * g.parts() * g.width());
+    if (a.weight != nullptr) scratch.take(a.weights, g.tiles * g.parts());
   }
-  room.take(a.losses, a.loss_count());
-  if (g.cells == Cells::scratch) room.take(a.cells, a.rows * a.groups * g.splits);
+  scratch.take(a.losses, a.loss_count());
+  if (g.cells == Cells::scratch) scratch.take(a.cells, a.rows * a.groups * g.splits);
   if (g.cells == Cells::elements) {
-    if (a.reduction == Reduction::none && g.tiles > 1) room.take(a.row_values, a.rows * g.tiles);
-    if (a.clamp == Clamp::sample && a.groups % 8 != 0) room.take(a.masks, a.rows * g.vectors());
+    if (a.reduction == Reduction::none && g.tiles > 1) scratch.take(a.row_values, a.rows * g.tiles);
+    if (a.clamp == Clamp::sample && a.groups % 8 != 0) scratch.take(a.masks, a.rows * g.vectors());
   }
-  return room.used();
+  return scratch.used();
 }
 
 template <class R>
@@ -304,11 +304,11 @@ void launch_kernel(const ForwardArgs<R>& a, bool has_kl, bool sample, cudaStream
   if constexpr (sizeof(R) == 4) {
     if (a.g.plain) return forward_plain(a, has_kl, sample, stream);
   }
-  choose_general(a.g.layout, has_kl, sample,
-                 [&]<Layout L, bool HasKL, bool Sample>(GeneralKernel<L, HasKL, Sample>) {
-                   const auto kernel = forward_kernel<general_t<R>, L, HasKL, Sample>;
+  choose_general(a.g.tiling, has_kl, sample,
+                 [&]<Tiling kTiling, bool HasKL, bool Sample>(GeneralKernel<kTiling, HasKL, Sample>) {
+                   const auto kernel = forward_kernel<general_t<R>, kTiling, HasKL, Sample>;
                    size_t shared = kKeyBytes<Sample>;
-                   if (HasKL) shared += reduction_bytes<R>(a.g, L == Layout::column ? 4 : 1);
+                   if (HasKL) shared += reduction_bytes<R>(a.g, kTiling == Tiling::column ? 4 : 1);
                    VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
                  });
 }

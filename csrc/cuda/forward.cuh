@@ -1,4 +1,4 @@
-// What a forward kernel is told.
+// The parameter of a forward kernel.
 #pragma once
 
 #include "launch.cuh"
@@ -69,9 +69,9 @@ struct ForwardArgs {
   }
 };
 
-// Leaves the state of a drawing form, once.
+// Writes the random state that was drawn with, by one thread.
 template <class R>
-__device__ __forceinline__ void leave_state(const ForwardArgs<R>& a) {
+__device__ __forceinline__ void store_state(const ForwardArgs<R>& a) {
   if (a.rng_out == nullptr || blockIdx.x != 0 || blockIdx.y != 0 || threadIdx.x != 0) return;
   a.rng_out[0] = static_cast<int64_t>(a.seed);
   a.rng_out[1] = static_cast<int64_t>(a.offset);

@@ -5,21 +5,21 @@
 namespace vk::cuda {
 namespace {
 
-// The rows of a block, in columns or (row) along them; twice their KL into `sum`. Special: with weights of
-// batch rows, and log-variances that have to be adjusted.
-template <class T, Layout L, Kl K, bool Sample, bool Special, int kSums>
-__device__ __forceinline__ void run(const ForwardArgs<float>& a, const QuadKeys& keys, const Place& p,
-                                    float (&sum)[kSums]) {
+// Computes the batch rows of a block. Adds twice their KL to `sum`: by column, or (row) all of it to sum[0].
+// Special: with weights of batch rows, and log-variances that have to be adjusted.
+template <class T, Tiling kTiling, Kl K, bool Sample, bool Special, int kSums>
+__device__ __forceinline__ void forward_rows(const ForwardArgs<float>& a, const QuadKeys& keys,
+                                             const ThreadOffsets& p, float (&sum)[kSums]) {
   constexpr int N = kVector<T>;
-  constexpr bool kHasKl = K != Kl::none, kPrior = K == Kl::prior, kColumn = L == Layout::column;
+  constexpr bool kHasKl = K != Kl::none, kPrior = K == Kl::prior, kColumn = kTiling == Tiling::column;
   const Geometry& g = a.g;
   const int64_t first = p.b_begin + p.tz;
   const uint32_t steps = kColumn && p.tail == 0 ? 0 : p.steps;
-  Walk in(a.in, first, p.o, p.i / N), quad(a.quads, first, p.o, p.i / N);
-  Walk prior(a.prior_in, first, p.o, p.i / N);
-  char* const mu_data = kept(a.mu.data);
-  char* const scale_data = kept(a.scale.data);
-  char* const z_data = kept(a.z.data);
+  VectorOffset in(a.in, first, p.o, p.i / N), quad(a.quads, first, p.o, p.i / N);
+  VectorOffset prior(a.prior_in, first, p.o, p.i / N);
+  char* const mu_data = in_registers(a.mu.data);
+  char* const scale_data = in_registers(a.scale.data);
+  char* const z_data = in_registers(a.z.data);
   const bool weighted = Special && kHasKl && a.weight != nullptr;
   const bool folded = kColumn && g.folded;  // then B is 1
   if (first >= p.b_end) return;
@@ -84,23 +84,23 @@ __device__ __forceinline__ void run(const ForwardArgs<float>& a, const QuadKeys&
   } while (!folded && batch_row < static_cast<uint32_t>(p.b_end));
 }
 
-template <class T, Layout L, Kl K, bool Sample, KeySource S>
+template <class T, Tiling kTiling, Kl K, bool Sample>
 VK_PLAIN_KERNEL(K == Kl::prior ? 64 : 48)
 forward_plain_kernel(const __grid_constant__ ForwardArgs<float> a) {
-  constexpr int kSums = K != Kl::none && L == Layout::column ? kVector<T> : 1;
+  constexpr int kSums = K != Kl::none && kTiling == Tiling::column ? kVector<T> : 1;
   VK_SHARED(shared);
-  const QuadKeys keys = quad_keys_for<Sample ? S : KeySource::host>(a.keys);
-  leave_state(a);
-  const Place p = place_of<L, kVector<T>>(a.g);
+  const QuadKeys keys = quad_keys_for<Sample>(a.keys);
+  store_state(a);
+  const ThreadOffsets p = thread_offsets_of<kTiling, kVector<T>>(a.g);
   float sum[kSums] = {};
   if (a.special)
-    run<T, L, K, Sample, true>(a, keys, p, sum);
+    forward_rows<T, kTiling, K, Sample, true>(a, keys, p, sum);
   else
-    run<T, L, K, Sample, false>(a, keys, p, sum);
+    forward_rows<T, kTiling, K, Sample, false>(a, keys, p, sum);
   if constexpr (K != Kl::none) {
 #pragma unroll
     for (int j = 0; j < kSums; ++j) sum[j] *= 0.5f;
-    hand_in<L, false>(a, p, sum, 0.f, shared);
+    write_partials<kTiling, false>(a, p, sum, 0.f, shared);
   }
 }
 
@@ -108,9 +108,9 @@ forward_plain_kernel(const __grid_constant__ ForwardArgs<float> a) {
 
 void forward_plain(const ForwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
   choose_plain(a, has_kl, sample,
-               [&]<class T, Layout L, Kl K, bool Sample, KeySource S>(PlainKernel<T, L, K, Sample, S>) {
-                 const auto kernel = forward_plain_kernel<T, L, K, Sample, S>;
-                 const int sums = L == Layout::column ? kVector<T> : 1;
+               [&]<class T, Tiling kTiling, Kl K, bool Sample>(PlainKernel<T, kTiling, K, Sample>) {
+                 const auto kernel = forward_plain_kernel<T, kTiling, K, Sample>;
+                 const int sums = kTiling == Tiling::column ? kVector<T> : 1;
                  const size_t shared = K == Kl::none ? 0 : reduction_bytes<float>(a.g, sums);
                  VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
                });

@@ -1,14 +1,14 @@
-// How a problem is cut for the GPU: which axis a thread runs along, what a block owns, how many blocks there
+// How a problem is cut for the GPU: which axis a thread loops along, what a block owns, how many blocks there
 // are.
 //
 // z's storage is seen as [B, O, I], I innermost. A block owns a tile of groups, so that their sums need no
 // other block but those that share the tile:
-//   column  groups lie along I (and, for [B, D], O counts the batch rows): a thread keeps a vector of columns
-//           and runs along O;
-//   row     a group is a row: threads share a row and run along I. Without a KL there are no groups, and a
-//   whole
-//           tensor may be one row.
-// Everything here depends on the problem alone, not on the GPU, so sums come out bit-equal on all of them.
+//   column  groups lie along I (and, for [B, D], O counts the batch rows): a thread has a vector of columns
+//   and
+//           loops along O;
+//   row     a group is a row: threads share a row and loop along I. Without a KL there are no groups, and a
+//           whole tensor may be one row.
+// Everything here depends on the problem alone, not on the GPU, so that sums have the same bits on every GPU.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@
 
 namespace vk::cuda {
 
-enum class Layout { row, column };
+enum class Tiling { row, column };
 
 // Where a tensor lies: the strides of [B, O, I] in elements.
 struct Axes {
@@ -28,7 +28,7 @@ struct Axes {
   int64_t b = 0, o = 0, i = 0;
 };
 
-// What becomes of the value of single cells KL[b, g].
+// What happens to the values of single cells KL[b, g].
 enum class Cells : uint8_t {
   none,      // nothing: sums over the batch are all that is wanted
   elements,  // a cell is an element, and its thread clamps it
@@ -36,7 +36,7 @@ enum class Cells : uint8_t {
 };
 
 struct Geometry {
-  Layout layout = Layout::row;
+  Tiling tiling = Tiling::row;
   bool folded = false;  // column: O counts batch rows, B is 1
   Cells cells = Cells::none;
   bool aligned = true;  // no quad of normals is split between vectors
@@ -46,7 +46,7 @@ struct Geometry {
 
   int log_tx = 0, log_ty = 0, log_tz = 0;  // threads along I, O and B
   int64_t tiles = 1;
-  int chunks = 1, splits = 1;  // parts of a tile: pieces of B, and pieces of the axis run along
+  int chunks = 1, splits = 1;  // parts of a tile: pieces of B, and pieces of the axis that threads loop along
   int64_t chunk_rows = 1, split_length = 1;
 
   VK_FN int tx() const { return 1 << log_tx; }
@@ -54,19 +54,19 @@ struct Geometry {
   VK_FN int tz() const { return 1 << log_tz; }
   VK_FN int threads() const { return tx() * ty() * tz(); }
   VK_FN int parts() const { return chunks * splits; }
-  VK_FN int width() const { return layout == Layout::column ? tx() * vector : ty(); }  // groups in a tile
-  VK_FN int64_t row_sets() const {
-    return folded ? splits : chunks;
-  }  // batch rows that are finished together
+  VK_FN int width() const { return tiling == Tiling::column ? tx() * vector : ty(); }  // groups in a tile
+  // Sets of batch rows that are finished together.
+  VK_FN int64_t row_sets() const { return folded ? splits : chunks; }
   VK_FN int64_t vectors() const { return (I + vector - 1) / vector; }
-  // How far a thread gets in a tensor by one step of its loop, in elements.
+  // The distance in a tensor, in elements, between one step of a thread's loop and the next.
   int64_t step_of(const Axes& a) const {
-    return layout == Layout::column ? ty() * a.o : static_cast<int64_t>(tx()) * vector * a.i;
+    return tiling == Tiling::column ? ty() * a.o : static_cast<int64_t>(tx()) * vector * a.i;
   }
 };
 
 inline constexpr int kBlock = 256;
-// A problem of so many vectors is the work of one, larger block: a second one would cost more than it saves.
+// A problem of at most this many vectors is computed by one, larger block: a second one would cost more than
+// it saves.
 inline constexpr int kSmall = 1024, kSmallBlock = 512;
 // Blocks that share the sums: one wave of 256 threads with 48 registers on 132 multiprocessors.
 inline constexpr int64_t kReducingBlocks = 660;
@@ -87,7 +87,7 @@ template <size_t N>
 struct Tensors {
   std::array<Axes*, N> axes;
 
-  // I takes in O where every tensor lets it.
+  // Merges O into I where the strides of every tensor allow it.
   bool merge_inner(Geometry& g) const {
     for (Axes* a : axes)
       if (g.O != 1 && g.I != 1 && a->o != a->i * g.I) return false;
@@ -100,7 +100,7 @@ struct Tensors {
     return true;
   }
 
-  // O takes in B.
+  // Merges B into O.
   bool merge_outer(Geometry& g) const {
     for (Axes* a : axes)
       if (g.B != 1 && g.O != 1 && a->b != a->o * g.O) return false;
@@ -121,8 +121,6 @@ Axes axes_of(const V& view, const Problem& p) {
   return p.groups_inner ? Axes{view.data, s.b, s.s, s.g} : Axes{view.data, s.b, s.g, s.s};
 }
 
-inline int size_of(DType dtype) { return dtype == DType::f64 ? 8 : (dtype == DType::f32 ? 4 : 2); }
-
 // Whether whole vectors can be moved, 16 bytes at a time.
 inline bool is_wide(const Axes& a, const Geometry& g, int size) {
   return reinterpret_cast<uintptr_t>(a.data) % 16 == 0 && (g.I <= 1 || a.i == 1) &&
@@ -135,17 +133,17 @@ inline bool is_wide_dense(const void* data, const Geometry& g, int64_t K, int si
          (K <= 1 || g.B * g.O * g.I * size % 16 == 0);
 }
 
-// What a kernel does with a problem, as far as it shapes the blocks.
+// What a kernel computes, as far as the shape of the blocks depends on it.
 struct Purpose {
   bool kl = false;       // groups matter
   bool sample = false;   // normals are drawn
-  bool reduces = false;  // blocks add up what they found
+  bool reduces = false;  // blocks add up sums
   bool plain =
       false;  // nothing that Geometry::plain does not settle itself keeps the vectors from being plain
   const void* dense = nullptr;  // z or its gradient
 };
 
-// The layout, and B, O and I.
+// The tiling, and B, O and I.
 template <size_t N>
 Geometry view_of(const Problem& p, const Purpose& purpose, const Tensors<N>& tensors) {
   Geometry g;
@@ -157,9 +155,9 @@ Geometry view_of(const Problem& p, const Purpose& purpose, const Tensors<N>& ten
   const bool rows_alike = !cells && p.weight == nullptr;
 
   if (!purpose.kl || (p.G == 1 && rows_alike)) {
-    // No element is told from another: the longest rows that the strides allow.
+    // All elements are treated alike: the longest rows that the strides allow.
     if (tensors.merge_inner(g) && tensors.merge_outer(g)) tensors.merge_inner(g);
-    g.layout = purpose.kl || g.I >= 512 ? Layout::row : Layout::column;
+    g.tiling = purpose.kl || g.I >= 512 ? Tiling::row : Tiling::column;
     if (purpose.kl && g.O != 1) {  // O counts batch rows here, which a row kernel takes for groups
       g.B = g.O;
       g.O = 1;
@@ -169,7 +167,7 @@ Geometry view_of(const Problem& p, const Purpose& purpose, const Tensors<N>& ten
       }
     }
   } else if (column) {
-    g.layout = Layout::column;
+    g.tiling = Tiling::column;
     g.folded = p.S == 1;
     if (g.folded || rows_alike) tensors.merge_outer(g);
   }
@@ -180,12 +178,12 @@ Geometry view_of(const Problem& p, const Purpose& purpose, const Tensors<N>& ten
 
 // How many vectors a thread moves at a time, and how many threads lie along I, O and B.
 inline void set_block(Geometry& g, const Problem& p, bool reduces) {
-  g.vector = g.plain ? 16 / size_of(p.dtype) : 4;
-  // One block takes a small problem whole, if that spares it the counters.
+  g.vector = g.plain ? 16 / item_size(p.dtype) : 4;
+  // One block computes a small problem, if it can then do without the counters.
   const int64_t vectors = g.vectors();
   const bool one_block = reduces && g.B * g.O * vectors <= kSmall;
   const int most = ceil_log2(one_block && g.plain ? kSmallBlock : kBlock, 10);
-  if (g.layout == Layout::column) {
+  if (g.tiling == Tiling::column) {
     g.log_tx = ceil_log2(vectors, 5);
     // Narrower tiles where wide ones would leave more than a quarter of the last one idle.
     while (g.log_tx > 3 && (ceil_div(vectors, g.tx()) * g.tx() - vectors) * 4 > vectors) --g.log_tx;
@@ -200,11 +198,12 @@ inline void set_block(Geometry& g, const Problem& p, bool reduces) {
   g.tiles = std::max<int64_t>(g.tiles, 1);
 }
 
-// The parts of a tile. Few parts make long loops, many make a long last sum: the balance lies near the root.
+// The parts of a tile. Few parts make long loops, many make a long last sum: the best number is close to the
+// square root of the steps.
 inline void set_parts(Geometry& g, bool reduces) {
   const bool one_block = reduces && g.B * g.O * g.vectors() <= kSmall;
-  const int64_t along = g.layout == Layout::column ? g.O : g.I;
-  const int64_t step = g.layout == Layout::column ? g.ty() : static_cast<int64_t>(g.tx()) * g.vector;
+  const int64_t along = g.tiling == Tiling::column ? g.O : g.I;
+  const int64_t step = g.tiling == Tiling::column ? g.ty() : static_cast<int64_t>(g.tx()) * g.vector;
   const int64_t steps = std::max<int64_t>(1, ceil_div(along, step));
   const int64_t row_steps = std::max<int64_t>(1, ceil_div(g.B, g.tz()));
   const int64_t all = steps * row_steps;
@@ -237,7 +236,7 @@ inline bool laid_out_alike(const Axes& a, const Axes& b, const Geometry& g) {
 template <size_t N>
 Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>& tensors) {
   Geometry g = view_of(p, purpose, tensors);
-  const int size = size_of(p.dtype);
+  const int size = item_size(p.dtype);
   g.plain = purpose.plain && p.dtype != DType::f64 && (!purpose.sample || p.K == 1) &&
             (p.param == Param::logvar || p.param == Param::log_std) && g.cells == Cells::none &&
             g.I * size % 16 == 0 && p.numel() / 4 < kMostPlain &&

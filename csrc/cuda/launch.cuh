@@ -1,9 +1,8 @@
-// What the kernels share: the launch, shared memory, and a call's tensors as a kernel reads them.
+// What all kernels share: the launch, shared memory, round keys, the strides of tensors in bytes, and the
+// part of a problem that a block and a thread take.
 #pragma once
 
 #include <cuda_runtime.h>
-
-#include <type_traits>
 
 #include "../philox.h"
 #include "geometry.h"
@@ -20,11 +19,11 @@
 
 namespace vk::cuda {
 
-// Round keys that the host could compute, or the state that they follow from.
+// The round keys where the host knows the random state; else where in device memory that state is.
 struct Keys {
-  PhiloxKeys host;
-  QuadKeys quads;
-  const int64_t* state;
+  PhiloxKeys general;    // for general kernels
+  QuadKeys plain;        // the same for plain kernels
+  const int64_t* state;  // null: the keys are set
 };
 
 inline Keys keys_of(const Problem& p) {
@@ -33,8 +32,8 @@ inline Keys keys_of(const Problem& p) {
   return {keys, quad_keys(keys), nullptr};
 }
 
-// A tensor as [B, O, I], all distances in bytes; `step` is what a thread adds per step of its loop. `wide`:
-// whole vectors can be moved at once.
+// A tensor as [B, O, I], all distances in bytes; `step` is what a thread adds in each step of its loop.
+// `wide`: whole vectors can be loaded and stored at once.
 struct Source {
   void* data = nullptr;
   int64_t b = 0, o = 0, i = 0;
@@ -46,15 +45,8 @@ __device__ __forceinline__ char* element_of(const Source& s, int64_t b, int64_t 
   return static_cast<char*>(s.data) + (b * s.b + o * s.o + i * s.i);
 }
 
-// Bytes of an element that a kernel for T works on.
-template <class T>
-__device__ __forceinline__ int element_size(DType dtype) {
-  if constexpr (std::is_same_v<T, AnyFloat>) return dtype == DType::f32 ? 4 : 2;
-  return sizeof(T);
-}
-
 inline Source source_of(const Axes& a, const Geometry& g, DType dtype) {
-  const int size = size_of(dtype);
+  const int size = item_size(dtype);
   Source s;
   s.data = const_cast<void*>(a.data);
   s.b = a.b * size;
@@ -65,11 +57,11 @@ inline Source source_of(const Axes& a, const Geometry& g, DType dtype) {
   return s;
 }
 
-// The same for z, or what is dense like it, also where there is none.
+// The same for z, or what is dense like it. `step` is set even where there is no such tensor.
 inline Source dense_source(const void* data, const Geometry& g, DType dtype) {
   const Axes axes{data, g.O * g.I, g.I, 1};
   Source s = source_of(axes, g, dtype);
-  s.step = g.step_of(axes) * size_of(dtype);
+  s.step = g.step_of(axes) * item_size(dtype);
   return s;
 }
 
@@ -83,21 +75,21 @@ inline Stride32 stride32_of(const Source& s, const Geometry& g, int64_t unit) {
   return {units(s.b), units(s.o), units(16), units(s.step), units(g.tz() * s.b)};
 }
 
-// The part of the problem that a block owns, and the place of a thread in it.
-struct Place {
-  int tx, ty, tz;
+// The part of the problem that a block owns, and where in it a thread starts.
+struct ThreadOffsets {
+  int tx, ty, tz;  // of the thread in its block
   int64_t tile;
   int part, chunk, split;
   int64_t b_begin, b_end;  // batch rows of the chunk
-  int64_t from, to;        // of the axis that threads run along: O in columns, I in rows
+  int64_t from, to;        // of the axis that threads loop along: O in columns, I in rows
   int64_t o, i;            // where this thread starts
-  int steps, full;         // how often it steps, and how often with a full vector
+  int steps, full;         // how many steps it makes, and how many of them with a full vector
   int tail;                // valid elements of the vectors that are not full
 };
 
-template <Layout L, int N>
-__device__ __forceinline__ Place place_of(const Geometry& g) {
-  Place p;
+template <Tiling kTiling, int N>
+__device__ __forceinline__ ThreadOffsets thread_offsets_of(const Geometry& g) {
+  ThreadOffsets p;
   p.tx = threadIdx.x & (g.tx() - 1);
   p.ty = (threadIdx.x >> g.log_tx) & (g.ty() - 1);
   p.tz = threadIdx.x >> (g.log_tx + g.log_ty);
@@ -108,7 +100,7 @@ __device__ __forceinline__ Place place_of(const Geometry& g) {
   p.b_begin = p.chunk * g.chunk_rows;
   p.b_end = min(g.B, p.b_begin + g.chunk_rows);
   p.from = p.split * g.split_length;
-  if constexpr (L == Layout::column) {
+  if constexpr (kTiling == Tiling::column) {
     p.to = min(g.O, p.from + g.split_length);
     p.i = (p.tile * g.tx() + p.tx) * N;
     p.o = p.from + p.ty;
@@ -120,18 +112,16 @@ __device__ __forceinline__ Place place_of(const Geometry& g) {
     p.to = min(g.I, p.from + g.split_length);
     p.o = p.tile * g.ty() + p.ty;
     p.i = p.from + p.tx * N;
-    const int64_t left = p.to - p.i, stride = static_cast<int64_t>(g.tx()) * N;
-    p.full = left >= N ? static_cast<int>((left - N) / stride) + 1 : 0;
-    const int64_t rest = left - p.full * stride;
+    constexpr int kLogN = N == 8 ? 3 : 2;
+    static_assert(1 << kLogN == N);
+    const int log_step = g.log_tx + kLogN;
+    const int64_t left = p.to - p.i;
+    p.full = left >= N ? static_cast<int>((left - N) >> log_step) + 1 : 0;
+    const int64_t rest = left - (static_cast<int64_t>(p.full) << log_step);
     p.tail = rest > 0 ? static_cast<int>(rest) : 0;
     p.steps = p.o < g.O ? p.full + (rest > 0 ? 1 : 0) : 0;
   }
   return p;
-}
-
-template <class R>
-Bounds<R> bounds_of(const Problem& p) {
-  return {static_cast<R>(0.5 * p.lo), static_cast<R>(0.5 * p.hi)};
 }
 
 // From an element of the second tensor to the log-variance, if its logarithm is what that tensor holds.

@@ -1,21 +1,21 @@
-// Plain vectors: the fast paths. A thread moves 16 bytes of every tensor at a time and has no instruction to
-// spare, so nothing is tested element by element, all tensors that are laid out alike share one index, and
-// two quads of a 16-bit type are worked on side by side.
+// Plain vectors: the fast paths. A thread moves 16 bytes of every tensor at a time. To save instructions
+// nothing is tested element by element, all tensors that are laid out alike share one index, and two quads of
+// a 16-bit type are computed side by side.
 //
-// A problem is plain (Geometry::plain) where float32 arithmetic does, the scale is given by its logarithm,
-// there is one sample at most, every vector is whole and lies at a multiple of 16 bytes, mu and the scale
-// have the same strides, and the KL is only summed. All others, and those with more than 2^32 quads or
-// vectors, are left to the general kernels.
+// A problem is plain (Geometry::plain) where float32 arithmetic is enough, the scale is given by its
+// logarithm, there is one sample at most, every vector is whole and lies at a multiple of 16 bytes, mu and
+// the scale have the same strides, and the KL is only summed. All others, and those with more than 2^32 quads
+// or vectors, are left to the general kernels.
 #pragma once
 
 #include "launch.cuh"
 
 namespace vk::cuda {
 
-// What of the KL a kernel computes: nothing, against N(0, I), against a prior that is learned.
+// Which KL a kernel computes: none, that to N(0, I), that to a Gaussian prior given by two tensors.
 enum class Kl { none, standard, prior };
 
-// A kernel with so many registers at most. 48 leave room for five blocks of 256 threads on a multiprocessor
+// A kernel with at most that many registers. 48 leave room for five blocks of 256 threads on a multiprocessor
 // of 65536, 64 for four, 80 for three. A launch bound could not say so, since small problems are launched
 // with blocks of kSmallBlock.
 #if defined(__CUDACC__) && CUDART_VERSION >= 12040
@@ -24,25 +24,22 @@ enum class Kl { none, standard, prior };
 #define VK_PLAIN_KERNEL(registers) __global__ void __launch_bounds__(vk::cuda::kSmallBlock)
 #endif
 
-// Where the round keys are from: the host, as kernel parameters, or a state in device memory; or either,
-// which spares what is less often used a second kernel.
-enum class KeySource { host, device, either };
-
-// The compiler keeps what it makes here in uniform registers, one copy for a warp.
-template <KeySource S>
+// The round keys: as the host computed them, or from the state in device memory. One kernel serves both,
+// since its loop is the same: the compiler holds the keys in uniform registers, one copy for a warp.
+template <bool Sample>
 __device__ __forceinline__ QuadKeys quad_keys_for(const Keys& keys) {
-  if (S == KeySource::host || (S == KeySource::either && keys.state == nullptr)) return keys.quads;
+  if (!Sample || keys.state == nullptr) return keys.plain;
   return quad_keys(
       philox_keys(static_cast<uint64_t>(__ldg(keys.state)), static_cast<uint64_t>(__ldg(keys.state + 1))));
 }
 
-// Where a thread is in tensors that are laid out alike, in the units of a Stride32. It makes the same steps
-// in every row.
-struct Walk {
+// The offset of a thread's next vector in tensors that are laid out alike, in the units of a Stride32. The
+// thread makes the same number of steps in every row.
+struct VectorOffset {
   uint32_t at;
 
   // `vector` counts along I.
-  __device__ __forceinline__ Walk(const Stride32& s, int64_t b, int64_t o, int64_t vector)
+  __device__ __forceinline__ VectorOffset(const Stride32& s, int64_t b, int64_t o, int64_t vector)
       : at(static_cast<uint32_t>(b) * s.b + static_cast<uint32_t>(o) * s.o +
            static_cast<uint32_t>(vector) * s.i) {}
   __device__ __forceinline__ uint32_t end(const Stride32& s, uint32_t steps) const {
@@ -53,15 +50,16 @@ struct Walk {
   }
 };
 
-// The bytes that a walk has come to.
+// The address that is `at` units of `Unit` bytes behind `data`.
 template <int Unit>
 __device__ __forceinline__ char* bytes_at(void* data, uint32_t at) {
   return static_cast<char*>(data) + static_cast<uint64_t>(at) * Unit;
 }
 
-// The same pointer to global memory, for which the compiler finds registers: otherwise it loads it from
-// constant memory again in every step. Blocks have no depth, so this changes nothing, but only we know.
-__device__ __forceinline__ char* kept(void* data) {
+// The same pointer, held in a register for the whole loop. Without this the compiler loads the parameter from
+// constant memory again in every step. threadIdx.z is always 0, so the pointer stays the same, but the
+// compiler does not know that and takes it for a new value.
+__device__ __forceinline__ char* in_registers(void* data) {
   const uint64_t nothing = threadIdx.z * uint64_t{0x100000001};
   char* same = reinterpret_cast<char*>(reinterpret_cast<uintptr_t>(data) ^ nothing);
 #if defined(__CUDA_ARCH__)
@@ -98,35 +96,31 @@ __device__ __forceinline__ void adjust_prior(const LogVariance& rule, float (&y)
 }
 
 // What a plain kernel is compiled for.
-template <class T, Layout L, Kl K, bool Sample, KeySource S>
+template <class T, Tiling kTiling, Kl K, bool Sample>
 struct PlainKernel {};
 
 // Calls launch(PlainKernel<...>()) of the kernel for a call.
-template <class T, Layout L, class Args, class Launch>
+template <class T, Tiling kTiling, class Args, class Launch>
 void choose_plain(const Args& a, bool has_kl, bool sample, const Launch& launch) {
-  const bool device = a.keys.state != nullptr, prior = has_kl && a.prior_mu.data != nullptr;
+  const bool prior = has_kl && a.prior_mu.data != nullptr;
   if (prior && sample)
-    launch(PlainKernel<T, L, Kl::prior, true, KeySource::either>());
+    launch(PlainKernel<T, kTiling, Kl::prior, true>());
   else if (prior)
-    launch(PlainKernel<T, L, Kl::prior, false, KeySource::host>());
-  else if (!sample)
-    launch(PlainKernel<T, L, Kl::standard, false, KeySource::host>());
-  else if (has_kl && device)
-    launch(PlainKernel<T, L, Kl::standard, true, KeySource::device>());
-  else if (has_kl)
-    launch(PlainKernel<T, L, Kl::standard, true, KeySource::host>());
-  else if (device)
-    launch(PlainKernel<T, L, Kl::none, true, KeySource::device>());
+    launch(PlainKernel<T, kTiling, Kl::prior, false>());
+  else if (!has_kl)
+    launch(PlainKernel<T, kTiling, Kl::none, true>());
+  else if (sample)
+    launch(PlainKernel<T, kTiling, Kl::standard, true>());
   else
-    launch(PlainKernel<T, L, Kl::none, true, KeySource::host>());
+    launch(PlainKernel<T, kTiling, Kl::standard, false>());
 }
 
 template <class T, class Args, class Launch>
 void choose_plain(const Args& a, bool has_kl, bool sample, const Launch& launch) {
-  if (a.g.layout == Layout::column)
-    choose_plain<T, Layout::column>(a, has_kl, sample, launch);
+  if (a.g.tiling == Tiling::column)
+    choose_plain<T, Tiling::column>(a, has_kl, sample, launch);
   else
-    choose_plain<T, Layout::row>(a, has_kl, sample, launch);
+    choose_plain<T, Tiling::row>(a, has_kl, sample, launch);
 }
 
 template <class Args, class Launch>

@@ -1,4 +1,4 @@
-// Small kernels around the random state: writing one, and showing its words.
+// Two small kernels: one writes a random state, one writes the generator's words.
 #include "launch.cuh"
 
 namespace vk::cuda {

@@ -1,7 +1,7 @@
 // Sums in a fixed order, and how blocks find out which of them is the last.
 //
 // No result depends on the order in which threads or blocks run: every sum is a tree or a loop whose shape
-// depends on the problem alone, and counters only decide who adds, never in what order.
+// depends on the problem alone, and counters only decide which block adds, never in what order.
 #pragma once
 
 #include <cstdint>
@@ -53,7 +53,8 @@ __device__ __forceinline__ bool arrive_last(unsigned* counter, unsigned count) {
   return before == count - 1;
 }
 
-// The same for the whole block: all threads call it, all get the answer. `flag` is in shared memory.
+// The same for a whole block: all threads call it, and it returns the same to all. `flag` is in shared
+// memory.
 __device__ __forceinline__ bool block_arrives_last(unsigned* counter, unsigned count, int* flag) {
   __syncthreads();
   if (threadIdx.x == 0) *flag = arrive_last(counter, count) ? 1 : 0;

@@ -14,8 +14,8 @@ namespace vk::cuda {
 
 using bf16 = __nv_bfloat16;
 using f16 = __half;
-// Any of float, bf16 and f16, which one is known at run time: what need not be fast is compiled once for all
-// three.
+// Any of float, bf16 and f16; which one is known at run time only. Kernels that need not be fast are compiled
+// once for all three.
 struct AnyFloat {};
 
 // The type that elements of type T are computed in.

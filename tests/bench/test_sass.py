@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import sass
 
-# Instructions per element of the main loop, with round keys as kernel parameters. With 34 a bf16 forward (6
+# Instructions per element of the main loop. With 34 a bf16 forward (6
 # bytes per element) takes 83 % of an H200's instructions (132 multiprocessors, 4 each per clock of 1.75 GHz)
 # at the 4.3 TB/s that its memory copies at, so memory is the limit. With 38 a backward (10 bytes) takes 55 %.
 BUDGET = {"forward_plain": 34, "backward_plain": 38}
-DEVICE_KEYS = 1.35  # times as many with round keys from device memory
 REGISTERS = 48
 # A learned prior adds 2 tensors to 3 forward, and 4 to 5 backward.
 REGISTERS_PRIOR = 80
@@ -127,6 +128,15 @@ def test_local_memory_and_float64_are_caught():
     assert broken_rules(second) == ["a stack of 16 bytes", "2 instructions of float64 arithmetic"]
 
 
+def test_divisions_of_64_bit_integers_are_caught():
+    divides = LISTING.replace("$first_kernel$help", "$__internal_0_$__cuda_sm20_div_s64")
+    row = sass.row(
+        "first_kernel", sass.functions(divides)["first_kernel"], sass.usage_of(USAGE)["first_kernel"], {}
+    )
+    assert row.division64 == 1
+    assert "1 divisions of 64-bit integers" in broken_rules(replace(row, kernel="first_plain"))
+
+
 def test_what_float64_arithmetic_is():
     for text in ("DADD R2, R2, R4", "@P0 DMUL R2, R2, R4", "MUFU.RCP64H R3, R3", "F2F.F64.F32 R2, R4"):
         assert sass.FLOAT64.match(sass.Instruction(text).opcode), text
@@ -147,11 +157,11 @@ def test_a_jump_that_cannot_be_followed_is_an_error():
 
 def test_names_of_kernels_are_read():
     names = sass.enumerators()
-    assert names["Layout"] == ["row", "column"] and names["Kl"] == ["none", "standard", "prior"]
-    mangled = "_ZN2vk4cuda9_GLOBAL__20forward_plain_kernelI13__nv_bfloat16LNS0_6LayoutE1ELNS0_2KlE2ELb1ELNS0_9KeySourceE1EEEvNS0_11ForwardArgsIfEE"  # noqa: E501
+    assert names["Tiling"] == ["row", "column"] and names["Kl"] == ["none", "standard", "prior"]
+    mangled = "_ZN2vk4cuda9_GLOBAL__20forward_plain_kernelI13__nv_bfloat16LNS0_6TilingE1ELNS0_2KlE2ELb1EEEvNS0_11ForwardArgsIfEE"  # noqa: E501
     assert sass.template_arguments(mangled, names) == (
         "forward_plain_kernel",
-        ["__nv_bfloat16", "Layout::column", "Kl::prior", "true", "KeySource::device"],
+        ["__nv_bfloat16", "Tiling::column", "Kl::prior", "true"],
     )
     assert sass.template_arguments("_ZN2vk4cuda9_GLOBAL__12words_kernelEPKlmlPl", names) == (
         "words_kernel",
@@ -171,6 +181,8 @@ def broken_rules(row: sass.Row) -> list[str]:
         broken.append(f"{row.local} accesses to local memory")
     if row.float64 and row.dtype != "float64":
         broken.append(f"{row.float64} instructions of float64 arithmetic")
+    if row.plain and row.division64:
+        broken.append(f"{row.division64} divisions of 64-bit integers")
     return broken
 
 
@@ -188,8 +200,8 @@ def table() -> list[sass.Row]:
 def test_every_kernel_is_in_the_table(table):
     assert len({row.label for row in table}) == len(table)
     plain = [row for row in table if row.plain]
-    # dtypes x layouts x (z, KL, both; z with two sources of keys; a prior with and without z)
-    assert len(plain) == 2 * 3 * 2 * 7
+    # passes x dtypes x tilings x (z; the KL with and without z, to N(0, I) and to a prior)
+    assert len(plain) == 2 * 3 * 2 * 5
     general = [row.label for row in table if row.kernel in ("forward", "backward")]
     assert len(general) == 2 * 2 * 2 * 3
 
@@ -210,14 +222,10 @@ def test_registers(table):
 
 
 def test_instructions_per_element(table):
-    counts = {row.label: row.per_element for row in table if row.plain and row.kl != "kl prior"}
-    assert counts
-    for row in table:
-        if row.plain and row.kl == "kl standard" and row.keys == "host keys":
-            assert row.per_element <= BUDGET[row.kernel], row.label
-        if row.keys == "device keys":
-            with_host_keys = counts[row.label.replace("device", "host")]
-            assert row.per_element <= DEVICE_KEYS * with_host_keys, row.label
+    limited = [row for row in table if row.plain and row.kl != "kl prior"]
+    assert limited
+    for row in limited:
+        assert row.per_element <= BUDGET[row.kernel], row.label
 
 
 def test_memory_is_accessed_16_bytes_at_a_time(table):

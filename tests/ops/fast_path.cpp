@@ -41,7 +41,7 @@ void print(const Case& c) {
   const vk::cuda::Purpose purpose{c.kl, c.sample, true, true, memory};
   const vk::cuda::Geometry g = geometry_of(p, purpose, vk::cuda::Tensors<2>{{&mu, &scale}});
   std::printf("%s: %s %s\n", c.name, g.plain ? "plain" : "general",
-              g.layout == vk::cuda::Layout::column ? "column" : "row");
+              g.tiling == vk::cuda::Tiling::column ? "column" : "row");
 }
 
 }  // namespace
