@@ -42,8 +42,8 @@ def main() -> None:
     given = parser.parse_args()
 
     torch.manual_seed(0)
-    images = torch.tensor(load_digits().data, dtype=torch.float32).div(16).bernoulli()  # [1797, 64] of 0 and 1
-    images = images[torch.randperm(len(images))]
+    pixels = torch.tensor(load_digits().data, dtype=torch.float32)  # [1797, 64], 0 to 16
+    images = (pixels / 16).bernoulli()[torch.randperm(len(pixels))]
     train, heldout = images[300:], images[:300]
 
     model = VAE()
