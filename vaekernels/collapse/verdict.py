@@ -316,7 +316,7 @@ _ADVICE: dict[str, str] = {
     "weaken the decoder so that the floor is worth filling",
     "encoder-only": "z tells the examples apart, but the decoder does not look: check that z reaches it, "
     "and weaken it",
-    "informative": "nothing to mend; compare models on the IWAE NLL, not on the ELBO",
+    "informative": "nothing to fix; compare models on the IWAE NLL, not on the ELBO",
     "partial": "z is used, by fewer than half of the dimensions that cost rate: fewer latent dimensions, or "
     "a floor for each dimension",
     "near-collapsed": "z is nearly unused: treat it as collapsed, and measure again on more examples if the "
