@@ -188,7 +188,9 @@ def _ask_torch(what: str) -> Any:
             "or install again with `--no-build-isolation` (pip and uv have it)",
         )
     last = words.splitlines()[-1] if words else f"exit status {result.returncode}"
-    raise BuildProblem(f"torch cannot be imported: {last}", f"Reinstall torch, then run `{BUILD_COMMAND}`", words)
+    raise BuildProblem(
+        f"torch cannot be imported: {last}", f"Reinstall torch, then run `{BUILD_COMMAND}`", words
+    )
 
 
 def source_dir() -> Path | None:

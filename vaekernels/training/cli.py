@@ -139,7 +139,7 @@ def train(
 ) -> None:
     """Train a VAE and evaluate it on held-out data: is the latent used?
 
-    PRESET and --config are read first, then the options, then --set. All settings, and those against collapse:
+    PRESET and --config are read first, then the options, then --set. All settings:
     docs/train.md.
     """
     with _reported():
@@ -200,7 +200,7 @@ def diagnose(
         ),
     ] = None,
     train: Annotated[
-        bool, typer.Option("--train/--no-train", help="Also measure on the training data, to see overfitting.")
+        bool, typer.Option("--train/--no-train", help="Measure on the training data too, to see overfitting.")
     ] = True,
     device: Annotated[
         _Str, typer.Option(help="auto | cpu | cuda | mps (default: that of the run).", show_default=False)
