@@ -1,16 +1,17 @@
-# Everything runs in an environment of its own, .venv, made from Python >= 3.10 with venv, g++ and make.
-#   make demo          a text VAE that collapses, and the same one cured, side by side
+# Needs Python >= 3.10 with venv and headers, g++ and make. Everything else is installed into .venv.
+#   make demo          a text VAE that collapses, and three that do not, side by side
 #   make test          build, lint, type check, CUDA objects where nvcc is, tests
 #   make test-integrations  the tests on diffusers, scvi-tools, Pyro, pythae and Lightning; it installs them
-#   make check-slow    the tests that are too slow for `make test`
+#   make check-slow    the tests that are too slow for make test
 #   make docs          the documentation, as pages in build/docs
 #   make bench         the speed table
 #   make install-matrix  installs the package in every way, in fresh environments (20 minutes, 10 GB, a registry)
 #   make instructions  counts the CPU kernels' instructions per element (needs valgrind)
-#   make predicted-cycles  what llvm-mca expects of those loops on other processors
+#   make predicted-cycles  cycles that llvm-mca predicts for those loops on other processors
 #   make sass          the CUDA kernels' instructions, counted (needs nvcc): benchmarks/results/sass.csv
-#   make gpu-check     builds the CUDA kernels and tests them on the GPU of this machine, with the torch that
-#   make gpu-bench     PYTHON has (gpu-bench: their speed); installs nothing (make gpu-check PYTHON=/usr/bin/python3)
+#   make gpu-check     builds the CUDA kernels and tests them on this machine's GPU
+#   make gpu-bench     builds the CUDA kernels and times them on this machine's GPU; both use the torch of PYTHON
+#                      and install nothing (make gpu-check PYTHON=/usr/bin/python3)
 #   make lint | build | cuda-objects | clean
 
 SHELL := bash
@@ -59,7 +60,7 @@ test: $(BUILT) lint types
 	if $(PY) vaekernels/_build.py nvcc; then $(MAKE) cuda-objects; else echo 'no nvcc: cuda-objects is left out'; fi
 	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest
 
-# On top of $(VENV), whose packages it sees: no second torch, and nothing of theirs in $(VENV).
+# Uses the packages of $(VENV), so that torch is not installed twice and $(VENV) stays without these libraries.
 $(INTEGRATIONS)/environment.stamp: $(ENVIRONMENT)
 	$(PY) -m venv --clear $(INTEGRATIONS)
 	$(PY) -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' \
@@ -90,7 +91,7 @@ sass: $(ENVIRONMENT)
 check-slow: $(BUILT)
 	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest -m slow
 
-# Strict: a link or a reference that leads nowhere fails.
+# -W: a broken link or reference is an error.
 docs: $(BUILT)
 	$(PY) -m sphinx -W --keep-going -q -E docs build/docs
 	@echo build/docs/index.html

@@ -74,9 +74,10 @@ def load_example(name: str) -> Any:
     return module
 
 
-def run_example(name: str) -> str:
+def run_example(name: str, *arguments: str) -> str:
+    """What the script prints; without arguments, two steps of training."""
     done = subprocess.run(
-        [sys.executable, str(EXAMPLES / name), "--steps", "2"],
+        [sys.executable, str(EXAMPLES / name), *(arguments or ("--steps", "2"))],
         cwd=EXAMPLES.parent,
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent)},
         capture_output=True,

@@ -188,7 +188,9 @@ def _ask_torch(what: str) -> Any:
             "or install again with `--no-build-isolation` (pip and uv have it)",
         )
     last = words.splitlines()[-1] if words else f"exit status {result.returncode}"
-    raise BuildProblem(f"torch cannot be imported: {last}", f"Mend torch, then run `{BUILD_COMMAND}`", words)
+    raise BuildProblem(
+        f"torch cannot be imported: {last}", f"Reinstall torch, then run `{BUILD_COMMAND}`", words
+    )
 
 
 def source_dir() -> Path | None:
@@ -333,7 +335,7 @@ def _words(variable: str) -> list[str]:
         return shlex.split(os.environ.get(variable, ""))
     except ValueError as error:
         raise BuildProblem(
-            f"{variable}={os.environ[variable]} is no command line: {error}", "Mend it"
+            f"{variable}={os.environ[variable]} is no command line: {error}", "Correct or unset it"
         ) from None
 
 
@@ -590,7 +592,7 @@ def _run(command: Sequence[str], say: Callable[[str], None], what: str) -> None:
     if result.returncode != 0:
         raise BuildProblem(
             f"{os.path.basename(command[0])} failed on {what}",
-            f"Mend what the compiler names (`vaekernels doctor` shows it), then run `{BUILD_COMMAND}`",
+            f"Fix what the compiler names (`vaekernels doctor` shows it), then run `{BUILD_COMMAND}`",
             f"{shlex.join(command)}\n{excerpt(result.stdout) or f'exit status {result.returncode}'}",
         )
     if result.stdout.strip():

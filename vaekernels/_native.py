@@ -26,13 +26,13 @@ from vaekernels import _build, _trust
 PACKAGE_DIR = Path(__file__).resolve().parent
 NO_CUDA = "this torch was built without CUDA."
 CLOSE = (
-    "Only you and root may be able to change it: mend that with `chmod go-w` or `chown`, or set "
+    "Only you and root may be able to change it: fix that with `chmod go-w` or `chown`, or set "
     f"XDG_CACHE_HOME to a folder of your own; then run `{_build.BUILD_COMMAND}`"
 )
 
 
 class FallbackWarning(UserWarning):
-    """An op ran on plain PyTorch because no compiled kernels fit; the message says why and what mends it."""
+    """An op ran on plain PyTorch because no compiled kernels fit; the message says why and what fixes it."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Found:
 
 
 class Unfit(Exception):
-    """Why the libraries of a folder are not loaded, and what mends it."""
+    """Why the libraries of a folder are not loaded, and what fixes it."""
 
     def __init__(self, problem: str, remedy: str | None = None) -> None:
         super().__init__(problem)
@@ -150,7 +150,7 @@ def load(folders: list[Path]) -> Found:
     passed_over = {folder: why.problem for folder, why in unfit.items()}
     if module is not None:
         return Found(module, chosen, {"cpu": None, "cuda": cuda}, passed_over)
-    # What others can change comes first: a new build does not mend it.
+    # What others can change comes first: a new build does not fix it.
     nowhere = Unfit(f"no library lies in {' or '.join(map(str, folders))}")
     first = min(unfit.values(), key=lambda why: why.remedy != CLOSE, default=nowhere)
     reason = _sentence(first.problem, first.remedy)
@@ -219,7 +219,7 @@ def has_kernels(device_type: str) -> bool:
 
 
 def explain(device_type: str = "cpu") -> str | None:
-    """Why `device_type` runs on plain PyTorch and what mends it; None where kernels serve it."""
+    """Why `device_type` runs on plain PyTorch and what fixes it; None where kernels serve it."""
     return FOUND.reasons.get(device_type, f"there are no kernels for the device type {device_type!r}.")
 
 

@@ -79,16 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
     doctor = commands.add_parser(
         "doctor",
-        help="say which kernels run here, and what mends those that do not",
-        description="Says which kernels run here and what mends those that do not. Exit status: 0 where the "
-        "kernels for this torch are all there, 1 where some are missing.",
+        help="say which kernels run here, and how to get those that do not",
+        description="Says which kernels run here, and how to get those that do not. Exit status: 0 if all "
+        "kernels for this torch are there, 1 if some are missing.",
     )
     doctor.add_argument("--json", action="store_true", help="the same as one JSON object")
     commands.add_parser(
         "build",
         help="compile the kernels against the torch in use",
         description="Compiles the kernels against the torch in use, into the user's cache "
-        "(XDG_CACHE_HOME, else ~/.cache). Heeds CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, CUDA_HOME, "
+        "(XDG_CACHE_HOME, else ~/.cache). Uses CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, CUDA_HOME, "
         "TORCH_CUDA_ARCH_LIST and VAEKERNELS_CUDA=0.",
     )
     commands.add_parser("bench", help="time the latent layer on this machine", add_help=False)

@@ -68,9 +68,11 @@ def test_examples_in_docstrings(name: str) -> None:
     assert result.attempted > 0 and result.failed == 0
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    for link in re.findall(r"\]\(([^)#]+)", text):
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    found = re.findall(r"\]\(([^)#]+)", (REPOSITORY / page).read_text(encoding="utf-8"))
+    assert found
+    for link in found:
         assert re.match(r"https?:", link) or (REPOSITORY / link).exists(), link
 
 

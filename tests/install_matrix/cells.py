@@ -1,7 +1,7 @@
 """The cells of the matrix: how people install, and what goes wrong.
 
 A cell does what a user does and returns what the user then has: an environment where everything works, or the
-words that say what is missing and what mends it.
+words that say what is missing and what fixes it.
 """
 
 from __future__ import annotations

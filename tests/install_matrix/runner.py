@@ -1,6 +1,6 @@
 """Installs the package in every way that people install it, in fresh environments: `make install-matrix`.
 
-Every cell works, or says what is missing and what mends it, in the words kept in approved/. A cell with other
+Every cell works, or says what is missing and what fixes it, in the words kept in approved/. A cell with other
 words, and any that shows a traceback, fails. The table goes to benchmarks/results/install-matrix.md.
 """
 
@@ -95,7 +95,7 @@ def report(results: dict[str, Result]) -> str:
         + ", ".join(f"{name} {told}" for name, told in words.items())
         + ". Every cell is a fresh environment. *works*: the kernels compute the first fused loss, and it is "
         "right. *message*: the package runs on plain PyTorch, or the command ends, and says why and what "
-        "mends it, in the words below.",
+        "fixes it, in the words below.",
         "",
         "| cell | result | with |",
         "| --- | --- | --- |",

@@ -87,9 +87,9 @@ def test_docstrings_are_cached_and_the_hash_guards_the_cache(library: Path, tmp_
     content = json.loads(cached.read_text(encoding="utf-8"))
     content["sentences"][0] = "somebody changed this sentence here ."
     cached.write_text(json.dumps(content), encoding="utf-8")
-    mended = datasets.load(DataConfig("docstrings"), said.append)
+    fixed = datasets.load(DataConfig("docstrings"), said.append)
     assert len(said) == 2, "a changed cache must be read anew"
-    assert mended.sha256 == first.sha256
+    assert fixed.sha256 == first.sha256
 
     cached.write_text("{", encoding="utf-8")
     assert datasets.load(DataConfig("docstrings"), quiet).sha256 == first.sha256

@@ -96,7 +96,7 @@ def _on_gpu(options: argparse.Namespace, cases: list[Case], earlier: list[GpuRow
     folder.mkdir(parents=True, exist_ok=True)
     _say(f"{len(cases)} cases; the record and the log of the processes are in {folder}")
     record, left_out = processes.gather(options, folder)
-    # The page is meant to be kept: where things lie on this machine is nobody's business.
+    # The page is meant to be shared: it holds no paths of this machine.
     text = gpu_report.page(record.rows, record.machine, left_out).replace(str(Path.cwd()), ".")
     text = text.replace(str(Path.home()), "~")
     compared = gpu_report.compared
@@ -158,7 +158,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
     on_gpu.add_argument(
         "--seconds",
         type=_positive,
-        help=f"for everything; what they do not suffice for is named (default: {processes.SECONDS:.0f})",
+        help=f"limit for all cases; those left out are named (default: {processes.SECONDS:.0f})",
     )
     on_gpu.add_argument(
         "--record", type=Path, metavar="FOLDER", help="keep the processes' measurements and log here"

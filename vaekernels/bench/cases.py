@@ -1,7 +1,7 @@
 """What is timed: latent layers in the shapes of real models, and who computes them.
 
 Every contender is the same function of mu and logvar (or of packed moments): it returns z, the loss term or
-both. `copy` is no contender but the floor: it moves as many bytes as the layer has to read and write.
+both. `copy` is not a contender but a lower bound: it moves as many bytes as the layer has to read and write.
 """
 
 from __future__ import annotations

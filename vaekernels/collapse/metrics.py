@@ -1,4 +1,4 @@
-"""Single measures of the latent, for use in anybody's loop; :func:`vaekernels.collapse.diagnose` has them
+"""Single measures of the latent, for use in any training loop; :func:`vaekernels.collapse.diagnose` has them
 all.
 
 In nats, on held-out examples. Nothing here knows a model beyond two functions::

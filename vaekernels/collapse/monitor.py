@@ -49,7 +49,7 @@ class Reading:
 
     step: int
     rate_per_dim: tuple[float, ...]
-    """the rate r_d of each dimension: its KL to the prior, unclamped, in nats"""
+    """r_d, the rate of each dimension, which is its unclamped KL to the prior in nats"""
     active_units: int
     """dimensions with Var_x(mu_d) > 0.01 (Burda et al. 2016)"""
     mi_lower: Estimate

@@ -304,19 +304,18 @@ def advice(verdict: Verdict, subtype: str | None, overfit: bool | None, dims: Se
 
 
 _ADVICE: dict[str, str] = {
-    "collapsed": "the decoder does without z: hold the rate up (free bits, a delta-VAE) or weaken the "
-    "decoder",
-    "model collapse": "the decoder does without z, and no encoder could help: hold the rate up from the "
+    "collapsed": "the decoder ignores z: keep the rate up (free bits, a delta-VAE) or weaken the decoder",
+    "model collapse": "the decoder ignores z, and a better encoder would not help: keep the rate up from the "
     "start (free bits, a controller, a delta-VAE), weaken the decoder (word dropout, a smaller context), or "
     "lower beta if it is above 1; annealing alone often falls back",
     "inference lag": "the decoder can use codes that the encoder does not find: train the encoder more "
     "(several encoder steps for one of the decoder, He et al. 2019), or start from a pretrained encoder",
-    "rate-only": "the rate is paid for codes that tell nothing: the aggregate posterior is off the prior. "
+    "rate-only": "there is a rate, but z says nothing about x: the aggregate posterior is not the prior. "
     "Clamp free bits after the batch mean rather than per sample, check for a constant offset of mu, and "
-    "weaken the decoder so that the floor is worth filling",
-    "encoder-only": "z tells the examples apart, but the decoder does not look: check that z reaches it, "
-    "and weaken it",
-    "informative": "nothing to mend; compare models on the IWAE NLL, not on the ELBO",
+    "weaken the decoder so that it needs z",
+    "encoder-only": "z tells the examples apart, but the decoder does not use it: check that z reaches the "
+    "decoder, and weaken the decoder",
+    "informative": "nothing to fix; compare models on the IWAE NLL, not on the ELBO",
     "partial": "z is used, by fewer than half of the dimensions that cost rate: fewer latent dimensions, or "
     "a floor for each dimension",
     "near-collapsed": "z is nearly unused: treat it as collapsed, and measure again on more examples if the "

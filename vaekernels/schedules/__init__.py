@@ -1,4 +1,4 @@
-"""Weights, floors and targets that change while a model trains; each is usable alone, in anybody's loop::
+"""Weights, floors and targets that change while a model trains; each works alone, in any training loop::
 
     weight = Linear(1.0, steps=10 * steps_per_epoch, device=device)
     for x in loader:

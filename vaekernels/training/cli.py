@@ -41,7 +41,7 @@ _Threads = Annotated[
 
 @app.callback()
 def _main() -> None:
-    """Train VAEs whose latents stay alive."""
+    """Train VAEs, with settings against posterior collapse."""
 
 
 @app.command()
@@ -55,14 +55,14 @@ def train(
         ),
     ] = None,
     config: Annotated[
-        _Path, typer.Option(help="Settings from a TOML file, over those of PRESET.", show_default=False)
+        _Path, typer.Option(help="Settings from a TOML file; override those of PRESET.", show_default=False)
     ] = None,
     sets: Annotated[
         list[str] | None,
         typer.Option(
             "--set",
             metavar="TABLE.KEY=VALUE",
-            help="One setting, over all others; repeat.",
+            help="One setting; overrides all others. May be repeated.",
             show_default=False,
         ),
     ] = None,
@@ -91,7 +91,7 @@ def train(
         _Float,
         typer.Option(
             metavar="EPOCHS",
-            help="Raise the weight linearly from 0 to beta over so many epochs, whole or not (default: 0).",
+            help="Raise the weight linearly from 0 to beta over this many epochs, 0.5 is fine (default: 0).",
             show_default=False,
         ),
     ] = None,
@@ -99,7 +99,7 @@ def train(
         _Int, typer.Option(help="Passes over the data (default: 8; digits 60).", show_default=False)
     ] = None,
     batch_size: Annotated[
-        _Int, typer.Option(help="Examples a step (default: 64).", show_default=False)
+        _Int, typer.Option(help="Examples per step (default: 64).", show_default=False)
     ] = None,
     lr: Annotated[
         _Float, typer.Option(help="Adam's learning rate (default: 0.001).", show_default=False)
@@ -109,7 +109,7 @@ def train(
     ] = None,
     seed: Annotated[
         _Int,
-        typer.Option(help="Of parameters, noise and the order of the data (default: 0).", show_default=False),
+        typer.Option(help="Seed of parameters, noise and data order (default: 0).", show_default=False),
     ] = None,
     run_dir: Annotated[
         _Path,
@@ -123,7 +123,7 @@ def train(
     resume: Annotated[
         _Path,
         typer.Option(
-            metavar="RUN", help="Go on with the run in this directory, with its settings.", show_default=False
+            metavar="RUN", help="Continue the run in this directory, with its settings.", show_default=False
         ),
     ] = None,
     device: Annotated[
@@ -139,7 +139,7 @@ def train(
 ) -> None:
     """Train a VAE and evaluate it on held-out data: is the latent used?
 
-    PRESET and --config are read first, then the options, then --set. Every setting, and what is against what:
+    PRESET and --config are read first, then the options, then --set. All settings:
     docs/train.md.
     """
     with _reported():
@@ -192,15 +192,15 @@ def diagnose(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a trained run.")],
     n: Annotated[int, typer.Option("-n", help="How many examples of each split are used.")] = 2048,
     k: Annotated[int, typer.Option("-k", help="Contrast codes of I_dec; samples of the IWAE bound.")] = 32,
-    seed: Annotated[int, typer.Option(help="Of everything random in the diagnosis.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random in the diagnosis.")] = 0,
     budget: Annotated[
         _Float,
         typer.Option(
-            metavar="SECONDS", help="Measure no more after this time (default: no limit).", show_default=False
+            metavar="SECONDS", help="Stop measuring after this time (default: no limit).", show_default=False
         ),
     ] = None,
     train: Annotated[
-        bool, typer.Option("--train/--no-train", help="Look at the training data as well: is it overfit?")
+        bool, typer.Option("--train/--no-train", help="Measure on the training data too, to see overfitting.")
     ] = True,
     device: Annotated[
         _Str, typer.Option(help="auto | cpu | cuda | mps (default: that of the run).", show_default=False)
@@ -230,7 +230,7 @@ def demo(
     epochs: Annotated[
         _Int, typer.Option(help="Passes over the data (default: 8; digits 60 and 100).", show_default=False)
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of all runs.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all runs.")] = 0,
     run_dir: Annotated[
         _Path,
         typer.Option(
