@@ -1,5 +1,5 @@
 """Compiles the host shim (tests/shim) with the CUDA kernels, plain and with sanitizers, and loads it.
-With sanitizers the CPU kernels, too, under the program of tests/problems.cpp.
+With sanitizers the CPU kernels, too, under the program of tests/ops/problems.cpp.
 
 Everything goes to build/shim/ and is compiled again only where a source or a command changed. Nothing here
 needs CUDA, its headers or a GPU.
@@ -55,7 +55,7 @@ BUILDS = {
     "tsan": Build(("-O0", "-fsanitize=thread"), ("-DSHIM_TSAN",)),
 }
 # The CPU kernels, and the program that poses them random problems.
-PROBLEMS = ["problems.cpp", "cpu/forward.cpp", "cpu/backward.cpp"]
+PROBLEMS = ["ops/problems.cpp", "cpu/forward.cpp", "cpu/backward.cpp"]
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0",
     "TSAN_OPTIONS": "halt_on_error=1",

@@ -30,7 +30,7 @@ void check_not_negative(const char* name, const void* data, int64_t n) {
     if (!(x[i] >= R(0)))
       throw std::invalid_argument(std::string(name) + " must be non-negative and not NaN, got " +
                                   repr(static_cast<double>(x[i])) + " at index " + std::to_string(i) +
-                                  "; mend it, e.g. with " + name + ".clamp(min=0)");
+                                  "; correct it, e.g. with " + name + ".clamp(min=0)");
 }
 
 template <class R>

@@ -86,19 +86,19 @@ def answers(entry: Any, leaves: list[Tensor], asked: str, options: dict[str, Any
     leaves = [t.detach().requires_grad_() for t in leaves]
     state = torch.tensor([3, 0])
     scale = {k: v for k, v in options.items() if k in ("parameterization", "logvar_bounds")}
-    found: dict[str, Tensor] = {}
-    if asked == "z":
-        found["z"] = (vk if entry is vk else reference).reparameterize(*leaves[:2], rng=state, **scale)
-    elif "z" in asked:
-        if entry is vk:
-            z, kl, rate = vk.sample_kl(*leaves, rng=state, **options)
-        else:
-            z, kl, rate = reference.sample_kl(*leaves[:2], state, *leaves[2:], **options)
-        found = {"z": z, "kl": kl, "rate": rate}
+    sample, kl = "z" in asked, asked != "z"
+    if entry is reference:
+        state_or_none = state if sample else None
+        prior = leaves[2:] if kl else ()
+        given = options if kl else scale
+        out = reference.latent(*leaves[:2], 1, state_or_none, *prior, sample=sample, kl=kl, **given)
+    elif not kl:
+        out = (vk.reparameterize(*leaves[:2], rng=state, **scale),)
+    elif sample:
+        out = vk.sample_kl(*leaves, rng=state, **options)
     else:
-        more = {"return_per_group": True} if entry is vk else {}
-        kl, rate = (vk if entry is vk else reference).gaussian_kl(*leaves, **more, **options)
-        found = {"kl": kl, "rate": rate}
+        out = (None, *vk.gaussian_kl(*leaves, return_per_group=True, **options))
+    found = {name: t for name, t in zip(("z", "kl", "rate"), out, strict=False) if t is not None}
     used = [found[name] for name in asked.split()]
     grads = torch.autograd.grad(used, leaves, [torch.ones_like(o) for o in used], allow_unused=True)
     names = ("grad_mu", "grad_scale", "grad_prior_mu", "grad_prior_scale")
