@@ -48,8 +48,8 @@ class SampleKL(NamedTuple):
     kl: Tensor
     """the term of the loss"""
     kl_per_group: Tensor
-    """the rates: the KL of each group, unclamped and differentiable; log these, and build other objectives
-    from them"""
+    """the KL of each group, which is its rate, unclamped and differentiable; log these, and build other
+    objectives from them"""
 
 
 # What NamedTuple puts in front of this, a function in Python, takes three times as long.
