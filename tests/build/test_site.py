@@ -76,6 +76,19 @@ def test_links_lead_somewhere(page: str) -> None:
         assert re.match(r"https?:", link) or (REPOSITORY / link).exists(), link
 
 
+@pytest.mark.parametrize("page", ["docs/architecture.md", "docs/reliability.md", "CONTRIBUTING.md"])
+def test_files_that_are_named_exist(page: str) -> None:
+    """By their path from the root, or their name where the page has said which folder it is about."""
+    text = (REPOSITORY / page).read_text(encoding="utf-8")
+    picture = "".join(re.findall(r"^```text\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    named = set(re.findall(r"`([\w./]+(?:\.(?:py|h|cpp|cu|cuh|md)|/))`", text))
+    named |= set(re.findall(r"[\w/]+(?:\.(?:py|h|cpp|cu)\b|/(?=[ ,\n]))", picture))
+    about = ("vaekernels", "vaekernels/training", "csrc", "tests/ops", "tests/build", "tests/training")
+    folders = [REPOSITORY, *(REPOSITORY / each for each in about)]
+    missing = {name for name in named if not any((folder / name).exists() for folder in folders)}
+    assert len(named) > 3 and missing == set()
+
+
 def test_every_convention_of_the_table_has_its_section_and_its_code() -> None:
     page = (REPOSITORY / "docs" / "free-bits.md").read_text(encoding="utf-8")
     linked = re.findall(r"^\| `.*?\]\(#([\w-]+)\)", page, re.MULTILINE)
