@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import Tensor
 
 from vaekernels.training import data as datasets
-from vaekernels.training import settings as texts
 from vaekernels.training.config import (
     Config,
     DataConfig,
@@ -23,6 +22,7 @@ from vaekernels.training.config import (
     ObjectiveConfig,
     OptimConfig,
 )
+from vaekernels.training.config import settings as texts
 from vaekernels.training.data import Arrays, Data, Text
 from vaekernels.training.data.base import SPECIALS, digest, encode_sentences, split
 from vaekernels.training.loop import Trainer

@@ -24,9 +24,10 @@ from tiny_runs import (
 from typer.testing import CliRunner
 
 from vaekernels.collapse import Estimate, Report
-from vaekernels.training import checkpoint, diagnosis, gallery, presets
-from vaekernels.training import settings as texts
+from vaekernels.training import checkpoint, diagnosis, gallery
 from vaekernels.training.cli import app
+from vaekernels.training.config import presets
+from vaekernels.training.config import settings as texts
 from vaekernels.training.data import Arrays
 from vaekernels.training.data.base import digest
 from vaekernels.training.demo import DEMOS, Outcome, Variant, words

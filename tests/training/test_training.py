@@ -38,7 +38,7 @@ from tiny_runs import (
 from torch import Tensor
 
 from vaekernels.training import checkpoint
-from vaekernels.training import settings as texts
+from vaekernels.training.config import settings as texts
 from vaekernels.training.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from vaekernels.training.evaluate import Evaluation, evaluate
 from vaekernels.training.loop import Trainer

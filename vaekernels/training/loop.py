@@ -18,14 +18,12 @@ from torch import Tensor
 
 from vaekernels.training import (
     checkpoint,
-    combinations,
     display,
     engine,
     nonfinite,
-    settings,
     strategies,
 )
-from vaekernels.training.config import Config
+from vaekernels.training.config import Config, combinations, settings
 from vaekernels.training.data import Batches, Data, Text
 from vaekernels.training.errors import ConfigError, Interrupted, NonFiniteError
 from vaekernels.training.evaluate import Evaluation, evaluate

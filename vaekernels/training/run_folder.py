@@ -9,8 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vaekernels.training import checkpoint, settings
-from vaekernels.training.config import Config, differences
+from vaekernels.training import checkpoint
+from vaekernels.training.config import Config, differences, settings
 from vaekernels.training.errors import CheckpointError, ConfigError
 
 __all__ = ["CHECKPOINT", "CONFIG", "LOCK", "LOG", "METRICS", "RunFolder", "new_folder"]

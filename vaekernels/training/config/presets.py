@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vaekernels.training import settings
-from vaekernels.training.config import Config, DataConfig, ModelConfig, OptimConfig
+from vaekernels.training.config import settings
+from vaekernels.training.config.schema import Config, DataConfig, ModelConfig, OptimConfig
 from vaekernels.training.data import OWN, is_own
-from vaekernels.training.errors import ConfigError
+from vaekernels.training.errors import ConfigError, nearest
 
 __all__ = ["PRESETS", "find"]
 
@@ -37,4 +37,4 @@ def find(name: str) -> Config:
     if is_own(name):
         return Config(DataConfig(name))
     own = ", ".join(f"{kind}:PATH" for kind in OWN)
-    raise ConfigError(f"unknown preset {name!r}; {settings.nearest(name, PRESETS)} (your own data: {own})")
+    raise ConfigError(f"unknown preset {name!r}; {nearest(name, PRESETS)} (your own data: {own})")
