@@ -26,7 +26,7 @@ from vaekernels.training.config import settings as texts
 from vaekernels.training.data import Arrays, Data, Text
 from vaekernels.training.data.base import SPECIALS, digest, encode_sentences, split
 from vaekernels.training.loop import Trainer
-from vaekernels.training.run_folder import CHECKPOINT, LOG
+from vaekernels.training.run import CHECKPOINT, LOG
 
 
 def tiny_text(config: DataConfig, say: Callable[[str], None]) -> Data:

@@ -32,7 +32,7 @@ from vaekernels.training.data import Arrays
 from vaekernels.training.data.base import digest
 from vaekernels.training.demo import DEMOS, Outcome, Variant, words
 from vaekernels.training.errors import CheckpointError
-from vaekernels.training.runs import open_run
+from vaekernels.training.run import open_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning"),

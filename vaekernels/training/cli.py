@@ -22,8 +22,7 @@ from vaekernels.training.config import Config, EngineConfig, combinations, prese
 from vaekernels.training.data import Data
 from vaekernels.training.errors import ConfigError, Interrupted, TrainingError, nearest
 from vaekernels.training.loop import Trainer
-from vaekernels.training.run_folder import RunFolder, new_folder
-from vaekernels.training.runs import open_run
+from vaekernels.training.run import RunFolder, new_folder, open_run
 
 __all__ = ["app"]
 

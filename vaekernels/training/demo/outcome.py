@@ -13,7 +13,7 @@ from vaekernels.training import data as datasets
 from vaekernels.training import diagnosis, gallery
 from vaekernels.training.config import Config, presets, settings
 from vaekernels.training.loop import Trainer
-from vaekernels.training.runs import open_run
+from vaekernels.training.run import open_run
 
 __all__ = ["Outcome", "Variant", "run"]
 
