@@ -53,12 +53,20 @@ Units = Annotated[int, Field(strict=True, ge=1, le=_UNITS)]
 Threads = Annotated[int, Field(strict=True, ge=1, le=1024)]
 Seed = Annotated[int, Field(strict=True, ge=0, le=2**32 - 1)]
 
-_LIMITS = {
-    "greater_than": ("greater than", "gt"),
-    "greater_than_equal": ("at least", "ge"),
-    "less_than_equal": ("at most", "le"),
+# By pydantic's name of the error; its own words are for programmers.
+_MUST = {
+    "dataclass_type": "be a table of settings, got {input!r}",
+    "string_type": "be of type str, got {input!r}",
+    "bool_type": "be of type bool, got {input!r}",
+    "int_type": "be of type int, got {input!r}",
+    "float_type": "be of type float, got {input!r}",
+    "literal_error": "be one of {expected}; got {input!r}",
+    "string_unicode": "be UTF-8, got {input!r}",  # bytes of a command line, which TOML does not allow
+    "finite_number": "be finite, got {input}",
+    "greater_than": "be greater than {gt}, got {input}",
+    "greater_than_equal": "be at least {ge}, got {input}",
+    "less_than_equal": "be at most {le}, got {input}",
 }
-_TYPES = {"string_type": "str", "bool_type": "bool", "int_type": "int", "float_type": "float"}
 
 
 @dataclass_transform(frozen_default=True)
@@ -83,7 +91,7 @@ def _message(kind: type[Any], error: ErrorDetails) -> str:
     """What is wrong with one setting of ``kind``, and what it takes."""
     positions: dict[int | str, str] = dict(enumerate(f.name for f in dataclasses.fields(kind)))
     *tables, name = (positions.get(part, str(part)) for part in error["loc"])
-    what, value, context = error["type"], error["input"], error.get("ctx", {})
+    what, context = error["type"], {"input": error["input"], **error.get("ctx", {})}
     if what == "unexpected_keyword_argument":
         for table in tables:
             kind = typing.get_type_hints(kind)[table]
@@ -91,24 +99,14 @@ def _message(kind: type[Any], error: ErrorDetails) -> str:
         return f"unknown setting {where}{name}; {nearest(name, known, where)}"
     if what == "missing":
         return f"{'.'.join(tables) or 'the config'} lacks a setting: {name!r} must be given"
-    if what == "dataclass_type":
-        return f"{name} must be a table of settings, got {value!r}"
-    if what == "literal_error":
-        known = context["expected"].replace("'", "").replace(" or ", ", ")
-        return f"{name} must be one of {known}; got {value!r}"
-    if what == "string_unicode":  # bytes of a command line that are not UTF-8, which TOML does not allow
-        return f"{name} must be UTF-8, got {value!r}"
-    if what == "float_type" and type(value) is int:  # too large for a float
-        what, value = "finite_number", math.inf
-    if what == "finite_number":
-        return f"{name} must be finite, got {value}"
-    if what in _LIMITS:
-        words, key = _LIMITS[what]
-        limit = context[key]
-        return f"{name} must be {words} {f'{limit:g}' if isinstance(limit, float) else limit}, got {value}"
-    if what in _TYPES:
-        return f"{name} must be of type {_TYPES[what]}, got {value!r}"
-    return f"{name}: {error['msg']}, got {value!r}"
+    if what == "float_type" and type(error["input"]) is int:  # too large for a float
+        what, context["input"] = "finite_number", math.inf
+    if "expected" in context:
+        context["expected"] = context["expected"].replace("'", "").replace(" or ", ", ")
+    for limit in {"gt", "ge", "le"} & context.keys():
+        if isinstance(context[limit], float):
+            context[limit] = f"{context[limit]:g}"  # 0.0 as 0
+    return f"{name} must {_MUST[what].format_map(context)}" if what in _MUST else f"{name}: {error['msg']}"
 
 
 @_checked
