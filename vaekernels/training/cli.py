@@ -315,7 +315,7 @@ def _reported() -> Iterator[None]:
         print("stopped", file=sys.stderr)
         raise typer.Exit(STOPPED) from None
     except (MemoryError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = str(error).partition("\n")[0]
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in reason:
             raise
         print(f"error: too little memory for this model and these data ({reason})", file=sys.stderr)
