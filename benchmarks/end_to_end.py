@@ -39,7 +39,7 @@ from vaekernels.bench.cases import FREE_BITS, OURS
 from vaekernels.bench.measure import interleaved, peak_bytes, run_backward, spread, synchronize
 from vaekernels.bench.report import machine
 from vaekernels.training import data as datasets
-from vaekernels.training import presets, settings
+from vaekernels.training.config import presets, settings
 from vaekernels.training.loop import Trainer
 
 SECONDS_PER_TIMING = 0.15  # many steps where they are short

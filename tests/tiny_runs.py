@@ -14,7 +14,6 @@ from rich.console import Console
 from torch import Tensor
 
 from vaekernels.training import data as datasets
-from vaekernels.training import settings as texts
 from vaekernels.training.config import (
     Config,
     DataConfig,
@@ -23,10 +22,11 @@ from vaekernels.training.config import (
     ObjectiveConfig,
     OptimConfig,
 )
+from vaekernels.training.config import settings as texts
 from vaekernels.training.data import Arrays, Data, Text
 from vaekernels.training.data.base import SPECIALS, digest, encode_sentences, split
 from vaekernels.training.loop import Trainer
-from vaekernels.training.run_folder import CHECKPOINT, LOG
+from vaekernels.training.run import CHECKPOINT, LOG
 
 
 def tiny_text(config: DataConfig, say: Callable[[str], None]) -> Data:

@@ -35,6 +35,8 @@ TRAIN_MODULES = (
     "sklearn",
     "tensorboard",
     "jinja2",
+    "pydantic",
+    "tomli_w",
     "numpy",
     "PIL",
     *(() if sys.version_info >= (3, 11) else ("tomli",)),

@@ -134,7 +134,7 @@ def test_every_page_is_known_here_and_links_lead_somewhere() -> None:
 
 
 def test_the_settings_named_in_the_tutorials_exist() -> None:
-    from vaekernels.training import presets, settings
+    from vaekernels.training.config import presets, settings
 
     text = (DOCS / "train.md").read_text(encoding="utf-8")
     for setting in re.findall(r"`((?:objective|model|strategy|data)\.\w+=[\w.]+)`", text):

@@ -21,13 +21,13 @@ from typer.testing import CliRunner
 
 import vaekernels
 from vaekernels import bench, cli
-from vaekernels.training import diagnosis, logs, presets
-from vaekernels.training import settings as texts
+from vaekernels.training import diagnosis, logs
 from vaekernels.training.cli import app
+from vaekernels.training.config import presets
+from vaekernels.training.config import settings as texts
 from vaekernels.training.errors import ConfigError
 from vaekernels.training.models import build
-from vaekernels.training.run_folder import CHECKPOINT, LOG
-from vaekernels.training.runs import open_run
+from vaekernels.training.run import CHECKPOINT, LOG, open_run
 
 pytestmark = pytest.mark.usefixtures("tiny_data")
 

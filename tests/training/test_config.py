@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,8 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vaekernels.training import combinations, presets, settings
-from vaekernels.training.config import Config, DataConfig, ObjectiveConfig, differences
+from vaekernels.training.config import (
+    Config,
+    DataConfig,
+    ObjectiveConfig,
+    combinations,
+    differences,
+    presets,
+    settings,
+)
 from vaekernels.training.data import Arrays, Data, Text
 from vaekernels.training.errors import ConfigError
 
@@ -108,6 +116,40 @@ def test_bad_settings_in_a_file_are_named(text: str, message: str, tmp_path: Pat
     with pytest.raises(ConfigError) as raised:
         settings.load(path)
     assert str(path) in str(raised.value) and message in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"optim": {"epochs": "3"}}, "epochs must be of type int, got '3'"),
+        ({"optim": {"epochs": 3.0}}, "epochs must be of type int, got 3.0"),
+        ({"optim": {"lr": "0.1"}}, "lr must be of type float, got '0.1'"),
+        ({"optim": {"lr": True}}, "lr must be of type float, got True"),
+        ({"optim": {"lr": None}}, "lr must be of type float, got None"),
+        ({"objective": {"free_bits": False}}, "free_bits must be of type float, got False"),
+        ({"engine": {"tensorboard": 1}}, "tensorboard must be of type bool, got 1"),
+        ({"engine": {"tensorboard": "no"}}, "tensorboard must be of type bool, got 'no'"),
+        ({"data": {"name": 3}}, "name must be of type str, got 3"),
+        ({"data": {"name": "caf\udce9"}}, "name must be UTF-8, got 'caf\\udce9'"),
+        ({"data": {"name": None}}, "name must be of type str, got None"),
+    ],
+)
+def test_nothing_is_converted_but_whole_numbers_to_real_ones(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        settings.changed(BASE, given)
+    assert str(raised.value) == message
+    beta = settings.changed(BASE, {"objective": {"beta": 2}}).objective.beta
+    assert (beta, type(beta)) == (2.0, float)
+
+
+def test_all_that_is_wrong_is_said_in_one_line() -> None:
+    with pytest.raises(ConfigError) as raised:
+        settings.from_toml("data.nmae = 'digits'\noptim.lr = 0\nself = 1")
+    assert str(raised.value) == (
+        "data lacks a setting: 'name' must be given; unknown setting data.nmae; did you mean data.name?; "
+        "lr must be greater than 0, got 0; "
+        "unknown setting self; known: data, model, objective, strategy, optim, engine"
+    )
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
@@ -322,3 +364,5 @@ def test_a_setting_is_checked_when_it_is_made() -> None:
         config("model.sigma=0")
     with pytest.raises(ConfigError, match="geco_target must be finite"):
         ObjectiveConfig(geco_target=math.inf)
+    with pytest.raises(ConfigError, match=r"^name must be of type str, got 3$"):
+        DataConfig(3)  # type: ignore[arg-type]

@@ -10,9 +10,10 @@ import torch
 
 from vaekernels.training import data as datasets
 from vaekernels.training.config import DataConfig
-from vaekernels.training.data import Arrays, Batches, Text, docstrings
+from vaekernels.training.data import Arrays, Batches, Text
+from vaekernels.training.data import text as docstrings
 from vaekernels.training.data.base import BOS, EOS, PAD, UNK, Data, digest, encode_sentences, split
-from vaekernels.training.data.binarize import binarized
+from vaekernels.training.data.images import binarized
 from vaekernels.training.errors import DataError
 
 SOURCE = '''"""The module says what it is for. And more."""
@@ -122,7 +123,7 @@ def test_without_sources_synthetic_text_stands_in_and_is_announced(
     library: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (library / "many.py").unlink()
-    monkeypatch.setattr("vaekernels.training.data.synthetic_text._SENTENCES", 300)
+    monkeypatch.setattr("vaekernels.training.data.synthetic._SENTENCES", 300)
     said: list[str] = []
     data = datasets.load(DataConfig("docstrings"), said.append)
     assert data.name == "synthetic-text"
@@ -178,7 +179,7 @@ def test_binarized_data_are_the_same_in_every_run_and_keep_the_mean() -> None:
 
 
 def test_synthetic_text_is_reproducible_and_depends_on_its_latent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vaekernels.training.data.synthetic_text._SENTENCES", 400)
+    monkeypatch.setattr("vaekernels.training.data.synthetic._SENTENCES", 400)
     state = torch.get_rng_state()
     data = datasets.load(DataConfig("synthetic-text"), quiet)
     assert torch.equal(torch.get_rng_state(), state), "loading data must not touch the default generator"

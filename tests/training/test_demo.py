@@ -24,14 +24,15 @@ from tiny_runs import (
 from typer.testing import CliRunner
 
 from vaekernels.collapse import Estimate, Report
-from vaekernels.training import checkpoint, diagnosis, gallery, presets
-from vaekernels.training import settings as texts
+from vaekernels.training import checkpoint, diagnosis, gallery
 from vaekernels.training.cli import app
+from vaekernels.training.config import presets
+from vaekernels.training.config import settings as texts
 from vaekernels.training.data import Arrays
 from vaekernels.training.data.base import digest
 from vaekernels.training.demo import DEMOS, Outcome, Variant, words
 from vaekernels.training.errors import CheckpointError
-from vaekernels.training.runs import open_run
+from vaekernels.training.run import open_run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning"),

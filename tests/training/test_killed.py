@@ -17,7 +17,7 @@ pytest.importorskip("sklearn", reason="digits need vaekernels[train]")
 
 from tiny_runs import checkpoint_of, epochs_of, log_of, same
 
-from vaekernels.training.run_folder import CHECKPOINT
+from vaekernels.training.run import CHECKPOINT
 
 TRAIN = ["-m", "vaekernels", "train"]
 DIGITS = ["digits", "--epochs", "6", "--device", "cpu", "--threads", "1", "--latent-dim", "4"]

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import vaekernels as vk
-from vaekernels.training import combinations
-from vaekernels.training.config import Config, DataConfig, ModelConfig
+from vaekernels.training.config import Config, DataConfig, ModelConfig, combinations
 from vaekernels.training.data import Arrays, Data, Text
 from vaekernels.training.data.base import EOS, PAD, SPECIALS, UNK, digest
 from vaekernels.training.latents import ELBO, KLOptions, Latents

@@ -10,7 +10,10 @@ import os
 import random
 import resource
 import signal
+import subprocess
+import sys
 import tempfile
+import textwrap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -37,17 +40,42 @@ from tiny_runs import (
 )
 from torch import Tensor
 
+from vaekernels import training
 from vaekernels.training import checkpoint
-from vaekernels.training import settings as texts
+from vaekernels.training.config import presets
+from vaekernels.training.config import settings as texts
 from vaekernels.training.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from vaekernels.training.evaluate import Evaluation, evaluate
 from vaekernels.training.loop import Trainer
-from vaekernels.training.run_folder import CHECKPOINT, CONFIG, LOCK, LOG, METRICS, RunFolder, new_folder
+from vaekernels.training.models import VAE
+from vaekernels.training.run import CHECKPOINT, CONFIG, LOCK, LOG, METRICS, RunFolder, new_folder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning"),
     pytest.mark.usefixtures("tiny_data"),
 ]
+
+
+# --- from Python
+
+
+def test_the_lines_of_the_docstring_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(presets.PRESETS, "digits", settings("digits"))
+    assert training.__doc__ is not None
+    lines = textwrap.dedent(training.__doc__.partition("::\n")[2])
+    space: dict[str, Any] = {}
+    exec(lines, space)
+    assert isinstance(space["config"], training.Config) and isinstance(space["model"], VAE)
+    assert set(training.__all__) == {"Config", "Trainer", "open_run"}
+    with pytest.raises(AttributeError, match=r"'vaekernels\.training' has no attribute 'Trainers'"):
+        training.Trainers  # noqa: B018
+
+
+def test_the_package_alone_imports_neither_the_trainer_nor_what_it_needs() -> None:
+    code = "import sys, vaekernels.training; print(*{m.partition('.')[0] for m in sys.modules})"
+    home = Path(training.__file__).parents[2]
+    found = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, check=True)
+    assert not {"pydantic", "lightning_fabric", "rich", "matplotlib"} & set(found.stdout.split())
 
 
 # --- resumption

@@ -32,7 +32,7 @@ from vaekernels.training.config import DataConfig
 from vaekernels.training.data import Data
 from vaekernels.training.errors import CheckpointError
 from vaekernels.training.latents import ELBO
-from vaekernels.training.run_folder import CHECKPOINT, CONFIG, METRICS
+from vaekernels.training.run import CHECKPOINT, CONFIG, METRICS
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning"),

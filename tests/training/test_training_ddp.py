@@ -31,7 +31,7 @@ from vaekernels.training import latents
 from vaekernels.training.config import Config
 from vaekernels.training.errors import CheckpointError, Interrupted, NonFiniteError
 from vaekernels.training.latents import Layer
-from vaekernels.training.run_folder import RunFolder
+from vaekernels.training.run import RunFolder
 from vaekernels.training.seeds import derive
 
 pytestmark = pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning")

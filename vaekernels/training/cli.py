@@ -15,15 +15,14 @@ from lightning_fabric import Fabric
 from rich.console import Console
 
 from vaekernels._command import STOPPED
-from vaekernels.training import combinations, describe, diagnosis, display, engine, presets, settings
 from vaekernels.training import data as datasets
 from vaekernels.training import demo as demos
-from vaekernels.training.config import Config, EngineConfig
+from vaekernels.training import describe, diagnosis, display, engine
+from vaekernels.training.config import Config, EngineConfig, combinations, presets, settings
 from vaekernels.training.data import Data
-from vaekernels.training.errors import ConfigError, Interrupted, TrainingError
+from vaekernels.training.errors import ConfigError, Interrupted, TrainingError, nearest
 from vaekernels.training.loop import Trainer
-from vaekernels.training.run_folder import RunFolder, new_folder
-from vaekernels.training.runs import open_run
+from vaekernels.training.run import RunFolder, new_folder, open_run
 
 __all__ = ["app"]
 
@@ -248,7 +247,7 @@ def demo(
     """Show posterior collapse and its cures: models trained, diagnosed and compared, in a few minutes."""
     with _reported():
         if name not in demos.DEMOS:
-            raise ConfigError(f"unknown demo {name!r}; {settings.nearest(name, demos.DEMOS)}")
+            raise ConfigError(f"unknown demo {name!r}; {nearest(name, demos.DEMOS)}")
         over: dict[str, dict[str, Any]] = {"engine": {"seed": seed, "threads": threads, "tensorboard": False}}
         if epochs is not None:
             over["optim"] = {"epochs": epochs}
@@ -316,7 +315,7 @@ def _reported() -> Iterator[None]:
         print("stopped", file=sys.stderr)
         raise typer.Exit(STOPPED) from None
     except (MemoryError, RuntimeError) as error:
-        reason = (str(error).splitlines() or [""])[0]
+        reason = str(error).partition("\n")[0]
         if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate memory" not in reason:
             raise
         print(f"error: too little memory for this model and these data ({reason})", file=sys.stderr)

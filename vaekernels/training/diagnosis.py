@@ -14,7 +14,7 @@ from vaekernels.collapse import Curve, Extras, Report, TextTable
 from vaekernels.training import describe, gallery, logs
 from vaekernels.training.data import Batches
 from vaekernels.training.errors import CheckpointError
-from vaekernels.training.runs import Run
+from vaekernels.training.run import Run
 
 __all__ = ["curves", "diagnose", "extras", "grid", "save"]
 

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "Interrupted", "NonFiniteError", "TrainingError"]
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "Interrupted",
+    "NonFiniteError",
+    "TrainingError",
+    "nearest",
+]
 
 
 class TrainingError(Exception):
@@ -27,3 +38,10 @@ class Interrupted(TrainingError):
 
 class NonFiniteError(TrainingError, ArithmeticError):
     """A loss, gradient or evaluation that is NaN or inf."""
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """'did you mean ...?' where something known is near, else the list of the known."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"

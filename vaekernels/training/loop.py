@@ -18,14 +18,12 @@ from torch import Tensor
 
 from vaekernels.training import (
     checkpoint,
-    combinations,
     display,
     engine,
     nonfinite,
-    settings,
     strategies,
 )
-from vaekernels.training.config import Config
+from vaekernels.training.config import Config, combinations, settings
 from vaekernels.training.data import Batches, Data, Text
 from vaekernels.training.errors import ConfigError, Interrupted, NonFiniteError
 from vaekernels.training.evaluate import Evaluation, evaluate
@@ -35,7 +33,7 @@ from vaekernels.training.logs import Log
 from vaekernels.training.models import VAE, build
 from vaekernels.training.objective import Objective
 from vaekernels.training.objective import build as build_objective
-from vaekernels.training.run_folder import RunFolder
+from vaekernels.training.run import RunFolder
 from vaekernels.training.seeds import derive, seed_defaults
 from vaekernels.training.strategies import Part
 
@@ -100,7 +98,7 @@ class Step(NamedTuple):
 
 class Trainer:
     """Trains one model on one data set and keeps everything of the run in ``run_dir``, see
-    :class:`vaekernels.training.run_folder.RunFolder`.
+    :class:`vaekernels.training.run.RunFolder`.
 
     A run that is interrupted and resumed takes the same steps as one that is not, bit for bit on the CPU with
     the same number of threads.

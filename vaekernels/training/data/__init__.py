@@ -1,22 +1,20 @@
 """Data sets, each with its hash and a fixed split into train and held-out: four that every machine has, and
-the user's own."""
+the user's own.
+
+A new one is a loader in one of the modules here and its entry in ``DATASETS`` or ``OWN``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 from vaekernels.training.config import DataConfig
+from vaekernels.training.data.arrays import load_idx, load_npz
 from vaekernels.training.data.base import Arrays, Data, Factors, Text
 from vaekernels.training.data.batches import Batches
-from vaekernels.training.data.binarize import binarized
-from vaekernels.training.data.digits import load_digits
-from vaekernels.training.data.docstrings import load_docstrings
-from vaekernels.training.data.idx import load_idx
-from vaekernels.training.data.image_folder import load_images
-from vaekernels.training.data.npz import load_npz
-from vaekernels.training.data.sprites import load_sprites
-from vaekernels.training.data.synthetic_text import load_synthetic_text
-from vaekernels.training.data.text_file import load_text
+from vaekernels.training.data.images import binarized, load_digits, load_images
+from vaekernels.training.data.synthetic import load_sprites, load_synthetic_text
+from vaekernels.training.data.text import load_docstrings, load_text
 from vaekernels.training.errors import DataError
 
 __all__ = ["DATASETS", "OWN", "Arrays", "Batches", "Data", "Factors", "Text", "is_own", "load"]

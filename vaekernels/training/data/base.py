@@ -1,15 +1,22 @@
-"""What a data set is to the rest of the trainer."""
+"""What a data set is to the rest of the trainer, and what every loader needs: the split, the hash, and files
+opened within a limit of size."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from vaekernels._files import open_regular
+from vaekernels.training.config import DataConfig
 from vaekernels.training.errors import DataError
 
 __all__ = [
@@ -22,9 +29,12 @@ __all__ = [
     "Arrays",
     "Data",
     "Factors",
+    "Most",
     "Text",
     "digest",
     "encode_sentences",
+    "file_size",
+    "opened",
     "split",
 ]
 
@@ -160,3 +170,33 @@ def digest(x: Tensor, vocabulary: Sequence[str] = ()) -> str:
     h.update(x.contiguous().numpy().data)
     h.update("\n".join(vocabulary).encode())
     return h.hexdigest()
+
+
+@dataclass(frozen=True)
+class Most:
+    """The most bytes that data may take, by ``config.max_gib``: a file of a few kB can unpack to, or claim to
+    hold, more than any machine has."""
+
+    config: DataConfig
+
+    def check(self, where: str, size: int) -> None:
+        """DataError that begins with ``where`` if ``size`` bytes are too many."""
+        if size > self.config.max_gib * 2**30:
+            raise DataError(
+                f"{where}: {size / 2**30:,.1f} GiB, more than data.max_gib {self.config.max_gib:g}; if that "
+                f"is right and fits into memory twice, raise the limit with --set data.max_gib=GIB"
+            )
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A regular file. DataError if it cannot be opened or read."""
+    try:
+        with open_regular(path) as file:
+            yield file
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def file_size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size

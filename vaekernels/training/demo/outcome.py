@@ -10,10 +10,10 @@ from rich.console import Console
 
 from vaekernels.collapse import Curve, Report
 from vaekernels.training import data as datasets
-from vaekernels.training import diagnosis, gallery, presets, settings
-from vaekernels.training.config import Config
+from vaekernels.training import diagnosis, gallery
+from vaekernels.training.config import Config, presets, settings
 from vaekernels.training.loop import Trainer
-from vaekernels.training.runs import open_run
+from vaekernels.training.run import open_run
 
 __all__ = ["Outcome", "Variant", "run"]
 

@@ -51,8 +51,8 @@ _BYTES = 16  # of a parameter in training: itself, its gradient and Adam's two a
 
 def build(config: ModelConfig, data: Data) -> VAE:
     """A freshly initialised model for ``data``; draws from torch's default generator. ``config`` has passed
-    :func:`vaekernels.training.combinations.resolve`, which takes the place of every "auto". ConfigError if
-    the machine has too little memory to train it: nothing is allocated before."""
+    :func:`vaekernels.training.config.combinations.resolve`, which takes the place of every "auto".
+    ConfigError if the machine has too little memory to train it: nothing is allocated before."""
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in _build(config, data).parameters())
     needed, there = parameters * _BYTES, _memory()

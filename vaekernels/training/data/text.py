@@ -1,7 +1,7 @@
-"""First sentences of the standard library's docstrings, read from the sources at run time.
+"""Text: files of one sentence per line, and the first sentences of the standard library's docstrings.
 
-Text that every Python has and that need not be shipped. It differs between Python versions, so its hash is
-recorded with every run.
+Docstrings are text that every Python has and that need not be shipped; they are read from the sources at run
+time. They differ between Python versions, so their hash is recorded with every run.
 """
 
 from __future__ import annotations
@@ -15,20 +15,97 @@ import re
 import sys
 import sysconfig
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from vaekernels._build import NO_CACHE, user_cache
-from vaekernels._files import open_regular, write_atomically
+from vaekernels._files import lines_of, open_regular, write_atomically
 from vaekernels.training.config import DataConfig
-from vaekernels.training.data.base import Data
-from vaekernels.training.data.synthetic_text import load_synthetic_text
-from vaekernels.training.data.vocabulary import text_data
+from vaekernels.training.data.base import (
+    FEWEST,
+    SPECIALS,
+    UNK,
+    Data,
+    Most,
+    Text,
+    digest,
+    encode_sentences,
+    file_size,
+    opened,
+    split,
+)
+from vaekernels.training.data.synthetic import load_synthetic_text
+from vaekernels.training.errors import DataError
 
-__all__ = ["cache_dir", "first_sentence", "load_docstrings", "read_sentences", "tokenize"]
+__all__ = [
+    "cache_dir",
+    "first_sentence",
+    "load_docstrings",
+    "load_text",
+    "read_sentences",
+    "text_data",
+    "tokenize",
+]
+
+
+def text_data(name: str, sentences: Sequence[Sequence[str]], size: int) -> Text:
+    """The data set of ``sentences`` with a vocabulary of ``size`` tokens, the special ones included.
+
+    ``<unk>`` in a sentence, as in the Penn Treebank, is the unknown token; the other special tokens are no
+    words, so a literal ``<eos>`` is a word like any other."""
+    counts = Counter(word for sentence in sentences for word in sentence)
+    del counts[SPECIALS[UNK]]
+    # Ties broken by the word: the vocabulary is a function of the sentences alone.
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    vocabulary = (*SPECIALS, *ranked[: size - len(SPECIALS)])
+    x = encode_sentences(sentences, vocabulary)
+    train, heldout = split(x)
+    return Text(name, train, heldout, digest(x, vocabulary), vocabulary)
+
+
+# --- files
+
+
+def load_text(config: DataConfig, say: Callable[[str], None]) -> Data:
+    """``text:PATH``: a UTF-8 file, one sentence per line, words separated by white space; ``<unk>`` in it is
+    the unknown token. Only a newline ends a line. Empty lines are passed over; lines of more than
+    ``config.max_tokens`` words are left out, and ``say`` is told how many."""
+    path = Path(config.name.partition(":")[2])
+    lines = [line.split() for line in lines_of(_decoded(path, Most(config)))]
+    sentences = [words for words in lines if 0 < len(words) <= config.max_tokens]
+    if len(sentences) < FEWEST:
+        raise DataError(
+            f"{path}: {len(sentences)} of {len(lines)} line{'' if len(lines) == 1 else 's'} hold a sentence "
+            f"of 1 to {config.max_tokens} words; at least {FEWEST} are needed, one sentence per line"
+        )
+    left_out = sum(len(words) > config.max_tokens for words in lines)
+    if left_out:
+        say(
+            f"left out {left_out} of {len(lines)} lines, longer than {config.max_tokens} words "
+            f"(--set data.max_tokens)"
+        )
+    return text_data(config.name, sentences, config.vocabulary)
+
+
+def _decoded(path: Path, most: Most) -> str:
+    with opened(path) as file:
+        most.check(str(path), file_size(file))
+        content = file.read()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"{path}, line {line}, byte {error.start}: 0x{content[error.start]:02x} is not UTF-8 "
+            f"({error.reason})"
+        ) from error
+
+
+# --- docstrings
 
 SHORTEST, LONGEST = 5, 20  # tokens
-FEWEST = 500  # sentences below which there is nothing to learn a language from
+FEWEST_SENTENCES = 500  # sentences below which there is nothing to learn a language from
 
 _FORMAT = 1  # of the cache file, raised when the extraction changes
 _TOKEN = re.compile(r"[^\W\d_]+(?:'[a-z]+)?|\d+|[^\w\s]")
@@ -39,10 +116,10 @@ def load_docstrings(config: DataConfig, say: Callable[[str], None]) -> Data:
     """The data set ``docstrings``; ``synthetic-text`` where the installation has no sources."""
     root = Path(sysconfig.get_path("stdlib"))
     sentences = _cached(root, say)
-    if len(sentences) < FEWEST:
+    if len(sentences) < FEWEST_SENTENCES:
         say(
-            f"found {len(sentences)} docstring sentences under {root}, fewer than {FEWEST}: this Python is "
-            f"installed without sources; using synthetic-text instead"
+            f"found {len(sentences)} docstring sentences under {root}, fewer than {FEWEST_SENTENCES}: this "
+            f"Python is installed without sources; using synthetic-text instead"
         )
         return load_synthetic_text(config, say)
     return text_data("docstrings", [sentence.split(" ") for sentence in sentences], config.vocabulary)

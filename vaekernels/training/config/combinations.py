@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from vaekernels.training.config import Config, ModelConfig, ObjectiveConfig
+from vaekernels.training.config.schema import Config, ModelConfig, ObjectiveConfig
 from vaekernels.training.data.base import Arrays, Data, Text
 from vaekernels.training.errors import ConfigError
 

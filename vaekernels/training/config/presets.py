@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from vaekernels.training import settings
-from vaekernels.training.config import Config, DataConfig, ModelConfig, OptimConfig
-from vaekernels.training.data import OWN, is_own
-from vaekernels.training.errors import ConfigError
+from vaekernels.training.config import settings
+from vaekernels.training.config.schema import Config, DataConfig, ModelConfig, OptimConfig
+from vaekernels.training.data import DATASETS, OWN, is_own
+from vaekernels.training.errors import ConfigError, nearest
 
 __all__ = ["PRESETS", "find"]
 
@@ -18,8 +18,8 @@ def _digits(**model: object) -> Config:
     return settings.changed(_DIGITS, {"model": model})
 
 
-PRESETS: dict[str, Config] = {
-    "docstrings": Config(DataConfig("docstrings")),
+# Every data set is a preset by its own name, at the default settings unless they stand here.
+PRESETS: dict[str, Config] = {name: Config(DataConfig(name)) for name in DATASETS} | {
     "docstrings-lstm": Config(DataConfig("docstrings"), ModelConfig(kind="lstm")),
     "synthetic-text": Config(DataConfig("synthetic-text"), ModelConfig(kind="lstm", latent_dim=2)),
     "digits": _DIGITS,
@@ -37,4 +37,4 @@ def find(name: str) -> Config:
     if is_own(name):
         return Config(DataConfig(name))
     own = ", ".join(f"{kind}:PATH" for kind in OWN)
-    raise ConfigError(f"unknown preset {name!r}; {settings.nearest(name, PRESETS)} (your own data: {own})")
+    raise ConfigError(f"unknown preset {name!r}; {nearest(name, PRESETS)} (your own data: {own})")

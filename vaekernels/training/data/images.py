@@ -1,4 +1,4 @@
-"""Folders of image files."""
+"""Images: handwritten digits, folders of image files, and grey images as zeros and ones."""
 
 from __future__ import annotations
 
@@ -6,18 +6,36 @@ import math
 import os
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from vaekernels.training.config import DataConfig
-from vaekernels.training.data.base import Data
-from vaekernels.training.data.files import Most
-from vaekernels.training.data.shapes import as_arrays
+from vaekernels.training.data.arrays import as_arrays
+from vaekernels.training.data.base import Arrays, Data, Most, digest, split
 from vaekernels.training.errors import DataError
 
-__all__ = ["load_images"]
+__all__ = ["binarized", "load_digits", "load_images"]
+
+
+def load_digits(config: DataConfig, say: Callable[[str], None]) -> Data:
+    """The data set ``digits``: the 1797 handwritten 8x8 digits bundled with scikit-learn, pixels 0..16."""
+    try:
+        from sklearn import datasets  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise DataError(
+            "digits come with scikit-learn, which is missing; pip install 'vaekernels[train]'"
+        ) from error
+    x = torch.from_numpy(datasets.load_digits().images).to(torch.uint8).unsqueeze(1)
+    train, heldout = split(x)
+    return Arrays("digits", train, heldout, digest(x), levels=17)
+
+
+# --- folders of image files
 
 # By suffix; Pillow tries these formats and no other. Left to itself it goes by the content, and starts
 # Ghostscript for PostScript.
@@ -109,3 +127,26 @@ def _read(path: Path) -> np.ndarray:
 
 def _size(image: np.ndarray) -> str:
     return f"{image.shape[1]}x{image.shape[0]}"
+
+
+# --- zeros and ones, so that a Bernoulli likelihood is a probability of the data
+
+_BINARIZE_SEED = 0  # of the one draw: the data are the same in every run
+
+
+def binarized(data: Data, how: Literal["threshold", "sample"]) -> Arrays:
+    """``data`` with two levels: at half of the largest level, or drawn once, a grey value being the
+    probability of a 1. DataError unless it has levels."""
+    if not isinstance(data, Arrays) or data.levels is None:
+        raise DataError(f"data.binarize is for images of grey levels, {data.name!r} is {data.described}")
+    if data.levels == 2:
+        return data
+    levels, generator = data.levels, torch.Generator().manual_seed(_BINARIZE_SEED)
+
+    def of(x: Tensor) -> Tensor:
+        if how == "threshold":
+            return (2 * x.int() >= levels - 1).to(torch.uint8)
+        return (torch.rand(x.shape, generator=generator) * (levels - 1) < x).to(torch.uint8)
+
+    train, heldout = of(data.train), of(data.heldout)
+    return replace(data, train=train, heldout=heldout, sha256=digest(torch.cat([train, heldout])), levels=2)

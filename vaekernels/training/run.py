@@ -1,19 +1,24 @@
-"""The folder of a run: what is in it, and how a run begins and goes on there."""
+"""A run: its folder, how it begins and goes on there, and a trained one opened to look at its model."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
-from vaekernels.training import checkpoint, settings
-from vaekernels.training.config import Config, differences
+from vaekernels.training import checkpoint, engine
+from vaekernels.training import data as datasets
+from vaekernels.training.config import Config, differences, settings
+from vaekernels.training.data import Data
 from vaekernels.training.errors import CheckpointError, ConfigError
+from vaekernels.training.models import VAE, build
 
-__all__ = ["CHECKPOINT", "CONFIG", "LOCK", "LOG", "METRICS", "RunFolder", "new_folder"]
+__all__ = ["CHECKPOINT", "CONFIG", "LOCK", "LOG", "METRICS", "Run", "RunFolder", "new_folder", "open_run"]
 
 CHECKPOINT, CONFIG, LOG, METRICS = "checkpoint.pt", "config.toml", "log.jsonl", "metrics.json"
 LOCK = "run.lock"
@@ -113,6 +118,39 @@ class RunFolder:
 
     def write_config(self, config: Config) -> None:
         checkpoint.write_text(self.config, settings.to_toml(config))
+
+
+@dataclass(frozen=True)
+class Run:
+    """``model`` is in eval mode, on ``device``; ``step``: how far it was trained."""
+
+    folder: RunFolder
+    config: Config
+    data: Data
+    model: VAE
+    device: torch.device
+    step: int
+
+
+def open_run(path: Path | str, say: Callable[[str], None] = print, *, device: str | None = None) -> Run:
+    """The run in the folder ``path`` as its last checkpoint has it. ``say`` is told, in a sentence, what
+    takes long in loading its data. ``device``: None for that of the run.
+
+    CheckpointError if there is no run, or none that was trained on the data as they are here.
+    """
+    folder = RunFolder(Path(path))
+    config = folder.settings()
+    state = checkpoint.load(folder.checkpoint)
+    data = datasets.load(config.data, say)
+    checkpoint.require_same_data(state, folder.checkpoint, data)
+    model = build(config.model, data)
+    try:
+        model.load_state_dict(state["model"])
+        step = int(state["progress"]["step"])
+    except Exception as error:  # a dozen types, for what is not of the type that it should be
+        raise checkpoint.misfit(folder.checkpoint, folder.config, error) from error
+    where = engine.single_device(device or config.engine.device)
+    return Run(folder, config, data, model.to(where).eval(), where, step)
 
 
 def new_folder(path: Path) -> Path:
