@@ -40,7 +40,7 @@ from vaekernels.bench.measure import interleaved, peak_bytes, run_backward, spre
 from vaekernels.bench.report import machine
 from vaekernels.training import data as datasets
 from vaekernels.training import presets, settings
-from vaekernels.training.loop import Trainer
+from vaekernels.training.trainer import Trainer
 
 SECONDS_PER_TIMING = 0.15  # many steps where they are short
 SECONDS_PER_MODEL = 40.0  # more rounds than fit are not made, but at least

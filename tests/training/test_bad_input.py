@@ -225,7 +225,7 @@ def test_too_little_memory_is_one_line(error: Exception, monkeypatch: pytest.Mon
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("vaekernels.training.loop.Trainer.fit", fails)
+    monkeypatch.setattr("vaekernels.training.trainer.Trainer.fit", fails)
     assert "too little memory for this model and these data" in refused("train", "digits", *SMALL)
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("lightning_fabric", reason="the trainer needs vaekernels[tra
 import torch
 from torch import Tensor
 
-from vaekernels.training import objective as objectives
+from vaekernels.training import objectives
 from vaekernels.training.config import (
     Config,
     DataConfig,
@@ -23,7 +23,7 @@ from vaekernels.training.config import (
 )
 from vaekernels.training.describe import describe, mismatch
 from vaekernels.training.latents import KLOptions, Latents, Terms
-from vaekernels.training.objective import Objective
+from vaekernels.training.objectives import Objective
 
 pytestmark = pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning")
 

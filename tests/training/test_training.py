@@ -41,8 +41,8 @@ from vaekernels.training import checkpoint
 from vaekernels.training import settings as texts
 from vaekernels.training.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from vaekernels.training.evaluate import Evaluation, evaluate
-from vaekernels.training.loop import Trainer
 from vaekernels.training.run_folder import CHECKPOINT, CONFIG, LOCK, LOG, METRICS, RunFolder, new_folder
+from vaekernels.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning"),

@@ -178,7 +178,7 @@ def single(scenario: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[
     one = type("One", (OneProcess,), {"noise": noise})
     monkeypatch.setitem(datasets.DATASETS, "docstrings", tiny_text)
     monkeypatch.setitem(datasets.DATASETS, "digits", tiny_images)
-    monkeypatch.setattr("vaekernels.training.loop.Latents", one)
+    monkeypatch.setattr("vaekernels.training.trainer.Latents", one)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -21,9 +21,9 @@ from vaekernels.training import demo as demos
 from vaekernels.training.config import Config, EngineConfig
 from vaekernels.training.data import Data
 from vaekernels.training.errors import ConfigError, Interrupted, TrainingError
-from vaekernels.training.loop import Trainer
 from vaekernels.training.run_folder import RunFolder, new_folder
 from vaekernels.training.runs import open_run
+from vaekernels.training.trainer import Trainer
 
 __all__ = ["app"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vaekernels.schedules import Constant, Logistic, Schedule
 from vaekernels.training.config import Config, ObjectiveConfig
-from vaekernels.training.objective import weight_schedule
+from vaekernels.training.objectives import weight_schedule
 
 __all__ = ["describe", "effective_beta", "mismatch"]
 

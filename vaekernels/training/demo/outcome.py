@@ -12,8 +12,8 @@ from vaekernels.collapse import Curve, Report
 from vaekernels.training import data as datasets
 from vaekernels.training import diagnosis, gallery, presets, settings
 from vaekernels.training.config import Config
-from vaekernels.training.loop import Trainer
 from vaekernels.training.runs import open_run
+from vaekernels.training.trainer import Trainer
 
 __all__ = ["Outcome", "Variant", "run"]
 

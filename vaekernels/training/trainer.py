@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from filelock import FileLock
@@ -33,8 +32,9 @@ from vaekernels.training.interrupts import stop_requests
 from vaekernels.training.latents import ELBO, KLOptions, Latents, Terms
 from vaekernels.training.logs import Log
 from vaekernels.training.models import VAE, build
-from vaekernels.training.objective import Objective
-from vaekernels.training.objective import build as build_objective
+from vaekernels.training.objectives import Objective
+from vaekernels.training.objectives import build as build_objective
+from vaekernels.training.progress import Progress, Step
 from vaekernels.training.run_folder import RunFolder
 from vaekernels.training.seeds import derive, seed_defaults
 from vaekernels.training.strategies import Part
@@ -42,60 +42,6 @@ from vaekernels.training.strategies import Part
 __all__ = ["Trainer"]
 
 _EPOCH_LINES = 20  # at most, on the terminal; the log has every epoch
-
-
-@dataclass
-class Progress:
-    """How far the run is. ``batch`` is the next batch of ``epoch``; the sums are over the epoch so far."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    sums: dict[str, float] = field(
-        default_factory=lambda: {"examples": 0.0, "nll": 0.0, "rate": 0.0, "kl": 0.0}
-    )
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Progress:
-        """ValueError or TypeError unless ``state`` is that of a checkpoint."""
-        progress, fresh = cls(**state), cls()
-        if len(state) < len(fields(cls)):
-            raise ValueError(f"progress has {', '.join(state) or 'nothing'} only")
-        numbers = [
-            (getattr(progress, f.name), getattr(fresh, f.name)) for f in fields(cls) if f.name != "sums"
-        ]
-        numbers += [(progress.sums[name], value) for name, value in fresh.sums.items()]
-        for value, like in numbers:
-            if type(value) is not type(like) or not value >= 0:
-                raise ValueError(f"progress holds {value!r}")
-        return progress
-
-    def count(self, step: Step, examples: int) -> None:
-        self.batch += 1
-        self.step += 1
-        self.sums["examples"] += examples
-        for name in ("nll", "rate", "kl"):
-            self.sums[name] += getattr(step, name) * examples
-
-    def mean(self, name: str) -> float:
-        return self.sums[name] / max(self.sums["examples"], 1.0)
-
-    def next_epoch(self) -> None:
-        self.epoch, self.batch = self.epoch + 1, 0
-        self.sums = dict.fromkeys(self.sums, 0.0)
-
-
-class Step(NamedTuple):
-    """What a step measured, over all processes; nats, means over the batch. ``kl``: as in the loss."""
-
-    loss: float
-    nll: float
-    rate: float
-    kl: float
-    weight: float
-    stop: bool
-    """Whether a process was asked to stop."""
 
 
 class Trainer:
@@ -137,7 +83,7 @@ class Trainer:
         self._forward, self.optimizer = self.fabric.setup(ELBO(self.model), optimizer)
         self.batches = Batches(data, batch_size=config.optim.batch_size, seed=seed)
         self._schedules = self._objective()
-        self.strategy = strategies.build(config.strategy, self._schedules)
+        self.strategy = strategies.build(config.strategy, self._schedules, seed=seed)
         self.log = Log(self.folder.log, self.fabric, tensorboard=config.engine.tensorboard)
         try:
             engine.once(self.fabric, self._hold if resume else self._create)
@@ -178,6 +124,10 @@ class Trainer:
             checkpoint.write_text(self.folder.metrics, text)
         return evaluation
 
+    def _tell(self, text: str | None) -> None:
+        if text is not None:
+            self.console.print(text)
+
     def request_stop(self) -> None:
         """Save and raise Interrupted after the step that is under way, or the next one."""
         self._stop = True
@@ -189,16 +139,16 @@ class Trainer:
         started = time.perf_counter() - progress.seconds
         self.model.train()
         if progress.batch == 0:
-            self.strategy.start_epoch(self)
+            self._tell(self.strategy.start_epoch(progress.epoch, self.model, self.optimizer.optimizer))
         for batch in self.batches.order(progress.epoch)[progress.batch :]:
-            self.strategy.before_step(self)
+            self.strategy.before_step(self.update, self.batches)
             step = self.update(batch, self.strategy.trained)
             progress.count(step, len(batch))
             progress.seconds = time.perf_counter() - started
             self._after_step(step, bar)
         evaluation = self._evaluate()
         progress.seconds = time.perf_counter() - started
-        self.strategy.end_epoch(self, evaluation)
+        self._tell(self.strategy.end_epoch(evaluation.mi_lower.value))
         line = self._log_epoch(evaluation)
         progress.next_epoch()
         self._save()
@@ -353,13 +303,12 @@ class Trainer:
         self.log.resume(self.progress.step, self.progress.epoch)
 
     def _save(self) -> None:
-        progress = self.progress
         state = {
             "model": self.model,
             "optimizer": self.optimizer,
             "schedules": self._schedules.state_dict(),
             "strategy": self.strategy.state_dict(),
-            "progress": {f.name: getattr(progress, f.name) for f in fields(progress)},
+            "progress": self.progress.state_dict(),
             "random": checkpoint.random_states(self.fabric, self.noise),
             "data": self.data.sha256,
             "config": settings.to_toml(self.config),
