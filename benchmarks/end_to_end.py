@@ -78,12 +78,12 @@ class TrainerSteps(Workload):
         self._batches = [batch for batch in order if len(batch) == len(order[0])]
 
     def step(self, ops: LatentOps, number: int) -> None:
-        own = vk.sample_kl_packed
+        own = vk.ops.sample_kl_packed  # the one that `vaekernels.nn` calls
         try:
-            vk.sample_kl_packed = ops.sample_kl_packed
+            vk.ops.sample_kl_packed = ops.sample_kl_packed
             self._run.update(self._batches[number % len(self._batches)], "all")
         finally:
-            vk.sample_kl_packed = own
+            vk.ops.sample_kl_packed = own
 
 
 class ModelSteps(Workload):

@@ -103,7 +103,19 @@ ODD: list[object] = [None, 3, "x", [], {}, [1], {"a": 1}, {"step": "x"}, torch.z
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    "key", ["model", "optimizer", "schedules", "strategy", "progress", "random", "data", "config"]
+    "key",
+    [
+        "model",
+        "latents",
+        "optimizer",
+        "schedules",
+        "strategy",
+        "monitor",
+        "progress",
+        "random",
+        "data",
+        "config",
+    ],
 )
 def test_odd_types_in_a_checkpoint(key: str) -> None:
     trainer(settings("digits", "objective.pi_target=2"), Path("run")).fit()

@@ -9,15 +9,15 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vaekernels.training import models
-from vaekernels.training.config import StrategyConfig
+from vaekernels.training import models, objectives
+from vaekernels.training.config import Config, StrategyConfig
 from vaekernels.training.data import Batches
 from vaekernels.training.models import VAE
-from vaekernels.training.objectives import Objective, Reconstruction
+from vaekernels.training.objectives import Objective, Reconstruction, Task
 from vaekernels.training.progress import Step
 from vaekernels.training.seeds import derive
 
-__all__ = ["Aggressive", "Part", "Pretrained", "Strategy", "Update", "build"]
+__all__ = ["Aggressive", "Part", "Pretrained", "Strategy", "Update", "build", "describe"]
 
 Part = Literal["all", "encoder", "decoder"]
 Update = Callable[[Tensor, Part], Step]
@@ -136,7 +136,7 @@ class Pretrained(Strategy):
     def __init__(self, objective: Objective, *, epochs: int, seed: int) -> None:
         super().__init__(objective)
         self._epochs, self._seed = epochs, seed
-        self._reconstruction = Reconstruction(objective.options, objective.weight.device)
+        self._reconstruction = Reconstruction(objective)
 
     def objective(self, epoch: int) -> Objective:
         return self._reconstruction if epoch < self._epochs else self._objective
@@ -159,3 +159,10 @@ def build(config: StrategyConfig, objective: Objective, *, seed: int) -> Strateg
     if config.pretrain_epochs:
         return Pretrained(objective, epochs=config.pretrain_epochs, seed=seed)
     return Strategy(objective)
+
+
+def describe(config: Config, task: Task) -> list[str]:
+    """The whole training in words, as :meth:`Objective.describe`."""
+    objective = objectives.build(config.objective, task)
+    strategy = build(config.strategy, objective, seed=config.engine.seed)
+    return [*objective.describe(), *models.describe(config.model), *strategy.describe()]
