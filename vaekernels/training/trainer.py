@@ -90,9 +90,10 @@ class Trainer:
             device=device,
             process_group=engine.process_group(self.fabric),
         )
-        self._schedules = objectives.build(config.objective, self.task)
-        self.strategy = strategies.build(config.strategy, self._schedules, seed=seed)
-        self.elbo = ELBO(self.model, self._schedules.options)
+        # that of the last epoch: a strategy may begin with another one
+        self._objective = objectives.build(config.objective, self.task)
+        self.strategy = strategies.build(config.strategy, self._objective, seed=seed)
+        self.elbo = ELBO(self.model, self._objective.options)
         optimizer = torch.optim.Adam(
             (p for p in self.model.parameters() if p.requires_grad), lr=config.optim.lr
         )
@@ -308,7 +309,7 @@ class Trainer:
             "model": self.model,
             "latents": self.elbo.latents.state_dict(),
             "optimizer": self.optimizer,
-            "schedules": self._schedules.state_dict(),
+            "schedules": self._objective.state_dict(),
             "strategy": self.strategy.state_dict(),
             "monitor": self.monitor.state_dict(),
             "progress": self.progress.state_dict(),
@@ -327,7 +328,7 @@ class Trainer:
             self.model.load_state_dict(state["model"])
             self.elbo.latents.load_state_dict(state["latents"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self._schedules.load_state_dict(state["schedules"])
+            self._objective.load_state_dict(state["schedules"])
             self.strategy.load_state_dict(state["strategy"])
             self.monitor.load_state_dict(state["monitor"])
             self.progress = Progress.of(state["progress"])
