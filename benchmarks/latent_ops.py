@@ -92,8 +92,13 @@ def _balanced_kl(
 
 
 def _only_defaults(options: dict[str, Any]) -> None:
-    """The trainer names every option; what the lines above leave out must be off."""
+    """`vaekernels.nn` names every option; what the lines above leave out must be off."""
     defaults = {
+        "rng": None,
+        "weight": None,
+        "batch_dims": 1,
+        "parameterization": "logvar",
+        "logvar_bounds": None,
         "clamp": "batch",
         "penalty": "floor",
         "balance": None,

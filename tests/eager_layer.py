@@ -35,8 +35,9 @@ def sample_kl_packed(
     if group_dims == ():
         kl = kl.sum(dim=1, keepdim=True)
     rate = kl.mean(dim=0)
+    shown = rate.squeeze() if group_dims == () else rate
     if free_bits is None:
-        return vk.SampleKL(z, rate.sum(), rate)
+        return vk.SampleKL(z, rate.sum(), shown)
     clamped = rate if clamp == "batch" else kl
     loss = clamped.clamp(min=float(free_bits))
-    return vk.SampleKL(z, loss.sum() if clamp == "batch" else loss.sum(dim=1).mean(), rate)
+    return vk.SampleKL(z, loss.sum() if clamp == "batch" else loss.sum(dim=1).mean(), shown)

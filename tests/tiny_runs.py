@@ -25,8 +25,8 @@ from vaekernels.training.config import (
 from vaekernels.training.config import settings as texts
 from vaekernels.training.data import Arrays, Data, Text
 from vaekernels.training.data.base import SPECIALS, digest, encode_sentences, split
-from vaekernels.training.loop import Trainer
 from vaekernels.training.run import CHECKPOINT, LOG
+from vaekernels.training.trainer import Trainer
 
 
 def tiny_text(config: DataConfig, say: Callable[[str], None]) -> Data:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import vaekernels as vk
 from vaekernels.training import data as datasets
 from vaekernels.training import models
-from vaekernels.training.latents import ELBO, KLOptions, Latents
+from vaekernels.training.latents import ELBO, LatentOptions
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 latent_ops: Any = import_module("latent_ops")
@@ -111,9 +111,9 @@ class TestSameLosses:
             p.data += 0.05 * torch.randn_like(p)
 
         def loss(ops: Any) -> Tensor:
-            monkeypatch.setattr(vk, "sample_kl_packed", ops.sample_kl_packed)
-            latents = Latents(KLOptions(free_bits=0.05), torch.Generator().manual_seed(5))
-            terms = ELBO(model)(x, latents, len(x))
+            monkeypatch.setattr("vaekernels.ops.sample_kl_packed", ops.sample_kl_packed)
+            elbo = ELBO(model, LatentOptions(free_bits=0.05))
+            terms = elbo(x, len(x), torch.Generator().manual_seed(5))
             return terms.nll + terms.kl.sum()
 
         fused = loss_and_gradients(model, lambda: loss(latent_ops.FUSED))
@@ -166,11 +166,11 @@ def test_steps_train() -> None:
 
 @pytest.mark.usefixtures("tiny_data")
 def test_trainer_has_its_own_op_back(tmp_path: Path) -> None:
-    own = vk.sample_kl_packed
+    own = vk.ops.sample_kl_packed
     workload = end_to_end.TrainerSteps("digits", CPU, tmp_path)
     calls: list[Any] = []
     workload.step(latent_ops.recording(latent_ops.FUSED, calls), 0)
-    assert len(calls) == 1 and vk.sample_kl_packed is own
+    assert len(calls) == 1 and vk.ops.sample_kl_packed is own
 
 
 RESULT = end_to_end.Result(

@@ -12,6 +12,7 @@ pytest.importorskip("sklearn", reason="the digits need vaekernels[train]")
 from digits_vae import DigitsVAE, digits
 
 from vaekernels.collapse import CollapseMonitor, CollapseWarning, delta_shuffle, moments, rate_per_dim
+from vaekernels.collapse import monitor as monitors
 
 EPOCH = 88  # batches of 16 from 1397 digits
 
@@ -71,6 +72,48 @@ def test_the_measures_are_those_of_the_diagnosis():
         f"rate/{d}" for d in range(8)
     }
     assert reading.metrics()["rate"] == pytest.approx(exact.sum().item())
+
+
+def test_the_likelihood_and_the_spread_of_mu_are_those_of_the_examples():
+    _, heldout = digits()
+    torch.manual_seed(0)
+    model = DigitsVAE()
+    monitor = CollapseMonitor(model.encode, heldout, model.log_likelihood)
+    reading = monitor.measure(7)
+    assert reading.step == 7 and monitor.history == [], "measured, not recorded"
+    mu, logvar = moments(model.encode, monitor.heldout)
+    draws = torch.Generator().manual_seed(1)
+    z = [mu + torch.exp(0.5 * logvar) * torch.randn(mu.shape, generator=draws) for _ in range(20)]
+    nll = torch.stack([-model.log_likelihood(monitor.heldout, each).detach().mean() for each in z])
+    assert abs(reading.nll - nll.mean().item()) < 4 * nll.std().item()
+    spread = mu.double().var(dim=0, correction=0)
+    assert reading.mu_variance_per_dim == pytest.approx(spread.tolist(), rel=1e-6)
+    monitor.record(reading)
+    again = CollapseMonitor(model.encode, heldout, model.log_likelihood)
+    again.load_state_dict(monitor.state_dict())
+    assert again.history == [reading]
+
+
+def test_information_is_that_of_2048_of_more_examples(monkeypatch):
+    """All pairs of n examples are n² densities; the gap and the rates are those of all."""
+    compared = []
+    bounds = monitors.mi_bounds
+
+    def counted(mu, logvar, z, **options):
+        compared.append((len(mu), len(z)))
+        return bounds(mu, logvar, z, **options)
+
+    monkeypatch.setattr(monitors, "mi_bounds", counted)
+    x = torch.randn(3000, 4, generator=torch.Generator().manual_seed(0))
+    scored = []
+
+    def log_likelihood(x, z):
+        scored.append(len(x))
+        return -(x[:, :2] - z).square().sum(dim=1).float()
+
+    reading = CollapseMonitor(lambda x: (x[:, :2], -x[:, 2:].abs()), x, log_likelihood, n=3000).read(1)
+    assert compared == [(2048, 2048)] and sum(scored) == 2 * 3000
+    assert reading.mi_lower.low > 0.3 and reading.shuffle_gap.low > 1.0
 
 
 def test_a_rate_without_information_is_flagged():

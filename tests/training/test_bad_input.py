@@ -103,7 +103,19 @@ ODD: list[object] = [None, 3, "x", [], {}, [1], {"a": 1}, {"step": "x"}, torch.z
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize(
-    "key", ["model", "optimizer", "schedules", "strategy", "progress", "random", "data", "config"]
+    "key",
+    [
+        "model",
+        "latents",
+        "optimizer",
+        "schedules",
+        "strategy",
+        "monitor",
+        "progress",
+        "random",
+        "data",
+        "config",
+    ],
 )
 def test_odd_types_in_a_checkpoint(key: str) -> None:
     trainer(settings("digits", "objective.pi_target=2"), Path("run")).fit()
@@ -225,7 +237,7 @@ def test_too_little_memory_is_one_line(error: Exception, monkeypatch: pytest.Mon
     def fails(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("vaekernels.training.loop.Trainer.fit", fails)
+    monkeypatch.setattr("vaekernels.training.trainer.Trainer.fit", fails)
     assert "too little memory for this model and these data" in refused("train", "digits", *SMALL)
 
 

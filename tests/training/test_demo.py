@@ -30,7 +30,7 @@ from vaekernels.training.config import presets
 from vaekernels.training.config import settings as texts
 from vaekernels.training.data import Arrays
 from vaekernels.training.data.base import digest
-from vaekernels.training.demo import DEMOS, Outcome, Variant, words
+from vaekernels.training.demo import DEMOS, Outcome, Variant, tables
 from vaekernels.training.errors import CheckpointError
 from vaekernels.training.run import open_run
 
@@ -184,6 +184,23 @@ def test_images_to_look_at() -> None:
         torch.testing.assert_close(seen.traversals[row], run.model.generate(codes))
 
 
+def test_traversed_dims_are_those_of_the_highest_rates_near_collapse_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """exp(l) - 1 - l of these log-variances is rounding alone in float32; their rates, l²/4, are not."""
+    trainer(settings("digits", "model.latent_dim=12"), Path("run")).fit()
+    run = open_run(Path("run"), quiet)
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+
+    def near_the_prior(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.zeros(len(x), 12), (1e-5 * (order + 1)).expand(len(x), 12)
+
+    monkeypatch.setattr(run.model, "encode", near_the_prior)
+    seen = gallery.look(run.model, run.data, run.device)
+    assert isinstance(seen, gallery.Images)
+    assert seen.traversed == sorted(order.argsort(descending=True)[:8].tolist())
+
+
 # --- demos
 
 
@@ -288,7 +305,7 @@ def test_conclusions() -> None:
     worse = outcome("floor", "informative", figures(4.0, 51.5), ["a", "b", "c"])
     better = outcome("control", "partial", figures(4.0, 49.0), ["a", "b", "b"])
     same = outcome("nothing", "collapsed", figures(0.0, 50.1), ["a"] * 3)
-    lines = words.conclusions([dead, worse, better, same])
+    lines = tables.conclusions([dead, worse, better, same])
     assert lines[0].startswith(
         "beta 1 is collapsed (model collapse): its encoder sends 0.00 [0.00, 0.00] nats"
     )

@@ -106,7 +106,7 @@ def test_of_processes_that_resume_one_run_at_once_one_goes_on_and_the_others_say
 
 KILLED_AFTER_THE_LINE_OF_EPOCH_2 = """
 import os, runpy, signal
-from vaekernels.training.loop import Trainer
+from vaekernels.training.trainer import Trainer
 log_epoch = Trainer._log_epoch
 def killed(self, evaluation):
     log_epoch(self, evaluation)

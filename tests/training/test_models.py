@@ -19,7 +19,7 @@ import vaekernels as vk
 from vaekernels.training.config import Config, DataConfig, ModelConfig, combinations
 from vaekernels.training.data import Arrays, Data, Text
 from vaekernels.training.data.base import EOS, PAD, SPECIALS, UNK, digest
-from vaekernels.training.latents import ELBO, KLOptions, Latents
+from vaekernels.training.latents import ELBO, LatentOptions
 from vaekernels.training.models import (
     VAE,
     Bernoulli,
@@ -105,8 +105,8 @@ def test_the_contract_of_a_model(name: str, data: Data, options: dict[str, Any])
 @pytest.mark.parametrize(("name", "data", "options"), MODELS, ids=[m[0] for m in MODELS])
 def test_a_step_reaches_every_parameter(name: str, data: Data, options: dict[str, Any]) -> None:
     model = made(data, **options)
-    latents = Latents(KLOptions(), torch.Generator().manual_seed(1))
-    terms = ELBO(model)(data.train, latents, len(data.train))
+    elbo = ELBO(model, LatentOptions())
+    terms = elbo(data.train, len(data.train), torch.Generator().manual_seed(1))
     (terms.nll + terms.kl.sum()).backward()
     for parameter_name, parameter in model.named_parameters():
         if "prior.0" in parameter_name:
@@ -122,8 +122,7 @@ def test_outside_the_ladder_the_terms_are_those_of_encode_and_log_likelihood(
         pytest.skip("has two layers; see below")
     model = made(data, **options)
     x = data.train
-    latents = Latents(KLOptions(), torch.Generator().manual_seed(1))
-    terms = ELBO(model)(x, latents, len(x))
+    terms = ELBO(model, LatentOptions())(x, len(x), torch.Generator().manual_seed(1))
     mu, logvar = (m.double() for m in model.encode(x))
     kl = 0.5 * (mu**2 + logvar.exp() - 1 - logvar).sum(dim=1).mean()
     torch.testing.assert_close(terms.rate.sum().double(), kl, rtol=1e-5, atol=1e-7)
@@ -427,10 +426,10 @@ class Recorded:
         self.eps = eps
         self.layers: list[tuple[Tensor, tuple[Tensor, Tensor] | None]] = []
 
-    def __call__(self, moments: Tensor, prior: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def __call__(self, moments: Tensor, prior: Tensor | None = None) -> Tensor:
         mu, logvar = moments.chunk(2, dim=1)
         z = mu + (0.5 * logvar).exp() * self.eps[len(self.layers)]
-        self.layers.append((moments, prior))
+        self.layers.append((moments, None if prior is None else prior.chunk(2, dim=1)))  # type: ignore[arg-type]
         return z
 
 

@@ -12,7 +12,7 @@ pytest.importorskip("lightning_fabric", reason="the trainer needs vaekernels[tra
 import torch
 from torch import Tensor
 
-from vaekernels.training import objective as objectives
+from vaekernels.training import objectives
 from vaekernels.training.config import (
     Config,
     DataConfig,
@@ -21,9 +21,10 @@ from vaekernels.training.config import (
     OptimConfig,
     StrategyConfig,
 )
-from vaekernels.training.describe import describe, mismatch
-from vaekernels.training.latents import KLOptions, Latents, Terms
-from vaekernels.training.objective import Objective
+from vaekernels.training.latents import Terms
+from vaekernels.training.models import LatentLayer
+from vaekernels.training.objectives import Objective, Task
+from vaekernels.training.strategies import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning")
 
@@ -33,13 +34,7 @@ B, D = 6, 4
 def build(text: bool = False, **config: Any) -> Objective:
     return objectives.build(
         ObjectiveConfig(**config),
-        KLOptions(),
-        text=text,
-        epochs=4,
-        steps_per_epoch=5,
-        data_dims=50.0,
-        latent_dim=D,
-        device="cpu",
+        Task(text=text, data_dims=50.0, latent_dim=D, epochs=4, steps_per_epoch=5),
     )
 
 
@@ -51,13 +46,14 @@ def layer(seed: int, shape: tuple[int, ...] = (D,)) -> Tensor:
 
 
 def terms_of(objective: Objective, *layers: Tensor, nll: Tensor | None = None) -> Terms:
-    latents = Latents(objective.options, torch.Generator().manual_seed(0))
-    for moments in layers:
-        latents(moments)
-    kl = torch.stack(latents.kl)
-    rate = kl.mean(dim=1) if objective.options.per_example else torch.stack(latents.rate)
+    shapes = [(moments.shape[1] // 2, *moments.shape[2:]) for moments in layers]
+    modules = [objective.options.layer(LatentLayer(shape)) for shape in shapes]
+    drawn = [module(moments) for module, moments in zip(modules, layers, strict=True)]
+    kl = torch.stack([each.kl for each in drawn])
+    rate = torch.stack([each.kl_per_group.sum() for each in drawn])
+    rate = kl.mean(dim=1) if objective.options.per_example else rate
     nll = torch.full((B,), 20.0) if nll is None else nll
-    return Terms(nll.mean(), kl, rate, nll, B)
+    return Terms(nll.mean(), kl, rate, B, nll, ())
 
 
 def elements(moments: Tensor) -> Tensor:
@@ -142,11 +138,9 @@ def test_balancing_splits_the_gradient_between_posterior_and_learned_prior() -> 
         objective = build(**config)
         q = layer(0).requires_grad_()
         p = layer(3).requires_grad_()
-        mp, lp = p.chunk(2, dim=1)
-        latents = Latents(objective.options, torch.Generator().manual_seed(0))
-        latents(q, (mp, lp))
-        kl = torch.stack(latents.kl)
-        loss = objective.loss(Terms(torch.zeros(()), kl, kl, torch.zeros(B), B))
+        _, kl, _ = objective.options.layer(LatentLayer((D,), learned_prior=True))(q, p)
+        kl = kl.unsqueeze(0)
+        loss = objective.loss(Terms(torch.zeros(()), kl, kl, B, torch.zeros(B), ()))
         loss.backward()
         assert q.grad is not None and p.grad is not None
         return loss.item(), q.grad, p.grad
@@ -231,7 +225,8 @@ def test_a_floor_that_falls() -> None:
     ],
 )
 def test_weights_go_by_epochs(config: dict[str, Any], expected: list[float]) -> None:
-    schedule = objectives.weight_schedule(ObjectiveConfig(**config), epochs=4, steps_per_epoch=5)
+    task = Task(text=False, data_dims=50.0, latent_dim=D, epochs=4, steps_per_epoch=5)
+    schedule = objectives.weight_schedule(ObjectiveConfig(**config), task)
     assert [schedule.at(t) for t in range(21)] == pytest.approx(expected)
 
 
@@ -263,11 +258,14 @@ def test_the_state_continues(config: dict[str, Any]) -> None:
 # --- in words
 
 
-def said(data_dims: float = 64, steps_per_epoch: int = 26, **objective: Any) -> str:
+IN_WORDS = Task(text=False, data_dims=64, latent_dim=8, epochs=20, steps_per_epoch=26)
+
+
+def said(**objective: Any) -> str:
     config = Config(
         DataConfig("digits"), objective=ObjectiveConfig(**objective), optim=OptimConfig(epochs=20)
     )
-    return "\n".join(describe(config, latent_dim=8, data_dims=data_dims, steps_per_epoch=steps_per_epoch))
+    return "\n".join(describe(config, IN_WORDS))
 
 
 @pytest.mark.parametrize(
@@ -307,7 +305,7 @@ def test_countermeasures_in_words() -> None:
         ModelConfig(delta=0.15, batch_norm=0.7, word_dropout=0.5),
         strategy=StrategyConfig(pretrain_epochs=2),
     )
-    text = "\n".join(describe(config, latent_dim=8, data_dims=12.3, steps_per_epoch=10))
+    text = "\n".join(describe(config, IN_WORDS))
     for part in (
         "at least 0.15 nats in every dimension",
         "to scale 0.7",
@@ -329,7 +327,7 @@ def test_a_reduction_mismatch_is_warned_about_and_the_same_loss_named(
     reduction: dict[str, Any], factor: float
 ) -> None:
     config = ObjectiveConfig(beta=2.0, **reduction)
-    text = mismatch(config, latent_dim=8, data_dims=64)
+    text = objectives.build(config, IN_WORDS).warning
     assert text is not None and text.startswith("warning: the reconstruction is a")
     assert f"objective.beta={2 * factor:g}" in text
     mixed, summed = build(beta=2.0, **reduction), build(beta=2.0 * factor * 50 / 64 * 8 / D)
@@ -341,4 +339,4 @@ def test_a_reduction_mismatch_is_warned_about_and_the_same_loss_named(
     loss, same = (objective.loss(terms_of(objective, moments)) for objective in (mixed, summed))
     torch.testing.assert_close(loss, scale * same)
     assert mixed.weight.item() == pytest.approx(summed.weight.item())
-    assert mismatch(ObjectiveConfig(), latent_dim=8, data_dims=64) is None
+    assert objectives.build(ObjectiveConfig(), IN_WORDS).warning is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +22,9 @@ from tiny_runs import (
 )
 from torch import Tensor
 
-import vaekernels as vk
-from vaekernels.collapse import Estimate
-from vaekernels.training.loop import Step, Trainer
+from vaekernels.training.progress import Step
 from vaekernels.training.strategies import Aggressive, Part, Pretrained
+from vaekernels.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning"),
@@ -79,7 +77,7 @@ def test_the_encoder_steps_until_its_mean_loss_no_longer_falls(
 ) -> None:
     run, strategy = aggressive(tmp_path, inner_steps=10, check_every=2)
     script = Script(run, losses)
-    strategy.before_step(run)
+    strategy.before_step(run.update, run.batches)
     assert script.taken == ["encoder"] * steps
     assert strategy.state_dict()["drawn"] == steps
 
@@ -119,13 +117,15 @@ def test_schedules_count_the_decoders_steps(tmp_path: Path) -> None:
 
 def test_burning_in_ends_when_the_information_on_held_out_data_falls(tmp_path: Path) -> None:
     run, strategy = aggressive(tmp_path)
-    evaluation = run._evaluate()
+    said = []
     for value, still in ((0.5, True), (0.7, True), (0.7, True), (0.69, False), (3.0, False)):
-        strategy.end_epoch(run, replace(evaluation, mi_lower=Estimate(value, 0.0, 9.0)))
+        said.append(strategy.end_epoch(value))
         assert strategy.burning_in is still
+    ends = "aggressive training ends: the mutual information fell to 0.69 nats"
+    assert said == [None, None, None, ends, None]
     assert strategy.trained == "all"
     script = Script(run, [])
-    strategy.before_step(run)
+    strategy.before_step(run.update, run.batches)
     assert script.taken == []
     other = trainer(settings("digits", "strategy.aggressive=true"), tmp_path / "other").strategy
     other.load_state_dict(strategy.state_dict())
@@ -133,11 +133,11 @@ def test_burning_in_ends_when_the_information_on_held_out_data_falls(tmp_path: P
 
 
 def test_information_that_is_not_finite_does_not_end_burning_in_and_is_counted(tmp_path: Path) -> None:
-    run, strategy = aggressive(tmp_path)
-    evaluation = run._evaluate()
+    _, strategy = aggressive(tmp_path)
     for value, still in ((0.5, True), (math.nan, True), (math.inf, True), (0.6, True), (0.4, False)):
-        strategy.end_epoch(run, replace(evaluation, mi_lower=Estimate(value, 0.0, 9.0)))
+        said = strategy.end_epoch(value)
         assert strategy.burning_in is still
+        assert math.isfinite(value) or (said is not None and f"information is {value}: ignored" in said)
     assert strategy.ignored == strategy.state_dict()["ignored"] == 2
     other = trainer(settings("digits", "strategy.aggressive=true"), tmp_path / "other").strategy
     other.load_state_dict(strategy.state_dict())
@@ -157,10 +157,11 @@ def test_after_pretraining_the_decoder_is_new_the_encoder_stays_and_the_schedule
     after: list[Any] = []
     start = run.strategy.start_epoch
 
-    def watched(trainer: Trainer) -> None:
+    def watched(*given: Any) -> str | None:
         before.append((parts(run), len(run.optimizer.optimizer.state)))
-        start(trainer)
+        said = start(*given)
         after.append((parts(run), len(run.optimizer.optimizer.state)))
+        return said
 
     run.strategy.start_epoch = watched  # type: ignore[method-assign]
     run.fit()
@@ -170,6 +171,7 @@ def test_after_pretraining_the_decoder_is_new_the_encoder_stays_and_the_schedule
     for name, value in new["decoder"].items():
         assert not torch.equal(value, old["decoder"][name]), name
     assert (states, left) == (8, 4), "the decoder's averages are forgotten"
+    assert "the encoder is pretrained: the decoder starts anew" in run.console.file.getvalue()  # type: ignore[attr-defined]
 
     steps = len(run.batches)
     weights = [line["weight"] for line in log_of(tmp_path) if line["kind"] == "step"]
@@ -196,9 +198,8 @@ def test_fused_and_eager_training_take_the_same_course(
 ) -> None:
     config = settings(name, f"{given} engine.log_steps=1")
     trainer(config, tmp_path / "fused").fit()
-    monkeypatch.setattr(vk, "sample_kl_packed", eager_layer.sample_kl_packed)
     run = trainer(config, tmp_path / "eager")
-    monkeypatch.setattr(vk, "sample_kl_packed", eager_layer.sample_kl_packed)
+    monkeypatch.setattr("vaekernels.ops.sample_kl_packed", eager_layer.sample_kl_packed)
     run.fit()
     fused, eager = log_of(tmp_path / "fused"), log_of(tmp_path / "eager")
     assert len(fused) == len(eager) > 40

@@ -45,10 +45,10 @@ from vaekernels.training import checkpoint
 from vaekernels.training.config import presets
 from vaekernels.training.config import settings as texts
 from vaekernels.training.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
-from vaekernels.training.evaluate import Evaluation, evaluate
-from vaekernels.training.loop import Trainer
+from vaekernels.training.evaluate import Evaluation, evaluate, monitor
 from vaekernels.training.models import VAE
 from vaekernels.training.run import CHECKPOINT, CONFIG, LOCK, LOG, METRICS, RunFolder, new_folder
+from vaekernels.training.trainer import Trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning"),
@@ -546,10 +546,11 @@ def test_evaluation_is_at_weight_one_unclamped_and_touches_nothing(tmp_path: Pat
     run = trainer(settings(beta=3.0, free_bits=5.0, anneal="linear", anneal_epochs=9.0), tmp_path)
     states = torch.get_rng_state(), run.noise.get_state(), run.objective.state_dict()
     run.model.train()
-    first = evaluate(run.model, run.data.heldout)
+    watch = monitor(run.model, run.data.heldout)
+    first, _ = evaluate(run.model, watch, 0)
     assert run.model.training
     assert same(states, (torch.get_rng_state(), run.noise.get_state(), run.objective.state_dict()))
-    assert first == evaluate(run.model, run.data.heldout)
+    assert first == evaluate(run.model, watch, 0)[0] and watch.history == []
     assert first.nelbo == first.nll + first.rate
     assert first.rate == pytest.approx(sum(first.rate_per_dim), rel=1e-5)
     assert first.rate < 1.0, "the rate is the one before the floor of 5 nats a dimension"
@@ -560,6 +561,69 @@ def test_evaluation_is_at_weight_one_unclamped_and_touches_nothing(tmp_path: Pat
 
 def test_evaluation_is_that_of_all_examples_whatever_the_batch(tmp_path: Path) -> None:
     run = trainer(settings("digits", "model.kind=ladder"), tmp_path)
-    whole, parts = (evaluate(run.model, run.data.heldout, batch_size=size) for size in (256, 5))
+    heldout = run.data.heldout
+    watches = (monitor(run.model, heldout, batch_size=size) for size in (256, 5))
+    whole, parts = (evaluate(run.model, watch, 0)[0] for watch in watches)
     assert whole.rate == pytest.approx(parts.rate, rel=0.1), "the noise differs, the layers' rates do not"
     assert whole.rate_per_dim == pytest.approx(parts.rate_per_dim, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "encodes", "decodes"),
+    [
+        ("docstrings", "", 1, 2),
+        ("digits", "model.kind=conv model.latent_channels=2", 1, 2),
+        # its own posterior of the lower layer is that given a sample of the upper one: once more
+        ("digits", "model.kind=ladder", 2, 3),
+    ],
+)
+def test_an_evaluation_encodes_every_example_once_and_decodes_it_twice(
+    name: str, given: str, encodes: int, decodes: int, tmp_path: Path
+) -> None:
+    run = trainer(settings(name, given), tmp_path)
+    rows = {"encoder": 0, "decoder": 0}
+
+    def counted(part: str) -> Callable[..., None]:
+        def count(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            rows[part] += len(inputs[0])
+
+        return count
+
+    run.model.encoder.register_forward_hook(counted("encoder"))
+    if name == "docstrings":
+        run.model.decoder.register_forward_hook(counted("decoder"))
+    else:
+        net = run.model.decoder.net
+        assert isinstance(net, torch.nn.Module)
+        net.register_forward_hook(counted("decoder"))
+    evaluation = run._evaluate()
+    assert evaluation.examples == len(run.data.heldout) == 12
+    assert rows == {"encoder": 12 * encodes, "decoder": 12 * decodes}
+
+
+def test_a_latent_that_collapses_is_told_of_once_also_when_the_run_is_resumed(tmp_path: Path) -> None:
+    config = settings("digits", "optim.epochs=5 optim.lr=1e-9")
+    run = trainer(config, tmp_path / "whole")
+    for parameter in run.model.encoder.parameters():
+        parameter.data.zero_()  # q(z|x) is the prior
+    run.monitor.grace_steps = 0
+    run.fit()
+    said = run.console.file.getvalue()  # type: ignore[attr-defined]
+    assert said.replace("\n", " ").count("warning: the latent carries no information since step") == 1
+    assert len(run.monitor.history) == 5 and run.monitor.collapsed_at == 42
+    longer = replace(config, optim=replace(config.optim, epochs=6))
+    again = trainer(longer, tmp_path / "whole", resume=True)
+    again.monitor.grace_steps = 0
+    assert again.monitor.history == run.monitor.history
+    again.fit()
+    assert len(again.monitor.history) == 6
+    assert "no information" not in again.console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_the_latent_layers_are_those_of_the_library_and_keep_their_running_rates(tmp_path: Path) -> None:
+    run = trainer(settings("digits", "model.kind=ladder objective.kl_balance=0.8"), tmp_path)
+    assert [type(layer).__name__ for layer in run.elbo.latents] == ["GaussianLatent", "LearnedPriorLatent"]
+    run.fit()
+    saved = checkpoint_of(tmp_path)["latents"]
+    assert int(saved["0.num_batches_tracked"]) == 42 and bool((saved["1.running_rate"] > 0).all())
+    assert same(dict(trainer(run.config, tmp_path, resume=True).elbo.latents.state_dict()), saved)

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,10 @@ from tiny_runs import checkpoint_of, log_of, same, settings, stop_at, tiny_image
 from torch import Tensor
 
 import vaekernels as vk
+from vaekernels import ops
 from vaekernels.training import data as datasets
-from vaekernels.training import latents
 from vaekernels.training.config import Config
 from vaekernels.training.errors import CheckpointError, Interrupted, NonFiniteError
-from vaekernels.training.latents import Layer
 from vaekernels.training.run import RunFolder
 from vaekernels.training.seeds import derive
 
@@ -151,42 +151,47 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
     return folder, results
 
 
-class OneProcess(latents.Latents):
-    """The noise of row i is that which process i % 2 draws for it: the same states as the pair."""
+def one_process(
+    own: torch.Generator, noise: list[torch.Generator], seen: list[dict[str, Any]]
+) -> Callable[..., vk.SampleKL]:
+    """`sample_kl_packed` in which the noise of row i is that which process i % 2 draws for it: the same
+    states as the pair. What it is given and gives is kept in ``seen``. Calls with another generator than
+    ``own``, that of the training, are left as they are."""
+    fused = ops.sample_kl_packed
 
-    noise: list[torch.Generator]
+    def sample_kl_packed(
+        moments: Tensor, dim: int, *prior: Tensor, generator: torch.Generator, rng: None, **options: Any
+    ) -> vk.SampleKL:
+        if generator is not own:
+            return fused(moments, dim, *prior, generator=generator, rng=rng, **options)
+        z = torch.empty_like(moments.chunk(2, dim=dim)[0])
+        for rank, each in enumerate(noise):
+            z[rank::WORLD] = vk.reparameterize_packed(moments[rank::WORLD].contiguous(), generator=each)
+        kl, rate = vk.gaussian_kl_packed(moments, dim, *prior, return_per_group=True, **options)
+        seen.append({"moments": moments.detach(), "kl": kl.detach(), **options})
+        return vk.SampleKL(z, kl, rate)
 
-    def __call__(self, moments: Tensor, prior: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        options = self.options
-        z = torch.empty_like(moments.chunk(2, dim=1)[0])
-        for rank, generator in enumerate(self.noise):
-            z[rank::WORLD] = vk.reparameterize_packed(moments[rank::WORLD].contiguous(), generator=generator)
-        kl, rate = vk.gaussian_kl_packed(
-            moments, 1, *(prior or ()), free_bits=options.free_bits, clamp=options.clamp,
-            group_dims=None if options.group == "dim" else (),
-            reduction="none" if options.per_example else "batchmean", return_per_group=True,
-        )  # fmt: skip
-        self.layers.append(Layer(moments.detach(), prior))
-        self.kl.append(kl)
-        self.rate.append(rate.sum())
-        return z
+    return sample_kl_packed
 
 
-def single(scenario: str, path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+def single(
+    scenario: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Any, Any, list[dict[str, Any]]]:
     config = config_of(scenario)
     noise = [torch.Generator().manual_seed(derive(0, "noise", rank)) for rank in range(WORLD)]
-    one = type("One", (OneProcess,), {"noise": noise})
+    seen: list[dict[str, Any]] = []
     monkeypatch.setitem(datasets.DATASETS, "docstrings", tiny_text)
     monkeypatch.setitem(datasets.DATASETS, "digits", tiny_images)
-    monkeypatch.setattr("vaekernels.training.loop.Latents", one)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         run = trainer(config, path)
-        evaluation = run.fit()
+        with monkeypatch.context() as patched:
+            patched.setattr(ops, "sample_kl_packed", one_process(run.noise, noise, seen))
+            evaluation = run.fit()
     finally:
         torch.set_num_threads(threads)
-    return evaluation.to_json(), run.model.state_dict()
+    return evaluation.to_json(), run.model.state_dict(), seen
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
@@ -194,7 +199,7 @@ def test_two_processes_are_one_with_the_whole_batch(
     scenario: str, pair: tuple[Path, list[dict[str, Any]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, results = pair
-    evaluation, parameters = single(scenario, tmp_path / "one", monkeypatch)
+    evaluation, parameters, _ = single(scenario, tmp_path / "one", monkeypatch)
     one, two = log_of(tmp_path / "one"), log_of(folder / scenario)
     assert len(one) == len(two) == 39
     for mine, theirs in zip(one, two, strict=True):
@@ -209,19 +214,15 @@ def test_two_processes_are_one_with_the_whole_batch(
 
 def test_a_clamp_on_each_process_alone_would_be_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The floors of the scenarios bind for some dimensions, and differently on halves of the batch."""
-    seen: list[tuple[float, float]] = []
-
-    class Halves(OneProcess):
-        def __call__(self, moments: Tensor, prior: tuple[Tensor, Tensor] | None = None) -> Tensor:
-            z = super().__call__(moments, prior)
-            floor = self.options.free_bits
-            halves = [vk.gaussian_kl_packed(moments[rank::WORLD], free_bits=floor) for rank in range(WORLD)]
-            seen.append((float(self.kl[-1].detach()), float(sum(halves).detach() / WORLD)))  # type: ignore[union-attr,arg-type]
-            return z
-
-    monkeypatch.setattr(sys.modules[__name__], "OneProcess", Halves)
-    single("per dimension", tmp_path, monkeypatch)
-    assert max(abs(whole - halves) / whole for whole, halves in seen) > 0.02
+    _, _, seen = single("per dimension", tmp_path, monkeypatch)
+    pairs = []
+    for each in seen:
+        floor = each["free_bits"]
+        halves = [
+            vk.gaussian_kl_packed(each["moments"][rank::WORLD], free_bits=floor) for rank in range(WORLD)
+        ]
+        pairs.append((float(each["kl"]), float(sum(halves) / WORLD)))
+    assert max(abs(whole - halves) / whole for whole, halves in pairs) > 0.02
 
 
 def test_every_process_has_the_same_model_and_evaluation(pair: tuple[Path, list[dict[str, Any]]]) -> None:

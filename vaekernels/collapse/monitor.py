@@ -36,6 +36,7 @@ __all__ = ["CollapseMonitor", "CollapseWarning", "Reading"]
 EPSILON = 0.1
 """Nats of information below which z counts as empty, as in the verdicts of `diagnose`."""
 _RESAMPLES = 200
+_COMPARED = 2048  # examples, every pair of which is looked at for the information
 _GROWTH = 1.5  # over `patience` readings; a latent that wakes up grows faster
 
 
@@ -57,6 +58,10 @@ class Reading:
     """bounds on I(x; z), see `information.mi_bounds`"""
     shuffle_gap: Estimate | None
     """mean NLL with another example's z, less that with its own; None without `log_likelihood`"""
+    nll: float | None
+    """mean NLL with the example's own z, one sample; None without `log_likelihood`"""
+    mu_variance_per_dim: tuple[float, ...]
+    """Var_x(mu_d) of each dimension"""
 
     @property
     def empty(self) -> bool:
@@ -94,7 +99,7 @@ class CollapseMonitor:
         log_likelihood: (x, z) -> log p(x|z), [B], in nats. None: no shuffled-z gap, and the verdict is that
             of the encoder alone.
         every_n_steps: training steps from one reading to the next.
-        n: at most so many of the examples, chosen once.
+        n: at most so many of the examples, chosen once. The information is that of at most 2048 of them.
         patience: empty readings in a row that make a collapse.
         grace_steps: training steps that every model may take to start using z. With a small learning rate or
             a slow warm-up of it they are more.
@@ -150,8 +155,7 @@ class CollapseMonitor:
         """Measure now, and take the reading into account. None, and one more in `ignored`, where it is not
         finite."""
         try:
-            with torch.no_grad(), _in_eval_mode(self.modules):
-                reading = self._measure(step)
+            reading = self.measure(step)
         except NotFiniteError as error:
             self.ignored += 1
             if self.ignored == 1:
@@ -162,11 +166,21 @@ class CollapseMonitor:
                     stacklevel=_native._depth_of_caller(),
                 )
             return None
+        self.record(reading)
+        return reading
+
+    def measure(self, step: int) -> Reading:
+        """Measure now, for a loop that has its own way with what is not finite: no part of the history.
+        NotFiniteError, a ValueError, where something is NaN or inf."""
+        with torch.no_grad(), _in_eval_mode(self.modules):
+            return self._measure(step)
+
+    def record(self, reading: Reading) -> None:
+        """Take a reading into the history. Warns with `CollapseWarning`, once."""
         self.history.append(reading)
         if self.collapsed_at is None and self._collapses():
-            self.collapsed_at = step
+            self.collapsed_at = reading.step
             warnings.warn(self._message(), CollapseWarning, stacklevel=_native._depth_of_caller())
-        return reading
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers and lists of numbers, for any checkpoint."""
@@ -191,21 +205,28 @@ class CollapseMonitor:
         require_finite("encode", torch.cat([mu, logvar], dim=1))
         codes = Codes.draw(mu, logvar, generator)
         n = len(codes.mu)
-        bounds = mi_bounds(mu, logvar, codes.own(0, n), generator=generator)
+        compared = min(n, _COMPARED)
+        bounds = mi_bounds(mu[:compared], logvar[:compared], codes.own(0, compared), generator=generator)
         bootstrap = Bootstrap(n, resamples=_RESAMPLES, generator=generator)
-        gap = None
+        of_bounds = bootstrap
+        if compared < n:
+            of_bounds = Bootstrap(compared, resamples=_RESAMPLES, generator=generator)
+        gap = nll = None
         if self.log_likelihood is not None:
             permutation = metrics.derangement(n, generator=generator)
             own = model.nll(self.heldout, codes.own)
             shuffled = model.nll(self.heldout, lambda a, b: codes.shuffled(permutation, a, b))
+            nll = own.mean().item()
             gap = bootstrap.estimate(along_cycle(shuffled - own, permutation))
         reading = Reading(
             step=step,
             rate_per_dim=tuple(metrics.rate_per_dim(mu.float(), logvar.float()).tolist()),
             active_units=int(metrics.active_units(mu).sum()),
-            mi_lower=bootstrap.estimate(bounds.lower),
-            mi_upper=bootstrap.estimate(bounds.upper),
+            mi_lower=of_bounds.estimate(bounds.lower),
+            mi_upper=of_bounds.estimate(bounds.upper),
             shuffle_gap=gap,
+            nll=nll,
+            mu_variance_per_dim=tuple(codes.mu.var(dim=0, correction=0).tolist()),
         )
         for name, value in reading.metrics().items():
             if not math.isfinite(value):
@@ -264,6 +285,8 @@ def _packed(reading: Reading) -> dict[str, Any]:
         "mi_lower": ends(reading.mi_lower),
         "mi_upper": ends(reading.mi_upper),
         "shuffle_gap": ends(reading.shuffle_gap),
+        "nll": reading.nll,
+        "mu_variance_per_dim": list(reading.mu_variance_per_dim),
     }
 
 
@@ -278,4 +301,6 @@ def _unpacked(packed: dict[str, Any]) -> Reading:
         mi_lower=estimate(packed["mi_lower"]),
         mi_upper=estimate(packed["mi_upper"]),
         shuffle_gap=estimate(packed["shuffle_gap"]),
+        nll=packed["nll"],
+        mu_variance_per_dim=tuple(packed["mu_variance_per_dim"]),
     )

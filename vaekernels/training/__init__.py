@@ -19,13 +19,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vaekernels.training.config import Config
-    from vaekernels.training.loop import Trainer
+    from vaekernels.training.trainer import Trainer
     from vaekernels.training.run import open_run
 
 __all__ = ["Config", "Trainer", "open_run"]
 
 # Imported when asked for: what needs one module of the trainer does not wait for all of them.
-_HOMES = {"Config": "config", "Trainer": "loop", "open_run": "run"}
+_HOMES = {"Config": "config", "Trainer": "trainer", "open_run": "run"}
 
 
 def __getattr__(name: str) -> object:

@@ -17,12 +17,12 @@ from rich.console import Console
 from vaekernels._command import STOPPED
 from vaekernels.training import data as datasets
 from vaekernels.training import demo as demos
-from vaekernels.training import describe, diagnosis, display, engine
+from vaekernels.training import diagnosis, display, engine, objectives, strategies
 from vaekernels.training.config import Config, EngineConfig, combinations, presets, settings
 from vaekernels.training.data import Data
 from vaekernels.training.errors import ConfigError, Interrupted, TrainingError, nearest
-from vaekernels.training.loop import Trainer
 from vaekernels.training.run import RunFolder, new_folder, open_run
+from vaekernels.training.trainer import Trainer
 
 __all__ = ["app"]
 
@@ -257,14 +257,12 @@ def demo(
 
 def _announce(trainer: Trainer, data: Data, console: Console) -> None:
     config = trainer.config
-    latent_dim, data_dims = trainer.model.latent_dim, data.dims
     console.print(f"{data.name}: {len(data.train)} + {len(data.heldout)} held-out {data.described}")
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.print(f"{config.model.kind} VAE, {config.model.likelihood} likelihood, {parameters:,} parameters")
-    steps = len(trainer.batches)
-    for line in describe.describe(config, latent_dim=latent_dim, data_dims=data_dims, steps_per_epoch=steps):
+    for line in strategies.describe(config, trainer.task):
         console.print(line)
-    if warning := describe.mismatch(config.objective, latent_dim=latent_dim, data_dims=data_dims):
+    if warning := objectives.build(config.objective, trainer.task).warning:
         console.print(warning, style="yellow")
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from vaekernels import collapse
 from vaekernels.collapse import Curve, Extras, Report, TextTable
-from vaekernels.training import describe, gallery, logs
-from vaekernels.training.data import Batches
+from vaekernels.training import gallery, logs, objectives, strategies
 from vaekernels.training.errors import CheckpointError
+from vaekernels.training.objectives import Task
 from vaekernels.training.run import Run
 
 __all__ = ["curves", "diagnose", "extras", "grid", "save"]
@@ -86,19 +86,15 @@ def curves(run: Run) -> dict[str, dict[str, Curve]]:
 def _settings(run: Run) -> dict[str, Any]:
     config, data = run.config, run.data
     objective = config.objective
-    steps = len(Batches(data, batch_size=config.optim.batch_size, seed=config.engine.seed))
+    task = Task.of(config, data, run.model.latent_dim)
     told = {
         "data": data.name,
         "data_set_sha256": data.sha256,
         "model": f"{config.model.kind}, {config.model.likelihood} likelihood, {run.model.latent_dim} dims",
         "steps": run.step,
-        "objective": describe.describe(
-            config, latent_dim=run.model.latent_dim, data_dims=data.dims, steps_per_epoch=steps
-        ),
+        "objective": strategies.describe(config, task),
         "beta": objective.beta,
-        "effective_beta": describe.effective_beta(
-            objective, latent_dim=run.model.latent_dim, data_dims=data.dims
-        ),
+        "effective_beta": objectives.build(objective, task).effective_beta,
         "free_bits": objective.free_bits,
     }
     if objective.free_bits is not None:

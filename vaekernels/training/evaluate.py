@@ -9,17 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaekernels import collapse
-from vaekernels.collapse import Estimate
-from vaekernels.collapse.information import mi_bounds
+from vaekernels.collapse import CollapseMonitor, Estimate, Reading
+from vaekernels.collapse.model import NotFiniteError
 from vaekernels.training.errors import NonFiniteError
-from vaekernels.training.latents import KLOptions, Latents
+from vaekernels.training.latents import ELBO, LatentOptions
 from vaekernels.training.models import VAE
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluation", "evaluate", "monitor"]
 
-_MI_EXAMPLES = 2048  # whose every pair is looked at
-_SEED = 0  # of the noise, the derangement and the bootstrap: every evaluation of every run uses the same
+_SEED = 0  # of all that is drawn: every evaluation of every run uses the same
 
 
 @dataclass(frozen=True)
@@ -42,50 +40,67 @@ class Evaluation:
         return asdict(self)
 
 
-@torch.no_grad()
-def evaluate(model: VAE, heldout: Tensor, *, batch_size: int = 256) -> Evaluation:
-    """Evaluate ``model``, left in the mode it was in. Draws from no generator but its own, and advances no
-    schedule. NonFiniteError if the result is not finite."""
-    training = model.training
-    model.eval()
-    try:
-        generator = torch.Generator().manual_seed(_SEED)
-        nll, rate = _elbo(model, heldout, batch_size)
-        mu, logvar = collapse.moments(model.encode, heldout, batch_size=batch_size)
-        finite = bool(mu.isfinite().all() and logvar.isfinite().all())
-        if not (math.isfinite(rate + nll) and finite):
-            raise NonFiniteError(f"on held-out data the NLL is {nll:g} and the rate {rate:g}")
-        delta_shuffle = collapse.delta_shuffle(
-            model.encode, model.log_likelihood, heldout, generator=generator, batch_size=batch_size
-        )
-        mi_lower = _information(mu[:_MI_EXAMPLES], logvar[:_MI_EXAMPLES], generator)
-    finally:
-        model.train(training)
-    return Evaluation(
-        examples=len(heldout),
-        rate=rate,
-        nll=nll,
-        nelbo=nll + rate,
-        mi_lower=mi_lower,
-        active_units=int(collapse.active_units(mu).sum()),
-        delta_shuffle=delta_shuffle,
-        rate_per_dim=tuple(collapse.rate_per_dim(mu.float(), logvar.float()).tolist()),
-        mu_variance_per_dim=tuple(mu.cpu().double().var(dim=0, correction=0).tolist()),
+def monitor(
+    model: VAE, heldout: Tensor, *, device: torch.device | None = None, batch_size: int = 256
+) -> CollapseMonitor:
+    """What measures ``model`` on all of ``heldout`` with one encode and two decodes of each, whenever
+    :func:`evaluate` asks."""
+    return CollapseMonitor(
+        model.encode,
+        heldout,
+        model.log_likelihood,
+        n=len(heldout),
+        modules=[model],
+        device=device,
+        batch_size=batch_size,
+        seed=_SEED,
     )
 
 
-def _information(mu: Tensor, logvar: Tensor, generator: torch.Generator) -> Estimate:
-    eps = torch.randn(mu.shape, generator=generator).to(mu.device)
-    bounds = mi_bounds(mu, logvar, mu + torch.exp(0.5 * logvar) * eps, generator=generator)
-    return collapse.bootstrap_mean(bounds.lower, generator=generator)
+def evaluate(model: VAE, watch: CollapseMonitor, step: int) -> tuple[Evaluation, Reading]:
+    """Evaluate ``model``, left in the mode it was in; the reading of ``watch`` that this is made of is not
+    yet in its history. Draws from no generator but its own, and advances no schedule. NonFiniteError if the
+    result is not finite."""
+    try:
+        reading = watch.measure(step)
+    except NotFiniteError as error:
+        raise NonFiniteError(f"on held-out data {error}") from error
+    assert reading.nll is not None and reading.shuffle_gap is not None, "the monitor has a log_likelihood"
+    nll, rate = reading.nll, sum(reading.rate_per_dim)
+    if len(model.latent_layers) > 1:
+        nll, rate = _own_posterior(model, watch)
+    if not math.isfinite(rate + nll):
+        raise NonFiniteError(f"on held-out data the NLL is {nll:g} and the rate {rate:g}")
+    evaluation = Evaluation(
+        examples=len(watch.heldout),
+        rate=rate,
+        nll=nll,
+        nelbo=nll + rate,
+        mi_lower=reading.mi_lower,
+        active_units=reading.active_units,
+        delta_shuffle=reading.shuffle_gap,
+        rate_per_dim=reading.rate_per_dim,
+        mu_variance_per_dim=reading.mu_variance_per_dim,
+    )
+    return evaluation, reading
 
 
-def _elbo(model: VAE, heldout: Tensor, batch_size: int) -> tuple[float, float]:
-    """(nll, rate), means over the examples."""
-    noise = torch.Generator(device=heldout.device).manual_seed(_SEED)
+@torch.no_grad()
+def _own_posterior(model: VAE, watch: CollapseMonitor) -> tuple[float, float]:
+    """(nll, rate), means over the examples, of a model whose posterior is more than :meth:`VAE.encode`."""
+    heldout = watch.heldout
+    assert isinstance(heldout, Tensor)
+    device = next(model.parameters()).device
+    noise = torch.Generator(device=device).manual_seed(_SEED)
+    elbo = ELBO(model, LatentOptions()).to(device)
+    training = model.training
+    elbo.eval()
     nll = rate = 0.0
-    for x in torch.split(heldout, batch_size):
-        latents = Latents(KLOptions(), noise)
-        nll -= float(model(x, latents).double().sum())
-        rate += len(x) * float(torch.stack(latents.rate).double().sum())
+    try:
+        for x in torch.split(heldout, watch.batch_size):
+            terms = elbo(x.to(device), len(x), noise)
+            nll += float(terms.nll_per_example.double().sum())
+            rate += len(x) * float(terms.rate.double().sum())
+    finally:
+        model.train(training)
     return nll / len(heldout), rate / len(heldout)

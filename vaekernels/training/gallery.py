@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vaekernels import collapse
 from vaekernels.training.data import Arrays, Data, Text
 from vaekernels.training.data.base import UNK
 from vaekernels.training.models import VAE
@@ -78,7 +79,7 @@ def look(model: VAE, data: Data, device: torch.device) -> Sentences | Images | N
             [between[start : start + _STEPS] for start in range(0, len(between), _STEPS)],
         )
     assert isinstance(data, Arrays)
-    rates = (mu**2 + logvar.exp() - 1 - logvar).mean(dim=0)
+    rates = collapse.rate_per_dim(mu, logvar)
     traversed = sorted(rates.topk(min(_TRAVERSED, model.latent_dim)).indices.tolist())
     codes = mu[0].repeat(len(traversed), _STEPS, 1)
     for row, dim in enumerate(traversed):

@@ -1,29 +1,30 @@
-"""One step's latent layers: the samples, and the terms of the loss that come with them."""
+"""A model with its latent layers, which are those of :mod:`vaekernels.nn`: the terms of the loss."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 import vaekernels as vk
-from vaekernels.training.models import VAE, widened
+from vaekernels.nn import GaussianLatent, LearnedPriorLatent, Options, Scheduled
+from vaekernels.training.models import VAE, LatentLayer, widened
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["ELBO", "KLOptions", "Latents", "Layer", "Terms"]
+__all__ = ["ELBO", "Drawn", "LatentOptions", "Terms"]
 
 
 @dataclass(frozen=True)
-class KLOptions:
-    """What the KL of every layer is: arguments of :func:`vaekernels.sample_kl`. ``group``: "dim", "channel"
-    (axis 1 of a latent with positions) or "all"; ``per_example``: a KL per example in place of their mean,
-    then without free bits."""
+class LatentOptions:
+    """What an objective asks of every latent layer, see :class:`vaekernels.nn.GaussianLatent`. ``group``:
+    "dim", "channel" (axis 1 of a latent with positions) or "all"; ``per_example``: a KL per example in place
+    of their mean, then without free bits."""
 
-    free_bits: float | Tensor | None = None
+    free_bits: float | Scheduled | None = None
     clamp: Literal["batch", "sample"] = "batch"
     penalty: Literal["floor", "hinge", "mask"] = "floor"
     group: Literal["dim", "channel", "all"] = "dim"
@@ -31,50 +32,32 @@ class KLOptions:
     per_example: bool = False
     process_group: ProcessGroup | None = None
 
+    def layer(self, of: LatentLayer) -> GaussianLatent | LearnedPriorLatent:
+        groups = {"dim": of.shape, "channel": of.shape[:1], "all": ()}[self.group]
+        options: Options = {
+            "free_bits": self.free_bits,
+            "clamp": self.clamp,
+            "penalty": self.penalty,
+            "group_dims": {"dim": None, "channel": 1, "all": ()}[self.group],
+            "reduction": "none" if self.per_example else "batchmean",
+            "process_group": self.process_group,
+        }
+        if of.learned_prior:
+            return LearnedPriorLatent(groups, balance=self.balance, **options)
+        return GaussianLatent(groups, **options)
 
-class Layer(NamedTuple):
-    """A latent layer of one step: its moments and prior, detached, for a look at each example."""
+
+class Drawn(NamedTuple):
+    """The moments of a latent layer in one step, and those of its learned prior; both detached."""
 
     moments: Tensor
-    prior: tuple[Tensor, Tensor] | None
+    prior: Tensor | None
 
     def kl_per_example(self) -> Tensor:
         """Unclamped, nats, [B]."""
-        kl: Tensor = vk.gaussian_kl_packed(self.moments, 1, *(self.prior or ()), reduction="none")
+        prior = () if self.prior is None else self.prior.chunk(2, dim=1)
+        kl: Tensor = vk.gaussian_kl_packed(self.moments, 1, *prior, reduction="none")
         return kl
-
-
-class Latents:
-    """What a model's ``forward`` takes as ``sample``: draws z of one layer after another from ``generator``
-    and keeps the KL of each."""
-
-    def __init__(self, options: KLOptions, generator: torch.Generator | None) -> None:
-        self.options = options
-        self.generator = generator
-        self.layers: list[Layer] = []
-        self.kl: list[Tensor] = []
-        self.rate: list[Tensor] = []
-
-    def __call__(self, moments: Tensor, prior: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        options = self.options
-        moments = widened(moments)
-        z, kl, per_group = vk.sample_kl_packed(
-            moments,
-            1,
-            *(prior or ()),
-            generator=self.generator,
-            free_bits=options.free_bits,
-            clamp=options.clamp,
-            penalty=options.penalty,
-            group_dims={"dim": None, "channel": 1, "all": ()}[options.group],
-            balance=None if prior is None else options.balance,
-            reduction="none" if options.per_example else "batchmean",
-            process_group=options.process_group,
-        )
-        self.layers.append(Layer(moments.detach(), prior and (prior[0].detach(), prior[1].detach())))
-        self.kl.append(kl)
-        self.rate.append(per_group.sum())
-        return z
 
 
 class Terms(NamedTuple):
@@ -83,27 +66,43 @@ class Terms(NamedTuple):
     nll: Tensor
     """-log p(x|z), summed over data dimensions, mean over the batch, 0-dim."""
     kl: Tensor
-    """Of each layer, as the objective has it (with free bits, clamped), [L]; per example: [L, B]."""
+    """Of each layer, with free bits, [L]; where the options say per example: [L, B]."""
     rate: Tensor
     """KL of each layer before any clamp, mean over the batch, [L], differentiable."""
-    nll_per_example: Tensor
-    """Detached, [B]."""
     examples: float
     """Of the whole batch, divided by the number of processes: what sums over this process's rows are divided
     by, so that the average over processes is the mean over examples however unevenly they are spread."""
+    nll_per_example: Tensor
+    """Detached, [B]."""
+    drawn: tuple[Drawn, ...]
+    """Each layer, for a look at each example."""
 
 
 class ELBO(nn.Module):
     """The terms of ``model``: a module, so that Fabric sees the whole computation of a step."""
 
-    def __init__(self, model: VAE) -> None:
+    def __init__(self, model: VAE, options: LatentOptions) -> None:
         super().__init__()
         self.model = model
+        self.latents = nn.ModuleList(options.layer(each) for each in model.latent_layers)
+        self._per_example = options.per_example
 
-    def forward(self, x: Tensor, latents: Latents, examples: float) -> Terms:
-        """``examples``: see :class:`Terms`."""
-        nll = -self.model(x, latents)
-        kl, rate = torch.stack(latents.kl), torch.stack(latents.rate)
-        if latents.options.per_example:
+    def forward(self, x: Tensor, examples: float, generator: torch.Generator | None = None) -> Terms:
+        """``examples``: see :class:`Terms`; ``generator``: of the noise of z."""
+        drawn: list[Drawn] = []
+        kls: list[Tensor] = []
+        rates: list[Tensor] = []
+
+        def sample(moments: Tensor, prior: Tensor | None = None) -> Tensor:
+            moments, given = widened(moments), () if prior is None else (prior,)
+            z, kl, rate = self.latents[len(drawn)](moments, *given, generator=generator)
+            drawn.append(Drawn(moments.detach(), None if prior is None else prior.detach()))
+            kls.append(kl)
+            rates.append(rate.sum())
+            return cast(Tensor, z)
+
+        nll = -self.model(x, sample)
+        kl, rate = torch.stack(kls), torch.stack(rates)
+        if self._per_example:
             rate = kl.sum(dim=1) / examples
-        return Terms(nll.sum() / examples, kl, rate, nll.detach(), examples)
+        return Terms(nll.sum() / examples, kl, rate, examples, nll.detach(), tuple(drawn))

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vaekernels.training.latents import Latents, Terms
+from vaekernels.training.latents import Terms
 
 __all__ = ["Offender", "blame_gradients", "blame_terms", "largest"]
 
@@ -20,7 +20,7 @@ class Offender(NamedTuple):
     text: str
 
 
-def blame_terms(model: nn.Module, terms: Terms, latents: Latents, weight: Tensor, rows: Tensor) -> Offender:
+def blame_terms(model: nn.Module, terms: Terms, weight: Tensor, rows: Tensor) -> Offender:
     """The largest offender in the forward pass: a parameter that is not finite itself, else the weight of the
     KL if it is not, else the example with the largest NLL or KL. ``rows``: the training examples in the rows
     of the batch."""
@@ -30,8 +30,8 @@ def blame_terms(model: nn.Module, terms: Terms, latents: Latents, weight: Tensor
     if not bool(weight.isfinite()):
         return Offender(torch.inf, f"the weight of the KL is {weight.item():g}")
     candidates = [("NLL", terms.nll_per_example)]
-    for number, layer in enumerate(latents.layers):
-        name = "KL" if len(latents.layers) == 1 else f"KL of layer {number}"
+    for number, layer in enumerate(terms.drawn):
+        name = "KL" if len(terms.drawn) == 1 else f"KL of layer {number}"
         candidates.append((name, layer.kl_per_example()))
     offenders: list[Offender] = []
     for name, values in candidates:

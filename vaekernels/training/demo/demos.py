@@ -1,4 +1,4 @@
-"""The demos: which models, one after the other, then the table, the page and the words."""
+"""The demos: which models are trained, one after the other; then their tables and their page."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vaekernels.training.checkpoint import write_text
-from vaekernels.training.demo import page, words
+from vaekernels.training.demo import html, tables
 from vaekernels.training.demo.outcome import Outcome, Variant, run
 
 __all__ = ["DEMOS", "PAGE", "Part", "show"]
@@ -83,12 +83,12 @@ def show(name: str, over: Mapping[str, object], folder: Path, console: Console) 
             console.print()
         outcomes.append(found)
     titled = [(part.title, found) for part, found in zip(parts, outcomes, strict=True)]
-    write_text(folder / PAGE, page.render(name, titled))
+    write_text(folder / PAGE, html.render(name, titled))
     for part, found in zip(parts, outcomes, strict=True):
-        console.print(words.table(part.title, found))
-        if excerpt := words.excerpt(found):
+        console.print(tables.table(part.title, found))
+        if excerpt := tables.excerpt(found):
             console.print(excerpt)
-        for line in words.conclusions(found):
+        for line in tables.conclusions(found):
             console.print(f"- {line}", highlight=False)
         console.print()
     console.print(f"side by side, with pictures: {folder / PAGE}", highlight=False, soft_wrap=True)

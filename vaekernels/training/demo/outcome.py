@@ -12,8 +12,8 @@ from vaekernels.collapse import Curve, Report
 from vaekernels.training import data as datasets
 from vaekernels.training import diagnosis, gallery
 from vaekernels.training.config import Config, presets, settings
-from vaekernels.training.loop import Trainer
 from vaekernels.training.run import open_run
+from vaekernels.training.trainer import Trainer
 
 __all__ = ["Outcome", "Variant", "run"]
 

@@ -9,7 +9,7 @@ import torch
 from vaekernels.training.config import ModelConfig
 from vaekernels.training.data.base import Arrays, Data, Text
 from vaekernels.training.errors import ConfigError
-from vaekernels.training.models.base import VAE, Sample, reset
+from vaekernels.training.models.base import VAE, LatentLayer, Sample, reset
 from vaekernels.training.models.conv import ConvVAE
 from vaekernels.training.models.ladder import LadderVAE
 from vaekernels.training.models.likelihoods import (
@@ -33,6 +33,7 @@ __all__ = [
     "DiscretizedLogistic",
     "Gaussian",
     "LadderVAE",
+    "LatentLayer",
     "Likelihood",
     "LinearVAE",
     "Posterior",
@@ -41,6 +42,7 @@ __all__ = [
     "TextVAE",
     "build",
     "committed",
+    "describe",
     "largest_logvar",
     "reset",
     "widened",
@@ -63,6 +65,18 @@ def build(config: ModelConfig, data: Data) -> VAE:
             f"smaller"
         )
     return _build(config, data)
+
+
+def describe(config: ModelConfig) -> list[str]:
+    """What the model does against collapse by its construction, a line each."""
+    lines: list[str] = []
+    if config.delta is not None:
+        lines.append(f"log-variances bounded: at least {config.delta:g} nats in every dimension")
+    if config.batch_norm is not None:
+        lines.append(f"mu batch-normalised to scale {config.batch_norm:g}")
+    if config.word_dropout:
+        lines.append(f"word dropout: {config.word_dropout:g} of the decoder's input words are hidden")
+    return lines
 
 
 def _memory() -> int | None:

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from vaekernels.training.models.likelihoods import Likelihood
 
-__all__ = ["VAE", "ArrayDecoder", "ArrayVAE", "Sample", "reset"]
+__all__ = ["VAE", "ArrayDecoder", "ArrayVAE", "LatentLayer", "Sample", "reset"]
+
+
+class LatentLayer(NamedTuple):
+    """One layer of latents: the shape of an example's mu, and whether its prior is learned or N(0, I)."""
+
+    shape: tuple[int, ...]
+    learned_prior: bool = False
 
 
 class Sample(Protocol):
     """Draws z of one latent layer, and takes note of its KL."""
 
-    def __call__(self, moments: Tensor, prior: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """z of the posterior whose mu and logvar are packed along axis 1 of ``moments``; ``prior``: mu and
-        logvar of a learned prior, None for N(0, I)."""
+    def __call__(self, moments: Tensor, prior: Tensor | None = None) -> Tensor:
+        """z of the posterior whose mu and logvar are packed along axis 1 of ``moments``; ``prior``: those of
+        a learned prior, packed likewise, None for N(0, I)."""
         ...
 
 
@@ -31,6 +38,11 @@ class VAE(nn.Module, ABC):
     latent_dim: int
     encoder: nn.Module
     decoder: nn.Module
+
+    @property
+    def latent_layers(self) -> tuple[LatentLayer, ...]:
+        """In the order in which :meth:`forward` draws them."""
+        return (LatentLayer((self.latent_dim,)),)
 
     @abstractmethod
     def moments(self, x: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vaekernels.training.models.base import ArrayDecoder, ArrayVAE
+from vaekernels.training.models.base import ArrayDecoder, ArrayVAE, LatentLayer
 from vaekernels.training.models.likelihoods import Likelihood
 from vaekernels.training.models.posterior import Posterior
 
@@ -73,6 +73,10 @@ class ConvVAE(ArrayVAE):
         net = nn.Sequential(*start, _Upsample(hidden, likelihood.width * channels, sizes))
         encoder = nn.Sequential(*down, posterior(self.latent_shape[0]))
         super().__init__(encoder, ArrayDecoder(net, likelihood, shape), latent_dim)
+
+    @property
+    def latent_layers(self) -> tuple[LatentLayer, ...]:
+        return (LatentLayer(self.latent_shape),)
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
         return super().log_likelihood(x, z.reshape(-1, *self.latent_shape))

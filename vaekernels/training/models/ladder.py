@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vaekernels.training.models.base import VAE, Sample
+from vaekernels.training.models.base import VAE, LatentLayer, Sample
 from vaekernels.training.models.likelihoods import Likelihood
 from vaekernels.training.models.posterior import Posterior, committed, widened
 
@@ -92,6 +92,10 @@ class LadderVAE(VAE):
         self.encoder = _Up(math.prod(shape), hidden, lower, upper, posterior)
         self.decoder = _Down(lower, upper, hidden, likelihood, shape)
 
+    @property
+    def latent_layers(self) -> tuple[LatentLayer, ...]:
+        return LatentLayer((self.upper,)), LatentLayer((self.lower,), learned_prior=True)
+
     def moments(self, x: Tensor) -> Tensor:
         top, data = self._up(x)
         mu2, logvar2 = top.chunk(2, dim=1)
@@ -104,8 +108,9 @@ class LadderVAE(VAE):
     def forward(self, x: Tensor, sample: Sample) -> Tensor:
         top, data = self._up(x)
         z2 = sample(top)
-        mp, lp = prior = self._prior(z2)
-        mu, logvar = self._relative(data, prior)
+        prior = self._prior_moments(z2)
+        mp, lp = prior.chunk(2, dim=1)
+        mu, logvar = self._relative(data, (mp, lp))
         z1 = sample(torch.cat([mp + torch.exp(0.5 * lp) * mu, lp + logvar], dim=1), prior)
         return self.decoder.likelihood.log_prob(x, self.decoder.said(z1))
 
@@ -117,8 +122,11 @@ class LadderVAE(VAE):
         top, data = self.encoder(self.decoder.likelihood.features(x))
         return widened(top), widened(data)
 
+    def _prior_moments(self, z2: Tensor) -> Tensor:
+        return widened(self.decoder.prior(z2))
+
     def _prior(self, z2: Tensor) -> tuple[Tensor, Tensor]:
-        mp, lp = widened(self.decoder.prior(z2)).chunk(2, dim=1)
+        mp, lp = self._prior_moments(z2).chunk(2, dim=1)
         return mp, lp
 
     def _relative(self, data: Tensor, prior: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,15 @@
-"""The training loop: one class whose state is what a checkpoint holds."""
+"""The training loop: one class whose state is what a checkpoint holds. Read it from the top: ``fit`` is the
+run, ``_epoch`` an epoch of it, ``update`` a step."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from filelock import FileLock
@@ -16,23 +17,26 @@ from lightning_fabric import Fabric
 from rich.console import Console
 from torch import Tensor
 
+from vaekernels.collapse import CollapseWarning
 from vaekernels.training import (
     checkpoint,
     display,
     engine,
+    models,
     nonfinite,
+    objectives,
     strategies,
 )
 from vaekernels.training.config import Config, combinations, settings
-from vaekernels.training.data import Batches, Data, Text
+from vaekernels.training.data import Batches, Data
 from vaekernels.training.errors import ConfigError, Interrupted, NonFiniteError
-from vaekernels.training.evaluate import Evaluation, evaluate
+from vaekernels.training.evaluate import Evaluation, evaluate, monitor
 from vaekernels.training.interrupts import stop_requests
-from vaekernels.training.latents import ELBO, KLOptions, Latents, Terms
+from vaekernels.training.latents import ELBO, Terms
 from vaekernels.training.logs import Log
-from vaekernels.training.models import VAE, build
-from vaekernels.training.objective import Objective
-from vaekernels.training.objective import build as build_objective
+from vaekernels.training.models import VAE
+from vaekernels.training.objectives import Objective, Task
+from vaekernels.training.progress import Progress, Step
 from vaekernels.training.run import RunFolder
 from vaekernels.training.seeds import derive, seed_defaults
 from vaekernels.training.strategies import Part
@@ -40,60 +44,6 @@ from vaekernels.training.strategies import Part
 __all__ = ["Trainer"]
 
 _EPOCH_LINES = 20  # at most, on the terminal; the log has every epoch
-
-
-@dataclass
-class Progress:
-    """How far the run is. ``batch`` is the next batch of ``epoch``; the sums are over the epoch so far."""
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    seconds: float = 0.0
-    sums: dict[str, float] = field(
-        default_factory=lambda: {"examples": 0.0, "nll": 0.0, "rate": 0.0, "kl": 0.0}
-    )
-
-    @classmethod
-    def of(cls, state: Mapping[str, Any]) -> Progress:
-        """ValueError or TypeError unless ``state`` is that of a checkpoint."""
-        progress, fresh = cls(**state), cls()
-        if len(state) < len(fields(cls)):
-            raise ValueError(f"progress has {', '.join(state) or 'nothing'} only")
-        numbers = [
-            (getattr(progress, f.name), getattr(fresh, f.name)) for f in fields(cls) if f.name != "sums"
-        ]
-        numbers += [(progress.sums[name], value) for name, value in fresh.sums.items()]
-        for value, like in numbers:
-            if type(value) is not type(like) or not value >= 0:
-                raise ValueError(f"progress holds {value!r}")
-        return progress
-
-    def count(self, step: Step, examples: int) -> None:
-        self.batch += 1
-        self.step += 1
-        self.sums["examples"] += examples
-        for name in ("nll", "rate", "kl"):
-            self.sums[name] += getattr(step, name) * examples
-
-    def mean(self, name: str) -> float:
-        return self.sums[name] / max(self.sums["examples"], 1.0)
-
-    def next_epoch(self) -> None:
-        self.epoch, self.batch = self.epoch + 1, 0
-        self.sums = dict.fromkeys(self.sums, 0.0)
-
-
-class Step(NamedTuple):
-    """What a step measured, over all processes; nats, means over the batch. ``kl``: as in the loss."""
-
-    loss: float
-    nll: float
-    rate: float
-    kl: float
-    weight: float
-    stop: bool
-    """Whether a process was asked to stop."""
 
 
 class Trainer:
@@ -122,30 +72,45 @@ class Trainer:
         self._stop = False
         self._lock: FileLock | None = None  # of the folder, in the first process
 
+        # where it runs, and what is random
         self.fabric = fabric or engine.launch(config.engine)
         self.console = console if self.fabric.is_global_zero else display.console(quiet=True)
-        seed, rank = config.engine.seed, self.fabric.global_rank
+        seed, rank, device = config.engine.seed, self.fabric.global_rank, self.fabric.device
         torch.manual_seed(seed)
-        self.model: VAE = build(config.model, data)
+        self.model: VAE = models.build(config.model, data)
         seed_defaults(derive(seed, "process", rank))
-        self.noise = torch.Generator(device=self.fabric.device).manual_seed(derive(seed, "noise", rank))
+        self.noise = torch.Generator(device=device).manual_seed(derive(seed, "noise", rank))
+
+        # what is minimised, on what, when
+        self.batches = Batches(data, batch_size=config.optim.batch_size, seed=seed)
+        self.task = replace(
+            Task.of(config, data, self.model.latent_dim),
+            device=device,
+            process_group=engine.process_group(self.fabric),
+        )
+        # that of the last epoch: a strategy may begin with another one
+        self._objective = objectives.build(config.objective, self.task)
+        self.strategy = strategies.build(config.strategy, self._objective, seed=seed)
+        self.elbo = ELBO(self.model, self._objective.options)
         optimizer = torch.optim.Adam(
             (p for p in self.model.parameters() if p.requires_grad), lr=config.optim.lr
         )
-        self._forward, self.optimizer = self.fabric.setup(ELBO(self.model), optimizer)
-        self.batches = Batches(data, batch_size=config.optim.batch_size, seed=seed)
-        self._schedules = self._objective()
-        self.strategy = strategies.build(config.strategy, self._schedules)
+        self._forward, self.optimizer = self.fabric.setup(self.elbo, optimizer)
+
+        # what is measured and written down
+        self.monitor = monitor(self.model, data.heldout, device=device)
         self.log = Log(self.folder.log, self.fabric, tensorboard=config.engine.tensorboard)
         try:
             engine.once(self.fabric, self._hold if resume else self._create)
             if resume:
                 self._resume()
             else:
-                self._start()
+                self.log.start()
         except BaseException:
             self._release()
             raise
+
+    # --- the loop
 
     def fit(self) -> Evaluation:
         """Train to the last epoch, evaluate, write ``metrics.json``. Then, whatever happened, other processes
@@ -176,34 +141,25 @@ class Trainer:
             checkpoint.write_text(self.folder.metrics, text)
         return evaluation
 
-    def request_stop(self) -> None:
-        """Save and raise Interrupted after the step that is under way, or the next one."""
-        self._stop = True
-
-    # --- the loop
-
     def _epoch(self, bar: display.Bar) -> Evaluation:
-        progress = self.progress
+        progress, strategy = self.progress, self.strategy
         started = time.perf_counter() - progress.seconds
-        self.model.train()
+        self.elbo.train()
         if progress.batch == 0:
-            self.strategy.start_epoch(self)
+            self._say(strategy.start_epoch(progress.epoch, self.model, self.optimizer.optimizer))
         for batch in self.batches.order(progress.epoch)[progress.batch :]:
-            self.strategy.before_step(self)
-            step = self.update(batch, self.strategy.trained)
+            strategy.before_step(self.update, self.batches)
+            step = self.update(batch, strategy.trained)
             progress.count(step, len(batch))
             progress.seconds = time.perf_counter() - started
             self._after_step(step, bar)
         evaluation = self._evaluate()
         progress.seconds = time.perf_counter() - started
-        self.strategy.end_epoch(self, evaluation)
+        self._say(strategy.end_epoch(evaluation.mi_lower.value))
         line = self._log_epoch(evaluation)
         progress.next_epoch()
         self._save()
-        if (
-            line is not None
-        ):  # printed last: a standard output that was closed costs nothing that is not saved
-            self.console.print(line, highlight=False)
+        self._say(line)  # last: a standard output that was closed costs nothing that is not saved
         return evaluation
 
     def update(self, batch: Tensor, trained: Part) -> Step:
@@ -212,16 +168,17 @@ class Trainer:
         objective = self.objective
         rows = batch[self.fabric.global_rank :: self.fabric.world_size]
         x = self.batches.take(rows).to(self.fabric.device)
-        latents = Latents(objective.options, self.noise)
+
         self.optimizer.zero_grad()
-        terms = self._forward(x, latents, len(batch) / self.fabric.world_size)
+        terms: Terms = self._forward(x, len(batch) / self.fabric.world_size, self.noise)
         loss = objective.loss(terms)
         means = self._means(loss, terms)
-        values = means.tolist()
-        step = Step(values[0], values[1], values[2], values[3], values[4], stop=values[5] > 0)
+        *values, stop = means.tolist()
+        step = Step._make((*values, stop > 0))
         if not all(map(math.isfinite, values)):
-            own = nonfinite.blame_terms(self.model, terms, latents, objective.weight, rows)
+            own = nonfinite.blame_terms(self.model, terms, objective.weight, rows)
             self._refuse(f"loss {step.loss:g}, NLL {step.nll:g}, rate {step.rate:g}", nonfinite.largest(own))
+
         self.fabric.backward(loss)
         if trained != "all":
             frozen = self.model.decoder if trained == "encoder" else self.model.encoder
@@ -237,30 +194,21 @@ class Trainer:
             objective.step(means[1], means[2])
         return step
 
+    @property
+    def objective(self) -> Objective:
+        """What is minimised now."""
+        return self.strategy.objective(self.progress.epoch)
+
     def _means(self, loss: Tensor, terms: Terms) -> Tensor:
         """loss, NLL, rate, KL, weight and the wish to stop, over all processes: one collective, and one
         synchronisation a step, the price of stopping before a bad step rather than after it."""
-        kl = terms.rate if terms.kl.dim() > 1 else terms.kl
+        objective = self.objective
         stop = torch.full_like(loss, self._stop)
-        values = [loss, terms.nll, terms.rate.sum(), kl.sum(), self.objective.weight, stop]
+        values = [loss, terms.nll, terms.rate.sum(), objective.kl(terms), objective.weight, stop]
         means = torch.stack(values).detach()
         if self.fabric.world_size > 1:
             self.fabric.all_reduce(means)  # in place
         return means
-
-    def _refuse(self, seen: str, offender: nonfinite.Offender) -> NoReturn:
-        progress = self.progress
-        raise NonFiniteError(
-            f"step {progress.step + 1} (epoch {progress.epoch + 1}, batch {progress.batch + 1} of "
-            f"{len(self.batches)}): {seen}; largest offender: {offender.text}. The step was not taken; "
-            f"{self._last_good()}. A lower --lr or a smaller --beta is the usual remedy"
-        )
-
-    def _last_good(self) -> str:
-        path = self.folder.checkpoint
-        return (
-            f"the last good checkpoint is {path}" if path.exists() else "no checkpoint had been written yet"
-        )
 
     def _after_step(self, step: Step, bar: display.Bar) -> None:
         progress, every = self.progress, self.config.engine
@@ -280,89 +228,24 @@ class Trainer:
         if every.checkpoint_steps and progress.step % every.checkpoint_steps == 0:
             self._save()
 
-    @property
-    def objective(self) -> Objective:
-        """What is minimised now."""
-        return self.strategy.objective(self.progress.epoch)
+    def request_stop(self) -> None:
+        """Save and raise Interrupted after the step that is under way, or the next one."""
+        self._stop = True
 
-    def _objective(self) -> Objective:
-        config = self.config
-        return build_objective(
-            config.objective,
-            KLOptions(process_group=engine.process_group(self.fabric)),
-            text=isinstance(self.data, Text),
-            epochs=config.optim.epochs - config.strategy.pretrain_epochs,
-            steps_per_epoch=len(self.batches),
-            data_dims=self.data.dims,
-            latent_dim=self.model.latent_dim,
-            device=self.fabric.device,
-        )
+    # --- what is measured and said
 
     def _evaluate(self) -> Evaluation:
+        step = self.progress.step
         try:
-            return evaluate(self.model, self.data.heldout.to(self.fabric.device))
+            evaluation, reading = evaluate(self.model, self.monitor, step)
         except NonFiniteError as error:
-            raise NonFiniteError(f"after step {self.progress.step}: {error}; {self._last_good()}") from error
-
-    # --- what is kept
-
-    def _create(self) -> None:
-        self._lock = self.folder.create()
-        self.folder.write_config(self.config)
-
-    def _hold(self) -> None:
-        self._lock = self.folder.hold()
-
-    def _release(self) -> None:
-        if self._lock is not None:
-            self._lock.release()
-
-    def _start(self) -> None:
-        self.log.start()
-
-    def _resume(self) -> None:
-        path = self.folder.checkpoint
-        state = checkpoint.load(path)
-        checkpoint.require_same_data(state, path, self.data)
-        try:
-            self.folder.require_same(settings.from_toml(state["config"]), self.config)
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.strategy.load_state_dict(state["strategy"])
-            self.progress = Progress.of(state["progress"])
-            self._schedules.load_state_dict(state["schedules"])
-            same_noise = checkpoint.restore_random_states(self.fabric, state["random"], self.noise)
-        except ConfigError:
-            raise
-        except Exception as error:  # a dozen types, for what is not of the type that it should be
-            raise checkpoint.misfit(path, self.folder.config, error) from error
-        if not same_noise:
-            self.noise.manual_seed(
-                derive(
-                    self.config.engine.seed, "noise", self.fabric.global_rank, path.name, self.progress.step
-                )
-            )
-            self.console.print(
-                "the run began on another kind of device or with another number of processes: the noise of z "
-                "goes on from new seeds"
-            )
-        if self.fabric.is_global_zero:
-            self.folder.write_config(self.config)
-        self.log.resume(self.progress.step, self.progress.epoch)
-
-    def _save(self) -> None:
-        progress = self.progress
-        state = {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "schedules": self._schedules.state_dict(),
-            "strategy": self.strategy.state_dict(),
-            "progress": {f.name: getattr(progress, f.name) for f in fields(progress)},
-            "random": checkpoint.random_states(self.fabric, self.noise),
-            "data": self.data.sha256,
-            "config": settings.to_toml(self.config),
-        }
-        checkpoint.save(self.fabric, self.folder.checkpoint, state)
+            raise NonFiniteError(f"after step {step}: {error}; {self._last_good()}") from error
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", CollapseWarning)
+            self.monitor.record(reading)
+        for warning in caught:
+            self._say(f"warning: {warning.message}", style="yellow")
+        return evaluation
 
     def _log_epoch(self, evaluation: Evaluation) -> str | None:
         """What to print of the epoch, if this is one to print."""
@@ -398,3 +281,78 @@ class Trainer:
             "seconds": round(self.progress.seconds, 3),
             "torch": torch.__version__,
         }
+
+    def _say(self, text: str | None, style: str | None = None) -> None:
+        if text is not None:
+            self.console.print(text, style=style, highlight=False)
+
+    def _refuse(self, seen: str, offender: nonfinite.Offender) -> NoReturn:
+        progress = self.progress
+        raise NonFiniteError(
+            f"step {progress.step + 1} (epoch {progress.epoch + 1}, batch {progress.batch + 1} of "
+            f"{len(self.batches)}): {seen}; largest offender: {offender.text}. The step was not taken; "
+            f"{self._last_good()}. A lower --lr or a smaller --beta is the usual remedy"
+        )
+
+    def _last_good(self) -> str:
+        path = self.folder.checkpoint
+        return (
+            f"the last good checkpoint is {path}" if path.exists() else "no checkpoint had been written yet"
+        )
+
+    # --- what is kept
+
+    def _save(self) -> None:
+        state = {
+            "model": self.model,
+            "latents": self.elbo.latents.state_dict(),
+            "optimizer": self.optimizer,
+            "schedules": self._objective.state_dict(),
+            "strategy": self.strategy.state_dict(),
+            "monitor": self.monitor.state_dict(),
+            "progress": self.progress.state_dict(),
+            "random": checkpoint.random_states(self.fabric, self.noise),
+            "data": self.data.sha256,
+            "config": settings.to_toml(self.config),
+        }
+        checkpoint.save(self.fabric, self.folder.checkpoint, state)
+
+    def _resume(self) -> None:
+        path = self.folder.checkpoint
+        state = checkpoint.load(path)
+        checkpoint.require_same_data(state, path, self.data)
+        try:
+            self.folder.require_same(settings.from_toml(state["config"]), self.config)
+            self.model.load_state_dict(state["model"])
+            self.elbo.latents.load_state_dict(state["latents"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self._objective.load_state_dict(state["schedules"])
+            self.strategy.load_state_dict(state["strategy"])
+            self.monitor.load_state_dict(state["monitor"])
+            self.progress = Progress.of(state["progress"])
+            same_noise = checkpoint.restore_random_states(self.fabric, state["random"], self.noise)
+        except ConfigError:
+            raise
+        except Exception as error:  # a dozen types, for what is not of the type that it should be
+            raise checkpoint.misfit(path, self.folder.config, error) from error
+        if not same_noise:
+            seed, rank = self.config.engine.seed, self.fabric.global_rank
+            self.noise.manual_seed(derive(seed, "noise", rank, path.name, self.progress.step))
+            self.console.print(
+                "the run began on another kind of device or with another number of processes: the noise of z "
+                "goes on from new seeds"
+            )
+        if self.fabric.is_global_zero:
+            self.folder.write_config(self.config)
+        self.log.resume(self.progress.step, self.progress.epoch)
+
+    def _create(self) -> None:
+        self._lock = self.folder.create()
+        self.folder.write_config(self.config)
+
+    def _hold(self) -> None:
+        self._lock = self.folder.hold()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()

@@ -9,10 +9,9 @@ import jinja2
 import torch
 from torch import Tensor
 
-from vaekernels.collapse import Curve
-from vaekernels.collapse import plots as pictures
+from vaekernels.collapse import Curve, plots
 from vaekernels.training import gallery
-from vaekernels.training.demo import words
+from vaekernels.training.demo import tables
 from vaekernels.training.demo.outcome import Outcome
 from vaekernels.training.diagnosis import grid
 
@@ -55,11 +54,11 @@ def _section(title: str, outcomes: Sequence[Outcome]) -> Section:
     return Section(
         title,
         outcomes,
-        words.rows(outcomes, words.interval),
-        words.conclusions(outcomes),
-        pictures.plane(points, {}),
-        pictures.curves(_joined(outcomes)),
-        [pictures.likelihoods(outcome.report.samples) for outcome in outcomes],
+        tables.rows(outcomes, tables.interval),
+        tables.conclusions(outcomes),
+        plots.plane(points, {}),
+        plots.curves(_joined(outcomes)),
+        [plots.likelihoods(outcome.report.samples) for outcome in outcomes],
         [each for each in seen if isinstance(each, gallery.Sentences)],
         [_grids(each) for each in seen if isinstance(each, gallery.Images)],
     )
@@ -74,7 +73,7 @@ def _joined(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Curve]]:
 
 def _grids(seen: gallery.Images) -> dict[str, str]:
     def picture(title: str, images: Tensor) -> str:
-        return pictures.image_grid(title, images)
+        return plots.image_grid(title, images)
 
     return {
         "held-out images above their reconstructions": picture(
