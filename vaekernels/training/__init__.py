@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from vaekernels.training.config import Config
-    from vaekernels.training.trainer import Trainer
     from vaekernels.training.run import open_run
+    from vaekernels.training.trainer import Trainer
 
 __all__ = ["Config", "Trainer", "open_run"]
 
