@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from vaekernels import _native
+from vaekernels._files import lines_of
 from vaekernels.bench import gpu, gpu_report
 from vaekernels.bench.cases import GPU_CASES, QUICK, Case, Layer, Problem, eager, fused
 from vaekernels.bench.report import machine
@@ -103,7 +104,7 @@ class Record:
     def read(cls, paths: Sequence[Path]) -> Record:
         record = cls()
         for path in paths:
-            for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            for line in lines_of(path.read_text(encoding="utf-8")) if path.exists() else ():
                 with contextlib.suppress(json.JSONDecodeError):  # a line that was cut off
                     record._take(json.loads(line))
         return record
