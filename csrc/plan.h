@@ -239,8 +239,10 @@ struct Layout {
   c10::SmallVector<int64_t, 6> axes[3];  // by Role
   bool groups_inner = false;
 
-  // The strides of t; none where a list of its axes takes more than one stride.
+  // The strides of t; none where a list of its axes takes more than one stride. No stride matters where there
+  // is no element.
   std::optional<Strides> strides(const Tensor& t) const {
+    if (t.numel() == 0) return Strides{};
     int64_t stride[3] = {0, 0, 0};
     for (int role = 0; role < 3; ++role) {
       const auto& list = axes[role];
@@ -266,9 +268,14 @@ inline c10::SmallVector<int64_t, 6> storage_order(const Tensor& mu, at::IntArray
   return order;
 }
 
-// None where z's storage is neither [B, G, S] nor [B, S, G].
+// None where z's storage is neither [B, G, S] nor [B, S, G]. A tensor without elements has any layout.
 inline std::optional<Layout> layout_of(const Tensor& mu, const Axes& a, at::IntArrayRef dense) {
   Layout layout;
+  if (mu.numel() == 0) {
+    for (size_t d = 0; d < a.roles.size(); ++d)
+      layout.axes[static_cast<int>(a.roles[d])].push_back(static_cast<int64_t>(d));
+    return layout;
+  }
   int last_role = 0, seen = 0;
   for (const int64_t d : storage_order(mu, dense)) {
     const Role role = a.roles[static_cast<size_t>(d)];

@@ -28,6 +28,7 @@ BACKENDS = ["kernels", "reference"]
 SHIM_MODULES = [
     "test_values",
     "test_gradients",
+    "test_empty",
     "test_conventions",
     "test_known_bugs",
     "test_properties",

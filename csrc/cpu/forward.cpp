@@ -75,7 +75,9 @@ class ForwardJob {
         columns_.reset(new double[static_cast<size_t>(chunks_.down() * p_.G)]);
         if (row_values_wanted_) row_values_.reset(new double[static_cast<size_t>(p_.B * chunks_.across)]);
       } else {
-        cells_.reset(new R[static_cast<size_t>(parts() * p_.cells())]);
+        const size_t cells = static_cast<size_t>(parts() * p_.cells());
+        cells_.reset(new R[cells]);
+        if (p_.numel() == 0) std::fill_n(cells_.get(), cells, R(0));  // sums of nothing, which no chunk writes
       }
     }
     if (p_.numel() > 0) {
@@ -254,7 +256,7 @@ class ForwardJob {
         for (size_t i = 0; i < row_values.size(); ++i)
           for (int64_t part = 0; part < chunks_.across; ++part)
             row_values[i] += row_values_[i * static_cast<size_t>(chunks_.across) + static_cast<size_t>(part)];
-    } else if (p_.numel() > 0) {
+    } else {
       finish_cells(sums, row_values);
     }
 
