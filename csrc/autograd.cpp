@@ -7,6 +7,7 @@
 
 #include <algorithm>
 
+#include "checks.h"
 #include "handles.h"
 
 namespace vk {
@@ -96,14 +97,22 @@ Results compute(const Tensor& first, const Tensor& second, const OptTensor& prio
 
 // Differentiated itself (double backward), the backward is computed by formulas that autograd can follow.
 Tensors4 latent_backward(VK_GRAD_ARGS, VK_TARGET_ARGS, VK_SAVED_ARGS) {
-  if (compute_requires_grad(VK_GRAD_PASS, VK_TARGET_PASS, VK_PRIOR_PASS))
+  if (compute_requires_grad(VK_GRAD_PASS, VK_TARGET_PASS, VK_PRIOR_PASS)) {
+    check_backward<c10::SymInt>(VK_GRAD_PASS, VK_TARGET_PASS, VK_SAVED_PASS);
     return call::latent_backward_reference(VK_GRAD_PASS, VK_TARGET_PASS, VK_SAVED_PASS);
+  }
   const at::AutoDispatchBelowADInplaceOrView below;
   return call::latent_backward(VK_GRAD_PASS, VK_TARGET_PASS, VK_SAVED_PASS);
 }
 Tensors3 latent_backward_packed(VK_GRAD_ARGS, VK_PACKED_ARGS, VK_SAVED_ARGS) {
-  if (compute_requires_grad(VK_GRAD_PASS, moments, VK_PRIOR_PASS))
+  if (compute_requires_grad(VK_GRAD_PASS, moments, VK_PRIOR_PASS)) {
+    {
+      const at::NoGradGuard unrecorded;
+      const auto [mu, logvar] = halves<c10::SymInt>(VK_PACKED_PASS);
+      check_backward<c10::SymInt>(VK_GRAD_PASS, VK_TARGET_PASS, VK_SAVED_PASS);
+    }
     return call::latent_backward_packed_reference(VK_GRAD_PASS, VK_PACKED_PASS, VK_SAVED_PASS);
+  }
   const at::AutoDispatchBelowADInplaceOrView below;
   return call::latent_backward_packed(VK_GRAD_PASS, VK_PACKED_PASS, VK_SAVED_PASS);
 }

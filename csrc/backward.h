@@ -1,4 +1,5 @@
-// The backward of every operator: from gradients and saved tensors to the launch of one Problem.
+// The backward of every operator: from gradients and saved tensors, which checks.h has seen, to the launch of
+// one Problem.
 #pragma once
 
 #include "forward.h"
@@ -33,42 +34,6 @@ struct BackwardOptions {
   bool group_sums;
 };
 
-// What only backward is given, and a kernel would read out of bounds if it were of another size.
-inline void check_gradients(const BackwardArgs& in, const Axes& a, Reduction reduction) {
-  const Tensor& mu = in.mu;
-  const auto check = [&](const Tensor& t, bool fits, const char* name, const char* takes) {
-    TORCH_CHECK_VALUE(fits, name, " must be ", takes, " for mu of shape ", mu.sizes(), ", got ", t.sizes());
-    TORCH_CHECK_VALUE(t.device() == mu.device(), name, " must be on the device of mu, ", mu.device(),
-                      ", got ", t.device());
-  };
-  if (in.grad_z) {
-    const Tensor& t = *in.grad_z;
-    const bool batched = t.dim() == mu.dim() + 1;
-    check(t, (batched ? t.sizes().slice(1) : t.sizes()) == mu.sizes(), "grad_z",
-          "[*mu.shape] or [K, *mu.shape]");
-    TORCH_CHECK_TYPE(t.scalar_type() == mu.scalar_type(), "grad_z must have the dtype of mu, ",
-                     mu.scalar_type(), ", got ", t.scalar_type());
-  }
-  if (in.grad_kl) {
-    const bool fits = reduction == Reduction::elementwise
-                          ? in.grad_kl->sizes() == mu.sizes()
-                          : in.grad_kl->sizes() == at::IntArrayRef(kl_shape(mu, a, reduction));
-    check(*in.grad_kl, fits, "grad_kl", "the shape of kl");
-  }
-  if (in.grad_per_group)
-    check(*in.grad_per_group, in.grad_per_group->sizes() == at::IntArrayRef(a.group_shape),
-          "grad_kl_per_group", "the group shape");
-  if (!in.grad_kl && !in.grad_per_group) return;
-  TORCH_CHECK_VALUE(in.gate && in.open, "a gradient of the KL needs gate and open");
-  TORCH_CHECK_TYPE(in.gate->scalar_type() == compute_type(mu) && in.open->scalar_type() == at::kByte,
-                   "gate and open must be ", compute_type(mu), " and uint8, got ", in.gate->scalar_type(),
-                   " and ", in.open->scalar_type());
-  check(*in.gate, in.gate->dim() == 1 && (in.gate->numel() == 1 || in.gate->numel() == a.G), "gate",
-        "[1] or one number for each group");
-  check(*in.open, in.open->dim() == 1 && (in.open->numel() == 0 || in.open->numel() == (a.B * a.G + 7) / 8),
-        "open", "empty or one bit for each row and group");
-}
-
 // grad_z in the dense order that the kernels read, one block for each sample.
 inline Tensor dense_grad_z(const Tensor& grad_z, const Tensor& mu, at::IntArrayRef dense, int64_t& K) {
   at::DimVector strides(dense);
@@ -91,11 +56,9 @@ inline bool grad_mu_is_grad_z(const OptTensor& grad_z, const OptTensor& grad_kl,
 template <class Backend>
 void backward_into(const BackwardArgs& in, const BackwardOptions& o, VK_PARAM_ARGS, Gradients& out) {
   const Tensor& mu = in.mu;
-  check_inputs(mu, in.logvar, in.prior_mu, in.prior_logvar);
   const bool kl_used = in.grad_kl.has_value() || in.grad_per_group.has_value();
   const auto dense = dense_strides(mu);
   const Axes a = axes_of(mu, o.batch_dims, o.group_dims);
-  check_gradients(in, a, reduction_of(o.reduction));
   std::optional<Layout> layout;
   if (!kl_used) {
     const Tensor* tensors[] = {&mu, &in.logvar};
@@ -146,13 +109,11 @@ void backward_into(const BackwardArgs& in, const BackwardOptions& o, VK_PARAM_AR
 
   Backward call;
   set_param(call, VK_PARAM_PASS);
-  call.dtype = dtype_of(mu, "mu");
+  call.dtype = dtype_of(mu);
   Bound bound(call, mu, *layout, dense);
   call.mu = bound.input(mu);
   call.scale = bound.input(in.logvar);
   if (in.grad_z) {
-    TORCH_CHECK_VALUE(in.rng.has_value(), "grad_z needs the rng that z was drawn with");
-    check_rng(mu, *in.rng);
     call.rng = in.rng->const_data_ptr<int64_t>();
     call.grad_z = bound.keep(dense_grad_z(*in.grad_z, mu, dense, call.K));
   }
@@ -172,8 +133,8 @@ void backward_into(const BackwardArgs& in, const BackwardOptions& o, VK_PARAM_AR
     if (call.clamp == Clamp::sample)
       call.open = static_cast<const uint8_t*>(bound.keep(in.open->contiguous()));
     if (o.weight)
-      call.weight = bound.keep(
-          constant(*o.weight, mu.sizes().slice(0, static_cast<size_t>(a.batch_dims)), mu, "weight"));
+      call.weight =
+          bound.keep(constant(*o.weight, mu.sizes().slice(0, static_cast<size_t>(a.batch_dims)), mu));
     if (o.balance) {
       call.posterior_share = 1 - *o.balance;
       call.prior_share = *o.balance;

@@ -1,5 +1,5 @@
-// The forward of every operator: from tensors to the launch of one Problem, for any backend (see
-// operators.h).
+// The forward of every operator: from tensors, which checks.h has seen, to the launch of one Problem, for any
+// backend (see operators.h).
 #pragma once
 
 #include "plan.h"
@@ -29,24 +29,11 @@ struct KLOptions {
   bool group_sums;
 };
 
-inline void check_inputs(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
-                         const OptTensor& prior_logvar) {
-  check_like(mu, logvar, "logvar");
-  TORCH_CHECK_VALUE(prior_mu.has_value() == prior_logvar.has_value(),
-                    "prior_mu and prior_logvar go together, got only ",
-                    prior_mu ? "prior_mu" : "prior_logvar");
-  if (prior_mu) {
-    check_like(mu, *prior_mu, "prior_mu");
-    check_like(mu, *prior_logvar, "prior_logvar");
-  }
-}
-
 // Fills in the half of the problem that samples.
 template <class Backend>
 void bind_sample(Forward& call, const ForwardArgs& in, at::IntArrayRef dense, Results& out) {
   const Tensor& mu = in.mu;
   if (in.num_samples) {
-    TORCH_CHECK_VALUE(*in.num_samples >= 0, "num_samples must not be negative, got ", *in.num_samples);
     at::DimVector sizes{*in.num_samples}, strides{mu.numel()};
     sizes.insert(sizes.end(), mu.sizes().begin(), mu.sizes().end());
     strides.insert(strides.end(), dense.begin(), dense.end());
@@ -57,7 +44,6 @@ void bind_sample(Forward& call, const ForwardArgs& in, at::IntArrayRef dense, Re
   }
   call.z = out.z.data_ptr();
   if (in.rng) {
-    check_rng(mu, *in.rng);
     call.rng = in.rng->const_data_ptr<int64_t>();
   } else {
     out.rng = Backend::draw(call, mu, *in.generator);
@@ -72,7 +58,7 @@ void run_sample(const ForwardArgs& in, VK_PARAM_ARGS, Results& out) {
   const Layout layout = sample_layout(in.mu, tensors, dense);
   Forward call;
   set_param(call, VK_PARAM_PASS);
-  call.dtype = dtype_of(in.mu, "mu");
+  call.dtype = dtype_of(in.mu);
   Bound bound(call, in.mu, layout, dense);
   call.mu = bound.input(in.mu);
   call.scale = bound.input(in.logvar);
@@ -91,14 +77,12 @@ inline void bind_kl(Forward& call, const Tensor& mu, const Axes& a, at::IntArray
     call.clamp = clamp_of(o.clamp);
     call.penalty = penalty_of(o.penalty);
     if (o.free_bits_per_group)
-      call.free_bits_per_group = bound.keep(constant(*o.free_bits_per_group, a.group_shape, mu, "free_bits"));
+      call.free_bits_per_group = bound.keep(constant(*o.free_bits_per_group, a.group_shape, mu));
     else
       call.free_bits = *o.free_bits;
   }
-  check_reduction(call.reduction, call.clamp, o.weight.has_value());
   if (o.weight)
-    call.weight =
-        bound.keep(constant(*o.weight, mu.sizes().slice(0, static_cast<size_t>(a.batch_dims)), mu, "weight"));
+    call.weight = bound.keep(constant(*o.weight, mu.sizes().slice(0, static_cast<size_t>(a.batch_dims)), mu));
   out.kl = call.reduction == Reduction::elementwise
                ? empty_dense(mu, dense, compute)
                : empty_beside(mu, kl_shape(mu, a, call.reduction), compute);
@@ -114,7 +98,6 @@ inline void bind_kl(Forward& call, const Tensor& mu, const Axes& a, at::IntArray
 
 template <class Backend>
 Results forward(const ForwardArgs& in, const KLOptions& o, VK_PARAM_ARGS) {
-  check_inputs(in.mu, in.logvar, in.prior_mu, in.prior_logvar);
   Results out;
   if (!in.kl) {
     run_sample<Backend>(in, VK_PARAM_PASS, out);
@@ -153,7 +136,7 @@ Results forward(const ForwardArgs& in, const KLOptions& o, VK_PARAM_ARGS) {
   }
   Forward call;
   set_param(call, VK_PARAM_PASS);
-  call.dtype = dtype_of(in.mu, "mu");
+  call.dtype = dtype_of(in.mu);
   Bound bound(call, in.mu, *layout, dense);
   call.mu = bound.input(in.mu);
   call.scale = bound.input(in.logvar);

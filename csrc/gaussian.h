@@ -58,8 +58,8 @@ VK_FN Scale<R> scale_of(R s) {
     const R inverse = R(1) / sd;
     return {log_of(sd), inverse, sd, inverse, R(1)};
   } else {
-    const R y = exp_of(s < R(0) ? s : -s);  // e^-|s|
-    const R sd = (s > R(0) ? s : R(0)) + log1p_of(y);
+    const R y = exp_of(s < R(0) ? s : -s);             // e^-|s|
+    const R sd = (s < R(0) ? R(0) : s) + log1p_of(y);  // NaN by the first, whatever log1p_of makes of it
     const R sigmoid = (s < R(0) ? y : R(1)) / (R(1) + y);
     // Far down sd underflows long before the KL, which is close to -s there, overflows.
     const bool far = s < softplus_switch<R>();
@@ -175,65 +175,78 @@ VK_FN R kl_slope_prior(const Scale<R>& scale, R growth) {
   return kHoldsSd<P> ? growth * scale.log_slope : growth;
 }
 
-// The gradient with respect to s: `noise` = grad_z * eps is the gradient with respect to sd, `c` the gradient
-// of the loss with respect to the element's KL, `kl_slope` as above.
+// What comes to an element through its samples: the sums over them of grad_z, and of grad_z * eps, which is
+// the gradient with respect to sd. Where z was not used both are 0.
+template <class R>
+struct SampleGradients {
+  R sum, noise;
+  bool used;
+
+  // The noise's part of the gradient with respect to x. 0 where z was not used, though sd may be inf.
+  VK_FN R log_sd(R sd) const { return noise * keep_if(used, sd); }
+};
+
+// The gradient with respect to s: `c` is the gradient of the loss with respect to the element's KL,
+// `kl_slope` as above.
 template <Param P, class R>
-VK_FN R scale_gradient(const Scale<R>& scale, const Posterior<R>& q, R noise, R c, R kl_slope) {
+VK_FN R scale_gradient(const Scale<R>& scale, const Posterior<R>& q, const SampleGradients<R>& z, R c,
+                       R kl_slope) {
   const R gradient =
-      kHoldsSd<P> ? noise * scale.slope + c * kl_slope : (noise * q.sd + c * kl_slope) * scale.log_slope;
+      kHoldsSd<P> ? z.noise * scale.slope + c * kl_slope : (z.log_sd(q.sd) + c * kl_slope) * scale.log_slope;
   return keep_if(q.inside, gradient);
 }
 
-// The gradients of one element, given sum = sum over samples of grad_z and noise = sum of grad_z * eps.
+// The gradients of one element.
 template <class R>
 struct ElementGradients {
   R mu, scale, prior_mu, prior_scale;
 };
 
 template <Param P, class R>
-VK_FN ElementGradients<R> gradients_sample(const Scale<R>& scale, const Posterior<R>& q, R sum, R noise) {
-  const R gradient = kHoldsSd<P> ? noise * scale.slope : noise * q.sd * scale.log_slope;
-  return {sum, keep_if(q.inside, gradient), R(0), R(0)};
+VK_FN ElementGradients<R> gradients_sample(const Scale<R>& scale, const Posterior<R>& q,
+                                           const SampleGradients<R>& z) {
+  const R gradient = kHoldsSd<P> ? z.noise * scale.slope : z.log_sd(q.sd) * scale.log_slope;
+  return {z.sum, keep_if(q.inside, gradient), R(0), R(0)};
 }
 
 template <Param P, class R, class AnyBounds, class Range = AnyRange>
-VK_FN ElementGradients<R> gradients_sample(R s, const AnyBounds& bounds, R sum, R noise,
+VK_FN ElementGradients<R> gradients_sample(R s, const AnyBounds& bounds, const SampleGradients<R>& z,
                                            const Range& range = {}) {
   const Scale<R> scale = scale_of<P>(s);
-  return gradients_sample<P>(scale, posterior_of<P>(scale, bounds, range), sum, noise);
+  return gradients_sample<P>(scale, posterior_of<P>(scale, bounds, range), z);
 }
 
 template <Param P, class R>
-VK_FN ElementGradients<R> gradients_standard(const Scale<R>& scale, const Posterior<R>& q, R mu, R sum,
-                                             R noise, R c) {
-  return {sum + c * mu, scale_gradient<P>(scale, q, noise, c, kl_slope_standard<P>(scale, q)), R(0), R(0)};
+VK_FN ElementGradients<R> gradients_standard(const Scale<R>& scale, const Posterior<R>& q, R mu,
+                                             const SampleGradients<R>& z, R c) {
+  return {z.sum + c * mu, scale_gradient<P>(scale, q, z, c, kl_slope_standard<P>(scale, q)), R(0), R(0)};
 }
 
 template <Param P, class R, class AnyBounds, class Range = AnyRange>
-VK_FN ElementGradients<R> gradients_standard(R mu, R s, const AnyBounds& bounds, R sum, R noise, R c,
-                                             const Range& range = {}) {
+VK_FN ElementGradients<R> gradients_standard(R mu, R s, const AnyBounds& bounds, const SampleGradients<R>& z,
+                                             R c, const Range& range = {}) {
   const Scale<R> scale = scale_of<P>(s);
-  return gradients_standard<P>(scale, posterior_of<P>(scale, bounds, range), mu, sum, noise, c);
+  return gradients_standard<P>(scale, posterior_of<P>(scale, bounds, range), mu, z, c);
 }
 
 // cq and cp: c for the posterior and for the prior, which differ under KL balancing.
 template <Param P, class R>
 VK_FN ElementGradients<R> gradients_prior(const Scale<R>& scale, const Scale<R>& prior_scale,
-                                          const Posterior<R>& q, const Prior<R>& p, R sum, R noise, R cq,
-                                          R cp) {
+                                          const Posterior<R>& q, const Prior<R>& p,
+                                          const SampleGradients<R>& z, R cq, R cp) {
   const R pull = p.distance * p.precision_root;
   const R growth = prior_growth<P>(q, prior_scale, p);
-  return {sum + cq * pull, scale_gradient<P>(scale, q, noise, cq, kl_slope_prior<P>(scale, growth)),
+  return {z.sum + cq * pull, scale_gradient<P>(scale, q, z, cq, kl_slope_prior<P>(scale, growth)),
           -(cp * pull), -(cp * ((growth + p.distance * p.distance) * prior_scale.log_slope))};
 }
 
 template <Param P, class R, class AnyBounds, class Range = AnyRange>
-VK_FN ElementGradients<R> gradients_prior(R mu, R s, R prior_mu, R prior_s, const AnyBounds& bounds, R sum,
-                                          R noise, R cq, R cp, const Range& range = {}) {
+VK_FN ElementGradients<R> gradients_prior(R mu, R s, R prior_mu, R prior_s, const AnyBounds& bounds,
+                                          const SampleGradients<R>& z, R cq, R cp, const Range& range = {}) {
   const Scale<R> scale = scale_of<P>(s), prior_scale = scale_of<P>(prior_s);
   const Posterior<R> q = posterior_of<P>(scale, bounds, range);
   const Prior<R> p = prior_of<P>(mu, q.x, prior_mu, prior_scale, range);
-  return gradients_prior<P>(scale, prior_scale, q, p, sum, noise, cq, cp);
+  return gradients_prior<P>(scale, prior_scale, q, p, z, cq, cp);
 }
 
 // Free bits, f(x; lambda): what the loss counts of a rate x. The gate is open, x >= lambda, where the

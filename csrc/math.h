@@ -157,9 +157,10 @@ VK_FN Exp<float> exp_parts(float x, const AnyRange& range = {}) {
 // sqrt(2)), `minus_one` stands for x - 1 and carries the digits that x itself has lost. Relative error <
 // 1e-7.
 VK_FN float log_reduced(float x, float minus_one) {
-  const int32_t bits = std::bit_cast<int32_t>(x);
-  const int32_t e = (bits - 0x3F3504F3) >> 23;
-  const float m = std::bit_cast<float>(bits - (e << 23));
+  // Unsigned, so that the bits of any x, -0 and negative ones included, may wrap around.
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const int32_t e = static_cast<int32_t>(bits - 0x3F3504F3u) >> 23;
+  const float m = std::bit_cast<float>(bits - (static_cast<uint32_t>(e) << 23));
   const float f = e == 0 ? minus_one : m - 1.f;
   float p = -0.07634499f;
   p = p * f + 0.12761578f;
@@ -188,7 +189,8 @@ VK_FN float sqrt_of(float x) { return std::sqrt(x); }
 VK_FN Exp<float> exp_parts_of_half(float y) { return exp_parts(0.5f * y); }
 
 // log(1 + y) for 0 <= y <= 1, relative error < 1.3e-7. The upper half as log(2) + log(1 + (y - 1) / 2), which
-// keeps the digits that 1 + y has no room for.
+// keeps the digits that 1 + y has no room for. Of a NaN it makes some number, which spares every other y a
+// test: the caller adds what is NaN there too.
 VK_FN float log1p_of(float y) {
   const bool upper = y > 0.41421356f;
   const float f = upper ? (y - 1.f) * 0.5f : y;

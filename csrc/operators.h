@@ -7,6 +7,7 @@
 #pragma once
 
 #include "backward.h"
+#include "checks.h"
 
 namespace vk {
 
@@ -17,6 +18,13 @@ struct Ops {
   static Results run(const Tensor& mu, const Tensor& logvar, const OptTensor& prior_mu,
                      const OptTensor& prior_logvar, bool sample, bool kl, const Tensor* rng,
                      const OptGenerator* generator, OptInt num_samples, VK_KL_ARGS) {
+    if (kl)
+      check_kl<int64_t>(mu, logvar, prior_mu, prior_logvar, VK_KL_PASS);
+    else
+      check_posterior(mu, logvar, VK_PARAM_PASS);
+    if (rng) check_rng(mu, *rng);
+    if (generator) check_generator(mu, *generator);
+    check_num_samples(num_samples);
     return forward<Backend>(
         ForwardArgs{mu, logvar, prior_mu, prior_logvar, sample, kl, rng, generator, num_samples},
         KLOptions{free_bits, free_bits_per_group, clamp, penalty, VK_LAYOUT_PASS}, VK_PARAM_PASS);
@@ -54,30 +62,30 @@ struct Ops {
 
   static Tensor reparameterize_packed(const Tensor& moments, int64_t dim, const Tensor& rng,
                                       OptInt num_samples, VK_PARAM_ARGS) {
-    const auto [mu, logvar] = halves(moments, dim);
+    const auto [mu, logvar] = halves<int64_t>(moments, dim);
     return reparameterize(mu, logvar, rng, num_samples, VK_PARAM_PASS);
   }
   static Tensors2 reparameterize_packed_draw(const Tensor& moments, int64_t dim,
                                              const OptGenerator& generator, OptInt num_samples,
                                              VK_PARAM_ARGS) {
-    const auto [mu, logvar] = halves(moments, dim);
+    const auto [mu, logvar] = halves<int64_t>(moments, dim);
     return reparameterize_draw(mu, logvar, generator, num_samples, VK_PARAM_PASS);
   }
   static Tensors4 gaussian_kl_packed(const Tensor& moments, int64_t dim, const OptTensor& prior_mu,
                                      const OptTensor& prior_logvar, VK_KL_ARGS) {
-    const auto [mu, logvar] = halves(moments, dim);
+    const auto [mu, logvar] = halves<int64_t>(moments, dim);
     return gaussian_kl(mu, logvar, prior_mu, prior_logvar, VK_KL_PASS);
   }
   static Tensors5 sample_kl_packed(const Tensor& moments, int64_t dim, const Tensor& rng,
                                    const OptTensor& prior_mu, const OptTensor& prior_logvar,
                                    OptInt num_samples, VK_KL_ARGS) {
-    const auto [mu, logvar] = halves(moments, dim);
+    const auto [mu, logvar] = halves<int64_t>(moments, dim);
     return sample_kl(mu, logvar, rng, prior_mu, prior_logvar, num_samples, VK_KL_PASS);
   }
   static Tensors6 sample_kl_packed_draw(const Tensor& moments, int64_t dim, const OptTensor& prior_mu,
                                         const OptTensor& prior_logvar, const OptGenerator& generator,
                                         OptInt num_samples, VK_KL_ARGS) {
-    const auto [mu, logvar] = halves(moments, dim);
+    const auto [mu, logvar] = halves<int64_t>(moments, dim);
     return sample_kl_draw(mu, logvar, prior_mu, prior_logvar, generator, num_samples, VK_KL_PASS);
   }
 
@@ -86,6 +94,7 @@ struct Ops {
                                   const OptTensor& rng, const OptTensor& prior_mu,
                                   const OptTensor& prior_logvar, const OptTensor& gate, const OptTensor& open,
                                   VK_BACKWARD_ARGS) {
+    check_backward<int64_t>(VK_GRAD_PASS, mu, logvar, VK_SAVED_PASS);
     const auto dense = dense_strides(mu);
     const auto gradient = [&](bool wanted) {
       return wanted ? empty_dense(mu, dense, mu.scalar_type()) : Tensor();
@@ -102,9 +111,10 @@ struct Ops {
                                          int64_t dim, const OptTensor& rng, const OptTensor& prior_mu,
                                          const OptTensor& prior_logvar, const OptTensor& gate,
                                          const OptTensor& open, VK_BACKWARD_ARGS) {
-    const auto [mu, logvar] = halves(moments, dim);
+    const auto [mu, logvar] = halves<int64_t>(moments, dim);
+    check_backward<int64_t>(VK_GRAD_PASS, mu, logvar, VK_SAVED_PASS);
     Tensor grad = at::empty_like(moments);
-    const auto [grad_mu, grad_logvar] = halves(grad, dim);
+    const auto [grad_mu, grad_logvar] = halves<int64_t>(grad, dim);
     Gradients g{grad_mu, grad_logvar, {}, {}};
     if (prior_grads) {
       const auto dense = dense_strides(mu);
@@ -116,13 +126,22 @@ struct Ops {
                            BackwardOptions{clamp, VK_LAYOUT_PASS}, VK_PARAM_PASS, g);
     return {std::move(grad), std::move(g.prior_mu), std::move(g.prior_logvar)};
   }
+
+  static Tensor rng_state(const Tensor& like, const OptGenerator& generator) {
+    check_generator(like, generator);
+    return Backend::rng_state(like, generator);
+  }
+  static Tensor philox_words(const Tensor& rng, int64_t n, int64_t first_quad) {
+    check_words(rng, n);
+    return Backend::philox_words(rng, n, first_quad);
+  }
 };
 
 template <class Backend>
 void register_ops(torch::Library& m) {
   using O = Ops<Backend>;
-  m.impl("_rng_state", &Backend::rng_state);
-  m.impl("_philox_words", &Backend::philox_words);
+  m.impl("_rng_state", &O::rng_state);
+  m.impl("_philox_words", &O::philox_words);
   m.impl("reparameterize", &O::reparameterize);
   m.impl("reparameterize_draw", &O::reparameterize_draw);
   m.impl("reparameterize_packed", &O::reparameterize_packed);

@@ -46,6 +46,7 @@ struct CpuBackend {
   }
 
   static void forward(const Forward& call, const Tensor&) {
+    if (call.rng != nullptr) check_offset(call.rng[1]);
     try {
       cpu::forward(call, run_parallel);
     } catch (const std::invalid_argument& e) {
@@ -53,11 +54,12 @@ struct CpuBackend {
     }
   }
 
-  static void backward(const Backward& call, const Tensor&) { cpu::backward(call, run_parallel); }
+  static void backward(const Backward& call, const Tensor&) {
+    if (call.rng != nullptr) check_offset(call.rng[1]);
+    cpu::backward(call, run_parallel);
+  }
 
   static Tensor philox_words(const Tensor& rng, int64_t n, int64_t first_quad) {
-    check_rng(rng, rng);
-    TORCH_CHECK_VALUE(n >= 0, "n must not be negative, got ", n);
     Tensor words = at::empty({n}, rng.options());
     const int64_t* state = rng.const_data_ptr<int64_t>();
     cpu::philox_words(static_cast<uint64_t>(state[0]), static_cast<uint64_t>(state[1]),
@@ -72,12 +74,6 @@ struct CpuBackend {
 struct Meta {
   using Sizes = std::vector<c10::SymInt>;
 
-  static std::pair<Tensor, Tensor> halves(const Tensor& moments, int64_t dim) {
-    const int64_t axis = at::maybe_wrap_dim(dim, moments.dim());
-    const c10::SymInt half = moments.sym_size(axis) / 2;
-    return {moments.narrow_symint(axis, 0, half), moments.narrow_symint(axis, half, half)};
-  }
-
   static Tensor state(const Tensor& like) { return at::empty({2}, like.options().dtype(at::kLong)); }
 
   static Tensor z(const Tensor& mu, const OptSymInt& num_samples) {
@@ -89,85 +85,89 @@ struct Meta {
     return at::empty_strided_symint(sizes, strides, mu.options());
   }
 
-  static Tensors4 kl(const Tensor& mu, VK_KL_ARGS) {
+  static Tensors4 kl(VK_TARGET_ARGS, VK_PRIOR_ARGS, VK_KL_ARGS) {
+    const auto a = check_kl<c10::SymInt>(VK_TARGET_PASS, VK_PRIOR_PASS, VK_KL_PASS);
     const auto options = mu.options().dtype(compute_type(mu));
-    Sizes batch, group;
-    c10::SymInt B = 1, G = 1;
-    std::vector<bool> is_group(static_cast<size_t>(mu.dim()), !group_dims.has_value());
-    if (group_dims)
-      for (const int64_t d : *group_dims)
-        is_group[static_cast<size_t>(at::maybe_wrap_dim(d, mu.dim()))] = true;
-    for (int64_t d = 0; d < mu.dim(); ++d) {
-      const c10::SymInt size = mu.sym_size(d);
-      if (d < batch_dims) {
-        batch.push_back(size);
-        B = B * size;
-      } else if (is_group[static_cast<size_t>(d)]) {
-        group.push_back(size);
-        G = G * size;
-      }
-    }
-    const bool clamped = has_free_bits(free_bits, free_bits_per_group);
-    const Clamp c = clamped ? clamp_of(clamp) : Clamp::none;
+    const Clamp c = has_free_bits(free_bits, free_bits_per_group) ? clamp_of(clamp) : Clamp::none;
     const Reduction r = reduction_of(reduction);
-    check_reduction(r, c, weight.has_value());
+    const auto batch = mu.sym_sizes().slice(0, static_cast<size_t>(batch_dims));
     Tensor value = r == Reduction::elementwise
                        ? at::empty_like(mu, options)
-                       : at::empty_symint(r == Reduction::none ? batch : Sizes(), options);
-    const c10::SymInt gates = c == Clamp::batch ? G : c10::SymInt(1);
-    const c10::SymInt bytes = c == Clamp::sample ? (B * G + 7) / 8 : c10::SymInt(0);
-    return {value, at::empty_symint(group, options), at::empty_symint({gates}, options),
+                       : at::empty_symint(r == Reduction::none ? batch : c10::SymIntArrayRef(), options);
+    const c10::SymInt gates = c == Clamp::batch ? a.G : c10::SymInt(1);
+    const c10::SymInt bytes = c == Clamp::sample ? (a.B * a.G + 7) / 8 : c10::SymInt(0);
+    return {value, at::empty_symint(a.group_shape, options), at::empty_symint({gates}, options),
             at::empty_symint({bytes}, options.dtype(at::kByte))};
   }
 
-  static Tensor reparameterize(VK_TARGET_ARGS, const Tensor&, OptSymInt num_samples, VK_PARAM_ARGS) {
+  static Tensor sampled(VK_TARGET_ARGS, const Tensor* rng, const OptSymInt& num_samples, VK_PARAM_ARGS) {
+    check_posterior(VK_TARGET_PASS, VK_PARAM_PASS);
+    if (rng) check_rng(mu, *rng);
+    check_num_samples(num_samples);
     return z(mu, num_samples);
+  }
+
+  static Tensor reparameterize(VK_TARGET_ARGS, const Tensor& rng, OptSymInt num_samples, VK_PARAM_ARGS) {
+    return sampled(VK_TARGET_PASS, &rng, num_samples, VK_PARAM_PASS);
   }
   static Tensors2 reparameterize_draw(VK_TARGET_ARGS, const OptGenerator&, OptSymInt num_samples,
                                       VK_PARAM_ARGS) {
-    return {z(mu, num_samples), state(mu)};
+    return {sampled(VK_TARGET_PASS, nullptr, num_samples, VK_PARAM_PASS), state(mu)};
   }
-  static Tensor reparameterize_packed(VK_PACKED_ARGS, const Tensor&, OptSymInt num_samples, VK_PARAM_ARGS) {
-    return z(halves(VK_PACKED_PASS).first, num_samples);
+  static Tensor reparameterize_packed(VK_PACKED_ARGS, const Tensor& rng, OptSymInt num_samples,
+                                      VK_PARAM_ARGS) {
+    const auto [mu, logvar] = halves<c10::SymInt>(VK_PACKED_PASS);
+    return sampled(VK_TARGET_PASS, &rng, num_samples, VK_PARAM_PASS);
   }
   static Tensors2 reparameterize_packed_draw(VK_PACKED_ARGS, const OptGenerator&, OptSymInt num_samples,
                                              VK_PARAM_ARGS) {
-    return {z(halves(VK_PACKED_PASS).first, num_samples), state(moments)};
+    const auto [mu, logvar] = halves<c10::SymInt>(VK_PACKED_PASS);
+    return {sampled(VK_TARGET_PASS, nullptr, num_samples, VK_PARAM_PASS), state(moments)};
   }
-  static Tensors4 gaussian_kl(VK_TARGET_ARGS, VK_PRIOR_ARGS, VK_KL_ARGS) { return kl(mu, VK_KL_PASS); }
+  static Tensors4 gaussian_kl(VK_TARGET_ARGS, VK_PRIOR_ARGS, VK_KL_ARGS) {
+    return kl(VK_TARGET_PASS, VK_PRIOR_PASS, VK_KL_PASS);
+  }
   static Tensors4 gaussian_kl_packed(VK_PACKED_ARGS, VK_PRIOR_ARGS, VK_KL_ARGS) {
-    return kl(halves(VK_PACKED_PASS).first, VK_KL_PASS);
+    const auto [mu, logvar] = halves<c10::SymInt>(VK_PACKED_PASS);
+    return kl(VK_TARGET_PASS, VK_PRIOR_PASS, VK_KL_PASS);
   }
-  static Tensors5 sample_kl(VK_TARGET_ARGS, const Tensor&, VK_PRIOR_ARGS, OptSymInt num_samples, VK_KL_ARGS) {
-    return std::tuple_cat(std::make_tuple(z(mu, num_samples)), kl(mu, VK_KL_PASS));
+  static Tensors5 sample_kl(VK_TARGET_ARGS, const Tensor& rng, VK_PRIOR_ARGS, OptSymInt num_samples,
+                            VK_KL_ARGS) {
+    return std::tuple_cat(std::make_tuple(sampled(VK_TARGET_PASS, &rng, num_samples, VK_PARAM_PASS)),
+                          kl(VK_TARGET_PASS, VK_PRIOR_PASS, VK_KL_PASS));
   }
   static Tensors6 sample_kl_draw(VK_TARGET_ARGS, VK_PRIOR_ARGS, const OptGenerator&, OptSymInt num_samples,
                                  VK_KL_ARGS) {
-    return std::tuple_cat(std::make_tuple(z(mu, num_samples)), kl(mu, VK_KL_PASS),
-                          std::make_tuple(state(mu)));
+    return std::tuple_cat(std::make_tuple(sampled(VK_TARGET_PASS, nullptr, num_samples, VK_PARAM_PASS)),
+                          kl(VK_TARGET_PASS, VK_PRIOR_PASS, VK_KL_PASS), std::make_tuple(state(mu)));
   }
-  static Tensors5 sample_kl_packed(VK_PACKED_ARGS, const Tensor&, VK_PRIOR_ARGS, OptSymInt num_samples,
+  static Tensors5 sample_kl_packed(VK_PACKED_ARGS, const Tensor& rng, VK_PRIOR_ARGS, OptSymInt num_samples,
                                    VK_KL_ARGS) {
-    const Tensor mu = halves(VK_PACKED_PASS).first;
-    return std::tuple_cat(std::make_tuple(z(mu, num_samples)), kl(mu, VK_KL_PASS));
+    const auto [mu, logvar] = halves<c10::SymInt>(VK_PACKED_PASS);
+    return sample_kl(VK_TARGET_PASS, rng, VK_PRIOR_PASS, num_samples, VK_KL_PASS);
   }
-  static Tensors6 sample_kl_packed_draw(VK_PACKED_ARGS, VK_PRIOR_ARGS, const OptGenerator&,
+  static Tensors6 sample_kl_packed_draw(VK_PACKED_ARGS, VK_PRIOR_ARGS, const OptGenerator& generator,
                                         OptSymInt num_samples, VK_KL_ARGS) {
-    const Tensor mu = halves(VK_PACKED_PASS).first;
-    return std::tuple_cat(std::make_tuple(z(mu, num_samples)), kl(mu, VK_KL_PASS),
-                          std::make_tuple(state(moments)));
+    const auto [mu, logvar] = halves<c10::SymInt>(VK_PACKED_PASS);
+    return sample_kl_draw(VK_TARGET_PASS, VK_PRIOR_PASS, generator, num_samples, VK_KL_PASS);
   }
   static Tensors4 latent_backward(VK_GRAD_ARGS, VK_TARGET_ARGS, VK_SAVED_ARGS) {
+    check_backward<c10::SymInt>(VK_GRAD_PASS, VK_TARGET_PASS, VK_SAVED_PASS);
     const auto gradient = [&](bool wanted) { return wanted ? at::empty_like(mu) : Tensor(); };
     return {gradient(!grad_mu_is_grad_z(VK_GRAD_PASS, mu)), gradient(true), gradient(prior_grads),
             gradient(prior_grads)};
   }
   static Tensors3 latent_backward_packed(VK_GRAD_ARGS, VK_PACKED_ARGS, VK_SAVED_ARGS) {
-    const auto prior = [&] { return prior_grads ? at::empty_like(halves(VK_PACKED_PASS).first) : Tensor(); };
-    return {at::empty_like(moments), prior(), prior()};
+    const auto [mu, logvar] = halves<c10::SymInt>(VK_PACKED_PASS);
+    check_backward<c10::SymInt>(VK_GRAD_PASS, VK_TARGET_PASS, VK_SAVED_PASS);
+    return {at::empty_like(moments), prior_grads ? at::empty_like(mu) : Tensor(),
+            prior_grads ? at::empty_like(mu) : Tensor()};
   }
   static Tensor _rng_state(const Tensor& like, const OptGenerator&) { return state(like); }
-  static Tensor _philox_words(const Tensor& rng, int64_t n, int64_t) { return at::empty({n}, rng.options()); }
+  static Tensor _philox_words(const Tensor& rng, int64_t n, int64_t) {
+    check_words(rng, n);
+    return at::empty({n}, rng.options());
+  }
 };
 
 }  // namespace

@@ -88,8 +88,8 @@ E choice(const char* name, std::string_view got, const std::pair<const char*, E>
   for (const auto& [text, value] : known)
     if (got == text) return value;
   std::string list;
-  for (const auto& entry : known) list += std::string(list.empty() ? "\"" : ", \"") + entry.first + "\"";
-  TORCH_CHECK_VALUE(false, name, " must be one of ", list, ", got \"", std::string(got), "\"");
+  for (const auto& entry : known) list += std::string(list.empty() ? "'" : ", '") + entry.first + "'";
+  TORCH_CHECK_VALUE(false, name, " must be one of ", list, ", got '", std::string(got), "'");
 }
 
 inline Clamp clamp_of(std::string_view s) {
@@ -118,14 +118,12 @@ inline Param param_of(std::string_view s) {
 inline void set_param(Problem& p, VK_PARAM_ARGS) {
   p.param = param_of(parameterization);
   if (logvar_bounds) {
-    TORCH_CHECK_VALUE(logvar_bounds->size() == 2, "logvar_bounds must be (lo, hi), got ",
-                      logvar_bounds->size(), " numbers");
     p.lo = (*logvar_bounds)[0];
     p.hi = (*logvar_bounds)[1];
   }
 }
 
-inline DType dtype_of(const Tensor& t, const char* name) {
+inline DType dtype_of(const Tensor& t) {
   switch (t.scalar_type()) {
     case at::kFloat:
       return DType::f32;
@@ -136,7 +134,7 @@ inline DType dtype_of(const Tensor& t, const char* name) {
     case at::kHalf:
       return DType::f16;
     default:
-      TORCH_CHECK_TYPE(false, name, " must be float32, bfloat16, float16 or float64, got ", t.scalar_type());
+      TORCH_INTERNAL_ASSERT(false, "checked before: ", t.scalar_type());
   }
 }
 
@@ -144,58 +142,49 @@ inline at::ScalarType compute_type(const Tensor& t) {
   return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
 }
 
-// Memory safety only: the Python layer has checked the same with more to say.
-inline void check_like(const Tensor& mu, const Tensor& t, const char* name) {
-  TORCH_CHECK_VALUE(t.sizes() == mu.sizes(), name, " must have the shape of mu, ", mu.sizes(), ", got ",
-                    t.sizes());
-  TORCH_CHECK_TYPE(t.scalar_type() == mu.scalar_type(), name, " must have the dtype of mu, ",
-                   mu.scalar_type(), ", got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.device() == mu.device(), name, " must be on the device of mu, ", mu.device(), ", got ",
-                    t.device());
-}
-
-inline void check_rng(const Tensor& mu, const Tensor& rng) {
-  TORCH_CHECK_VALUE(rng.scalar_type() == at::kLong && rng.dim() == 1 && rng.size(0) == 2 &&
-                        rng.is_contiguous() && rng.device() == mu.device(),
-                    "rng must be int64 [2] (seed, offset) on the device of mu, ", mu.device(), ", got ",
-                    rng.scalar_type(), " ", rng.sizes(), " on ", rng.device());
-}
-
-// mu and the second tensor of a packed one, as views.
-inline std::pair<Tensor, Tensor> halves(const Tensor& moments, int64_t dim) {
-  const int64_t axis = at::maybe_wrap_dim(dim, moments.dim());
-  const int64_t size = moments.size(axis);
-  TORCH_CHECK_VALUE(size % 2 == 0, "moments must have an even size along dim ", dim, ", got ", size);
-  return {moments.narrow(axis, 0, size / 2), moments.narrow(axis, size / 2, size / 2)};
-}
-
 // ---- layout ----------------------------------------------------------------------------------------------
 
 enum class Role : uint8_t { batch, group, sum };
 using Roles = c10::SmallVector<Role, 6>;
 
-struct Axes {
+// Int: of the sizes, int64_t, or SymInt where they may be symbols.
+template <class Int>
+struct AxesOf {
   Roles roles;  // of each axis of mu
   int64_t batch_dims;
-  at::DimVector group_shape;  // in the order of mu's axes
-  int64_t B = 1, G = 1, S = 1;
+  c10::SmallVector<Int, at::kDimVectorStaticSize> group_shape;  // in the order of mu's axes
+  Int B = 1, G = 1, S = 1;
 };
+using Axes = AxesOf<int64_t>;
 
-inline Axes axes_of(const Tensor& mu, int64_t batch_dims, OptInts group_dims) {
-  const int64_t dims = mu.dim();
+inline Roles roles_of(int64_t dims, int64_t batch_dims, OptInts group_dims) {
   TORCH_CHECK_VALUE(batch_dims >= 0 && batch_dims <= dims, "batch_dims must be between 0 and ", dims,
-                    ", got ", batch_dims);
-  Axes a{Roles(static_cast<size_t>(dims), group_dims ? Role::sum : Role::group), batch_dims, {}};
-  std::fill_n(a.roles.begin(), batch_dims, Role::batch);
-  if (group_dims) {
-    for (const int64_t g : *group_dims) {
-      Role& role = a.roles[static_cast<size_t>(at::maybe_wrap_dim(g, dims))];
-      TORCH_CHECK_VALUE(role == Role::sum, "group_dims must name latent axes, each once, got ", *group_dims);
-      role = Role::group;
-    }
+                    ", the number of mu's axes, got ", batch_dims);
+  Roles roles(static_cast<size_t>(dims), group_dims ? Role::sum : Role::group);
+  std::fill_n(roles.begin(), batch_dims, Role::batch);
+  if (!group_dims) return roles;
+  for (const int64_t g : *group_dims) {
+    TORCH_CHECK_VALUE(g >= -dims && g < dims, "group_dims must be axes of mu, which has ", dims, ", got ", g,
+                      " in ", *group_dims);
+    Role& role = roles[static_cast<size_t>(g < 0 ? g + dims : g)];
+    TORCH_CHECK_VALUE(role != Role::batch, "group_dims must be latent axes, got ", g, " in ", *group_dims,
+                      ", a batch axis (batch_dims=", batch_dims, "); leave it out or lower batch_dims");
+    TORCH_CHECK_VALUE(role == Role::sum, "group_dims must name each axis once, got ", *group_dims,
+                      "; drop the repeated one");
+    role = Role::group;
   }
-  for (int64_t d = 0; d < dims; ++d) {
-    const int64_t size = mu.size(d);
+  return roles;
+}
+
+template <class Int = int64_t>
+AxesOf<Int> axes_of(const Tensor& mu, int64_t batch_dims, OptInts group_dims) {
+  AxesOf<Int> a{roles_of(mu.dim(), batch_dims, group_dims), batch_dims, {}};
+  for (int64_t d = 0; d < mu.dim(); ++d) {
+    Int size;
+    if constexpr (std::is_same_v<Int, int64_t>)
+      size = mu.size(d);
+    else
+      size = mu.sym_size(d);
     switch (a.roles[static_cast<size_t>(d)]) {
       case Role::batch:
         a.B *= size;
@@ -389,9 +378,7 @@ inline bool has_free_bits(std::optional<double> number, const OptTensor& per_gro
 }
 
 // [n] in the compute type, dense, from a tensor that broadcasts to `shape`.
-inline Tensor constant(const Tensor& t, at::IntArrayRef shape, const Tensor& mu, const char* name) {
-  TORCH_CHECK_VALUE(t.device() == mu.device(), name, " must be on the device of mu, ", mu.device(), ", got ",
-                    t.device());
+inline Tensor constant(const Tensor& t, at::IntArrayRef shape, const Tensor& mu) {
   return t.detach().to(compute_type(mu)).expand(shape).contiguous();
 }
 
@@ -400,15 +387,6 @@ inline at::DimVector kl_shape(const Tensor& mu, const Axes& a, Reduction reducti
   if (reduction == Reduction::none)
     return at::DimVector(mu.sizes().slice(0, static_cast<size_t>(a.batch_dims)));
   return {};
-}
-
-inline void check_reduction(Reduction reduction, Clamp clamp, bool weighted) {
-  TORCH_CHECK_VALUE(!(reduction == Reduction::none && clamp == Clamp::batch),
-                    "reduction \"none\" with free_bits needs clamp=\"sample\"");
-  TORCH_CHECK_VALUE(!(reduction == Reduction::elementwise && clamp != Clamp::none),
-                    "reduction \"elementwise\" takes no free_bits");
-  TORCH_CHECK_VALUE(!(weighted && (reduction == Reduction::none || reduction == Reduction::elementwise)),
-                    "weight does not go with a reduction that keeps the rows");
 }
 
 }  // namespace vk

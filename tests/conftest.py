@@ -29,6 +29,7 @@ SHIM_MODULES = [
     "test_values",
     "test_gradients",
     "test_empty",
+    "test_special_values",
     "test_conventions",
     "test_known_bugs",
     "test_properties",

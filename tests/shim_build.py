@@ -1,4 +1,5 @@
 """Compiles the host shim (tests/shim) with the CUDA kernels, plain and with sanitizers, and loads it.
+With sanitizers the CPU kernels, too, under the program of tests/problems.cpp.
 
 Everything goes to build/shim/ and is compiled again only where a source or a command changed. Nothing here
 needs CUDA, its headers or a GPU.
@@ -53,6 +54,8 @@ BUILDS = {
     ),
     "tsan": Build(("-O0", "-fsanitize=thread"), ("-DSHIM_TSAN",)),
 }
+# The CPU kernels, and the program that poses them random problems.
+PROBLEMS = ["problems.cpp", "cpu/forward.cpp", "cpu/backward.cpp"]
 ENVIRONMENT = {
     "ASAN_OPTIONS": "detect_leaks=0",
     "TSAN_OPTIONS": "halt_on_error=1",
@@ -99,6 +102,10 @@ def _jobs(build: str, sources: list[str]) -> list[tuple[Path, list[str]]]:
             jobs.append((_csrc() / "cuda" / name, [*_common(), *device, "-x", "c++"]))
         elif name == "faults.cpp":
             jobs.append((SHIM / name, [*_common(), *device]))
+        elif name in PROBLEMS:
+            # What is chosen at run time is chosen before a sanitizer is ready for it.
+            folder = _csrc() if name.startswith("cpu/") else SHIM.parent
+            jobs.append((folder / name, [*_common(), *device, "-DVK_X86_DISPATCH=0"]))
         elif name == "torch_backend.cpp":
             flags = ["-O0", "-Wno-unused-parameter", *_build._torch_flags(_build.torch_in_use())]
             jobs.append((SHIM / name, [*_common(), *flags]))
@@ -175,12 +182,16 @@ def runner(build: str) -> tuple[str, ...]:
 
 
 def program(build: str, name: str) -> Path:
-    """`driver`, which has the kernels, or `faults`."""
+    """`driver`, which has the CUDA kernels, `faults`, or `problems`, which has those of the CPU."""
     runner(build)
-    sources = {"driver": ["driver.cpp", *kernels()], "faults": ["faults.cpp"]}[name]
     # The shim comes first: of functions that several objects hold the linker takes the first copy, and
     # the shim's must not be instrumented.
-    return _link(f"{name}-{build}", _objects(build, ["shim.cpp", *sources]), _sanitizers(build))
+    sources = {
+        "driver": ["shim.cpp", "driver.cpp", *kernels()],
+        "faults": ["shim.cpp", "faults.cpp"],
+        "problems": PROBLEMS,
+    }[name]
+    return _link(f"{name}-{build}", _objects(build, sources), _sanitizers(build))
 
 
 def run(build: str, name: str, *arguments: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:

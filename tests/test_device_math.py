@@ -15,6 +15,13 @@ from vaekernels import _build
 PROMISES = {"normal": 1e-5, "sd": 2**-20, "excess": 1e-5, "growth": 1e-5}
 
 
+def sanitizes(compiler: list[str], folder: Path) -> bool:
+    empty = folder / "empty.cpp"
+    empty.write_text("int main() {}\n", encoding="utf-8")
+    command = [*compiler, "-fsanitize=undefined", str(empty), "-o", str(folder / "empty")]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory):
     """report(factor) -> the largest errors when those of the special functions are multiplied by `factor`."""
@@ -26,6 +33,7 @@ def report(tmp_path_factory: pytest.TempPathFactory):
     program = folder / "device_math"
     source = Path(__file__).with_name("device_math.cpp")
     flags = ["-std=c++20", "-O2", "-ffp-contract=fast", f"-I{_build.source_dir()}"]
+    flags += ["-fsanitize=undefined", "-fno-sanitize-recover=all"] if sanitizes(compiler, folder) else []
     subprocess.run([*compiler, *flags, str(source), "-o", str(program)], check=True)
 
     def call(factor: float) -> dict[str, tuple[float, ...]]:

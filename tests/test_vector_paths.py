@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import shim_build
 import torch
 from conftest import require_kernels
 
@@ -119,6 +120,15 @@ def test_every_level_with_fma_gives_all_results_of_the_choice_at_run_time(level,
     )
     assert len(chosen) == 3000
     assert [pair for pair in zip(chosen, alone, strict=True) if pair[0] != pair[1]] == []
+
+
+def test_nothing_that_the_language_leaves_open_is_done():
+    """The same problems under ASan and UBSan, which stop at the first finding: NaN, inf, -0 and negatives
+    in every argument, in memory that is exactly as large as it has to be."""
+    shim_build.require("asan")
+    done = shim_build.run("asan", "problems", "0", "400", "1000")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert len(done.stdout.splitlines()) == 400
 
 
 def test_without_fma_the_numbers_agree(run):

@@ -83,7 +83,11 @@ def _scale(
     """The log standard deviation and the standard deviation that `second` stands for."""
     if parameterization in ("logvar", "log_std"):
         factor = 0.5 if parameterization == "logvar" else 1.0
-        x = second * factor if bounds is None else 0.5 * torch.clamp(second * (2.0 * factor), *bounds)
+        x = second * factor
+        if bounds is not None:
+            # Not torch.clamp, whose gradient is 0 at NaN.
+            lo, hi = bounds
+            x = torch.where(2.0 * x < lo, 0.5 * lo, torch.where(2.0 * x > hi, 0.5 * hi, x))
         return x, torch.exp(x)
     if parameterization == "std":
         sd = torch.where(second < 0.0, math.nan, second)
@@ -99,7 +103,8 @@ def _scale(
     # to NaN.
     x = log_of(torch.where(below | above, 1.0, second))
     x = torch.where(below, 0.5 * lo, torch.where(above, 0.5 * hi, x))
-    return x, torch.where(below | above, torch.exp(x), sd)
+    # Detached: x is constant there, and the zero gradient of what is not chosen is NaN where x is.
+    return x, torch.where(below | above, torch.exp(x.detach()), sd)
 
 
 # --- the sample ---------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ namespace vk::cpu {
 namespace {
 
 template <class R>
-using BackwardTile = bool (*)(const TileInputs<R>&, Bounds<R>, const R*, const R*, const R*, R, R,
+using BackwardTile = bool (*)(const TileInputs<R>&, Bounds<R>, const R*, const R*, const R*, bool, R, R,
                               const TileGradients<R>&, TileShape);
 template <class R>
 Tiles<BackwardTile<R>> backward_tiles(const Problem& problem, Mode mode, bool draw) {
@@ -180,7 +180,7 @@ class BackwardJob {
       if (!to[i].at) to[i] = {buffers[i], shape.width};
     }
     run_tile(tiles_, [&](auto tile) {
-      return tile(in, bounds_, sum, noise, c, static_cast<R>(p_.posterior_share),
+      return tile(in, bounds_, sum, noise, c, p_.grad_z != nullptr, static_cast<R>(p_.posterior_share),
                   static_cast<R>(p_.prior_share), TileGradients<R>{to[0], to[1], to[2], to[3]}, shape);
     });
     for (int i = 0; i < 4; ++i)

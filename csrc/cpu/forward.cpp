@@ -1,9 +1,9 @@
-#include <charconv>
 #include <cmath>
 #include <memory>
 #include <stdexcept>
 #include <string>
 
+#include "../text.h"
 #include "job.h"
 
 namespace vk::cpu {
@@ -19,13 +19,6 @@ Tiles<ForwardTile<R>> forward_tiles(const Problem& problem, Mode mode, bool draw
   return tiles_for<R, ForwardTile<R>>(problem, mode, draw, [](auto p, auto m, auto d, auto near) {
     return forward_tile<p.value, m.value, d.value, near.value, R>;
   });
-}
-
-// A number as Python writes it, so that kernels and reference say the same.
-std::string repr(double x) {
-  char digits[32];
-  std::string text(digits, std::to_chars(digits, digits + sizeof(digits), x).ptr);
-  return text.find_first_not_of("-0123456789") == std::string::npos ? text + ".0" : text;
 }
 
 // NaN fails the comparison as well.
@@ -77,7 +70,8 @@ class ForwardJob {
       } else {
         const size_t cells = static_cast<size_t>(parts() * p_.cells());
         cells_.reset(new R[cells]);
-        if (p_.numel() == 0) std::fill_n(cells_.get(), cells, R(0));  // sums of nothing, which no chunk writes
+        if (p_.numel() == 0)
+          std::fill_n(cells_.get(), cells, R(0));  // sums of nothing, which no chunk writes
       }
     }
     if (p_.numel() > 0) {

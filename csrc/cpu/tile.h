@@ -165,27 +165,27 @@ template <Param P, Mode M, bool Draw, bool Near, class R, class B, class Range>
 VK_FN void backward_row(const R* __restrict mu, const R* __restrict s, const R* __restrict prior_mu,
                         const R* __restrict prior_s, const R* __restrict sum, const R* __restrict noise,
                         const R* __restrict c, R* __restrict grad_mu, R* __restrict grad_s,
-                        R* __restrict grad_prior_mu, R* __restrict grad_prior_s, R posterior_share,
-                        R prior_share, int width, const B& bounds, const Range& range,
+                        R* __restrict grad_prior_mu, R* __restrict grad_prior_s, bool sampled,
+                        R posterior_share, R prior_share, int width, const B& bounds, const Range& range,
                         LargestScale& largest) {
   lanes(width, [&](int i) VK_LAMBDA {
     if constexpr (Near) {
       largest.see(s[i]);
       if constexpr (M == Mode::prior) largest.see(prior_s[i]);
     }
-    const R grad_sd = Draw ? sum[i] * noise[i] : noise[i];
+    // A near log-variance has a finite sd, which needs no test.
+    const SampleGradients<R> z{sum[i], Draw ? sum[i] * noise[i] : noise[i], Draw || Near || sampled};
     if constexpr (M == Mode::prior) {
-      const ElementGradients<R> g =
-          gradients_prior<P>(mu[i], s[i], prior_mu[i], prior_s[i], bounds, sum[i], grad_sd,
-                             c[i] * posterior_share, c[i] * prior_share, range);
+      const ElementGradients<R> g = gradients_prior<P>(mu[i], s[i], prior_mu[i], prior_s[i], bounds, z,
+                                                       c[i] * posterior_share, c[i] * prior_share, range);
       grad_mu[i] = g.mu;
       grad_s[i] = g.scale;
       grad_prior_mu[i] = g.prior_mu;
       grad_prior_s[i] = g.prior_scale;
     } else {
-      const ElementGradients<R> g =
-          M == Mode::sample ? gradients_sample<P>(s[i], bounds, sum[i], grad_sd, range)
-                            : gradients_standard<P>(mu[i], s[i], bounds, sum[i], grad_sd, c[i], range);
+      const ElementGradients<R> g = M == Mode::sample
+                                        ? gradients_sample<P>(s[i], bounds, z, range)
+                                        : gradients_standard<P>(mu[i], s[i], bounds, z, c[i], range);
       grad_mu[i] = g.mu;
       grad_s[i] = g.scale;
     }
@@ -193,11 +193,12 @@ VK_FN void backward_row(const R* __restrict mu, const R* __restrict s, const R* 
 }
 
 // In: the sums over samples of grad_z and of grad_z eps; c, the gradient of the loss with respect to each
-// element's KL. Draw: of one sample, and `noise` holds eps itself.
+// element's KL. Draw: of one sample, and `noise` holds eps itself. `sampled`: z was used at all, so that the
+// sums are not merely 0.
 template <Param P, Mode M, bool Draw, bool Near, class R>
 VK_CLONES bool backward_tile(const TileInputs<R>& in, Bounds<R> bounds, const R* sum, const R* noise,
-                             const R* c, R posterior_share, R prior_share, const TileGradients<R>& out,
-                             TileShape shape) {
+                             const R* c, bool sampled, R posterior_share, R prior_share,
+                             const TileGradients<R>& out, TileShape shape) {
   const auto b = bounds_for<Near>(bounds);
   const auto range = range_of<Near>(in);
   LargestScale largest;
@@ -205,8 +206,8 @@ VK_CLONES bool backward_tile(const TileInputs<R>& in, Bounds<R> bounds, const R*
     const int at = row * shape.width;
     backward_row<P, M, Draw, Near>(in.mu[row], in.scale[row], in.prior_mu[row], in.prior_scale[row], sum + at,
                                    noise + at, c + at, out.mu[row], out.scale[row], out.prior_mu[row],
-                                   out.prior_scale[row], posterior_share, prior_share, shape.width, b, range,
-                                   largest);
+                                   out.prior_scale[row], sampled, posterior_share, prior_share, shape.width,
+                                   b, range, largest);
   }
   return !Near || largest.near<P>();
 }

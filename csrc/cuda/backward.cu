@@ -86,8 +86,9 @@ __device__ __forceinline__ void backward_quad(const BackwardArgs<compute_t<T>>& 
     }
   }
   // The gradients take the place of the elements.
-  quad_gradients<HasKL>(a.param, a.slope, Shares<R>{a.bounds, a.posterior_share, a.prior_share}, prior,
-                        mu.value, scale.value, prior_mu.value, prior_scale.value, sum, noise, c);
+  quad_gradients<HasKL, Sample>(a.param, a.slope, Shares<R>{a.bounds, a.posterior_share, a.prior_share},
+                                prior, mu.value, scale.value, prior_mu.value, prior_scale.value, sum, noise,
+                                c);
   if (at.grad_mu != nullptr) mu.store(at.grad_mu, a.grad_mu.i, a.grad_mu.wide, at.valid, a.dtype);
   if (at.grad_scale != nullptr)
     scale.store(at.grad_scale, a.grad_scale.i, a.grad_scale.wide, at.valid, a.dtype);

@@ -68,18 +68,18 @@ __device__ __forceinline__ void run(const BackwardArgs<float>& a, const QuadKeys
         for (int j = 0; j < 4; ++j) {
           const Scale<float> scale = scale_of<Param::logvar>(y[j]);
           const Posterior<float> posterior = posterior_of_log_variance(y[j]);
-          const float noise = sum[j] * eps[j];
+          const SampleGradients<float> z{sum[j], sum[j] * eps[j], Sample};
           const float cj = Special ? weight * c[j] : c[j];
           ElementGradients<float> e;
           if constexpr (kPrior) {
             const Prior<float> p = prior_of_log_variance(mu[j], y[j], prior_mu[j], prior_y[j]);
-            e = gradients_prior<Param::logvar>(scale, scale_of<Param::logvar>(prior_y[j]), posterior, p,
-                                               sum[j], noise, Special ? cj * a.posterior_share : cj,
+            e = gradients_prior<Param::logvar>(scale, scale_of<Param::logvar>(prior_y[j]), posterior, p, z,
+                                               Special ? cj * a.posterior_share : cj,
                                                Special ? cj * a.prior_share : cj);
           } else if constexpr (kHasKl) {
-            e = gradients_standard<Param::logvar>(scale, posterior, mu[j], sum[j], noise, cj);
+            e = gradients_standard<Param::logvar>(scale, posterior, mu[j], z, cj);
           } else {
-            e = gradients_sample<Param::logvar>(scale, posterior, sum[j], noise);
+            e = gradients_sample<Param::logvar>(scale, posterior, z);
           }
           mu[j] = e.mu;
           y[j] = Special ? keep_if(inside[j], e.scale * a.log_variance.slope) : e.scale;

@@ -137,33 +137,33 @@ struct Shares {
 
 template <Param P, bool HasKL, class R>
 __device__ __forceinline__ ElementGradients<R> gradients(R mu, R s, R prior_mu, R prior_s, bool prior,
-                                                         const Shares<R>& shares, R sum, R noise, R c) {
-  if constexpr (!HasKL) return gradients_sample<P>(s, shares.bounds, sum, noise);
+                                                         const Shares<R>& shares, const SampleGradients<R>& z,
+                                                         R c) {
+  if constexpr (!HasKL) return gradients_sample<P>(s, shares.bounds, z);
   if (prior)
-    return gradients_prior<P>(mu, s, prior_mu, prior_s, shares.bounds, sum, noise, c * shares.posterior,
+    return gradients_prior<P>(mu, s, prior_mu, prior_s, shares.bounds, z, c * shares.posterior,
                               c * shares.prior);
-  return gradients_standard<P>(mu, s, shares.bounds, sum, noise, c);
+  return gradients_standard<P>(mu, s, shares.bounds, z, c);
 }
 
 // In: the elements; out: their gradients. sum, noise and c as in gaussian.h.
-template <bool HasKL, class R>
+template <bool HasKL, bool Sample, class R>
 __device__ __forceinline__ void quad_gradients(Param param, R slope, const Shares<R>& shares, bool prior,
                                                R (&mu)[4], R (&s)[4], R (&prior_mu)[4], R (&prior_s)[4],
                                                R (&sum)[4], R (&noise)[4], R (&c)[4]) {
 #pragma unroll 1
   for (int j = 0; j < 4; ++j) {
+    const SampleGradients<R> z{sum[0], noise[0], Sample};
     ElementGradients<R> e;
     if (by_logarithm(param)) {
       e = gradients<Param::log_std, HasKL>(mu[0], s[0] * slope, prior_mu[0], prior_s[0] * slope, prior,
-                                           shares, sum[0], noise[0], c[0]);
+                                           shares, z, c[0]);
       e.scale *= slope;
       e.prior_scale *= slope;
     } else if (param == Param::std) {
-      e = gradients<Param::std, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, sum[0], noise[0],
-                                       c[0]);
+      e = gradients<Param::std, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, z, c[0]);
     } else {
-      e = gradients<Param::softplus, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, sum[0],
-                                            noise[0], c[0]);
+      e = gradients<Param::softplus, HasKL>(mu[0], s[0], prior_mu[0], prior_s[0], prior, shares, z, c[0]);
     }
     turn(mu, e.mu);
     turn(s, e.scale);
