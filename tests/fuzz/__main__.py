@@ -19,6 +19,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from vaekernels import _build  # noqa: E402
+
 FOLDER = ROOT / "build" / "fuzz"
 SANITIZE = (
     # vptr looks at type information of torch's classes, which are not compiled here.
@@ -69,19 +73,16 @@ def compiler() -> str:
 
 def build() -> Path:
     """The package with instrumented kernels; what did not change is not compiled again."""
-    cxx, trace = compiler(), FOLDER / "coverage.o"
+    cxx, trace, made = compiler(), FOLDER / "coverage.o", FOLDER / "lib"
     source = ROOT / "tests" / "fuzz" / "coverage.cpp"
     subprocess.run([cxx, "-std=c++20", "-O2", "-fPIC", "-c", str(source), "-o", str(trace)], check=True)
-    environment = os.environ | {
-        "CXX": cxx,
-        "CXXFLAGS": " ".join(SANITIZE),
-        "LDFLAGS": str(trace),
-        "VAEKERNELS_BUILD": "1",
-        "VAEKERNELS_CUDA": "0",
-    }
-    made = FOLDER / "lib"
-    command = [sys.executable, "setup.py", "-q", "build", "--build-lib", str(made), "--build-temp"]
-    subprocess.run([*command, str(FOLDER / "objects")], cwd=ROOT, env=environment, check=True)
+    os.environ |= {"CXX": cxx, "CXXFLAGS": " ".join(SANITIZE), "LDFLAGS": str(trace), "VAEKERNELS_CUDA": "0"}
+    shutil.rmtree(made, ignore_errors=True)
+    others = shutil.ignore_patterns("_C*", _build.RECORD_NAME, "__pycache__")
+    shutil.copytree(ROOT / "vaekernels", made / "vaekernels", ignore=others)
+    record = _build.build(made / "vaekernels", FOLDER / "objects", lambda line: print(line, flush=True))
+    if record.cpu.file is None:
+        stop(f"the kernels were not built: {record.cpu.problem}. {record.cpu.remedy}.\n{record.cpu.log or ''}")
     return made
 
 
