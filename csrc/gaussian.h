@@ -58,8 +58,8 @@ VK_FN Scale<R> scale_of(R s) {
     const R inverse = R(1) / sd;
     return {log_of(sd), inverse, sd, inverse, R(1)};
   } else {
-    const R y = exp_of(s < R(0) ? s : -s);             // e^-|s|
-    const R sd = (s < R(0) ? R(0) : s) + log1p_of(y);  // NaN by the first, whatever log1p_of makes of it
+    const R y = exp_of(s < R(0) ? s : -s);  // e^-|s|
+    const R sd = (s > R(0) ? s : R(0)) + log1p_of(y);
     const R sigmoid = (s < R(0) ? y : R(1)) / (R(1) + y);
     // Far down sd underflows long before the KL, which is close to -s there, overflows.
     const bool far = s < softplus_switch<R>();
