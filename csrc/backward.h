@@ -67,15 +67,17 @@ void backward_into(const BackwardArgs& in, const BackwardOptions& o, VK_PARAM_AR
     layout = layout_of(mu, a, dense);
   }
   if (!layout) {
-    // As in `forward`: the two gradients come from two launches and are added.
+    // As in `forward`: the two gradients come from two launches and are added. Both are written in the dtype of
+    // the arithmetic: in a smaller one each would be rounded, and could overflow, before they are added.
     const OptTensor none;
+    const auto compute = compute_type(mu);
     const auto [order, inverse] = by_role(a);
-    const Tensor copied_mu = mu.permute(order).contiguous(),
-                 copied_logvar = in.logvar.permute(order).contiguous();
+    const auto copy = [&](const Tensor& t) { return t.permute(order).to(compute).contiguous(); };
+    const Tensor copied_mu = copy(mu), copied_logvar = copy(in.logvar);
     OptTensor prior_mu, prior_logvar, grad_kl = in.grad_kl;
     if (in.prior_mu) {
-      prior_mu = in.prior_mu->permute(order).contiguous();
-      prior_logvar = in.prior_logvar->permute(order).contiguous();
+      prior_mu = copy(*in.prior_mu);
+      prior_logvar = copy(*in.prior_logvar);
     }
     if (grad_kl && reduction_of(o.reduction) == Reduction::elementwise) grad_kl = grad_kl->permute(order);
     const auto groups = counting(a.batch_dims, a.group_shape.size());
@@ -89,17 +91,21 @@ void backward_into(const BackwardArgs& in, const BackwardOptions& o, VK_PARAM_AR
                      in.gate, in.open, in.prior_grads},
         BackwardOptions{o.clamp, o.batch_dims, groups, o.weight, o.balance, o.reduction, o.group_sums},
         VK_PARAM_PASS, kl);
+    kl.mu = kl.mu.permute(inverse);
+    kl.logvar = kl.logvar.permute(inverse);
     if (in.grad_z) {
-      Gradients sampled{out.mu, out.logvar, {}, {}};
+      // These keep the order in storage, by which the random numbers go.
+      const Tensor wide_mu = mu.to(compute), wide_logvar = in.logvar.to(compute);
+      const OptTensor grad_z = in.grad_z->to(compute);
+      Gradients sampled{at::empty_like(wide_mu), at::empty_like(wide_mu), {}, {}};
       backward_into<Backend>(
-          BackwardArgs{in.grad_z, none, none, mu, in.logvar, in.rng, none, none, none, none, false}, o,
+          BackwardArgs{grad_z, none, none, wide_mu, wide_logvar, in.rng, none, none, none, none, false}, o,
           VK_PARAM_PASS, sampled);
-      out.mu.add_(kl.mu.permute(inverse));
-      out.logvar.add_(kl.logvar.permute(inverse));
-    } else {
-      out.mu.copy_(kl.mu.permute(inverse));
-      out.logvar.copy_(kl.logvar.permute(inverse));
+      kl.mu.add_(sampled.mu);
+      kl.logvar.add_(sampled.logvar);
     }
+    out.mu.copy_(kl.mu);
+    out.logvar.copy_(kl.logvar);
     if (in.prior_grads) {
       out.prior_mu.copy_(kl.prior_mu.permute(inverse));
       out.prior_logvar.copy_(kl.prior_logvar.permute(inverse));
