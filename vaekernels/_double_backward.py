@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from vaekernels import reference
+from vaekernels import _checks, reference
 
 
 def _standing_in(t: Tensor) -> Tensor:
@@ -33,6 +33,32 @@ def _gradients(
         allow_unused=True,
     )
     return [torch.zeros_like(t) if g is None else g for t, g in zip(inputs, found, strict=True)]
+
+
+def _check(
+    mu: Tensor,
+    logvar: Tensor,
+    grad_z: Tensor | None,
+    rng: Tensor | None,
+    prior_mu: Tensor | None,
+    prior_logvar: Tensor | None,
+    batch_dims: int,
+    group_dims: Sequence[int] | None,
+    weight: Tensor | None,
+) -> None:
+    """What would otherwise fail far from its cause, or not at all, where the operator is called directly."""
+    _checks.check_pair("mu", mu, "logvar", logvar)
+    if prior_mu is not None or prior_logvar is not None:
+        _checks.check_prior(mu.shape, "mu", mu, prior_mu, prior_logvar)
+    _checks.check_batch_dims(mu.ndim, batch_dims)
+    if group_dims is not None:
+        _checks.group_axes(mu.ndim, batch_dims, group_dims)
+    if weight is not None:
+        _checks.check_weight(weight, mu.shape[:batch_dims], mu)
+    if grad_z is not None:
+        if rng is None:
+            raise ValueError("rng must be given with grad_z, got None; give the state of z")
+        _checks.check_random(mu, rng, None)
 
 
 def latent_backward_reference(
@@ -59,6 +85,7 @@ def latent_backward_reference(
     logvar_bounds: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """Gradients for (mu, logvar, prior_mu, prior_logvar); the last two None without `prior_grads`."""
+    _check(mu, logvar, grad_z, rng, prior_mu, prior_logvar, batch_dims, group_dims, weight)
     want_kl = grad_kl is not None or grad_kl_per_group is not None
     frozen = None
     if want_kl and gate is not None and open is not None:
@@ -115,6 +142,7 @@ def latent_backward_packed_reference(
     logvar_bounds: Sequence[float] | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients for (moments, prior_mu, prior_logvar)."""
+    _checks.packed_shape(moments, dim)
     with torch.enable_grad():
         mu, logvar = moments.chunk(2, dim)
         to_mu, to_logvar, to_prior_mu, to_prior_logvar = latent_backward_reference(

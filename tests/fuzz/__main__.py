@@ -1,9 +1,9 @@
 """Fuzzes the operators for some minutes, guided by coverage, under ASan and UBSan: `make fuzz MINUTES=5`.
 
-Compiles the CPU kernels with GCC's sanitizers and coverage into build/fuzz, copies of the package beside them, and
-runs `fuzz.target` there with atheris (libFuzzer and the sanitizers' runtime). What is found lies in
-build/fuzz/findings: a text that says what and the Python that makes the problem, and the input. Exit status 1
-where anything was found. `--replay FILE` runs single inputs.
+Compiles the CPU kernels with GCC's sanitizers and coverage into build/fuzz, beside a copy of the package, and
+runs `fuzz.target` on it with atheris (libFuzzer and the sanitizers' runtime). What is found lies in
+build/fuzz/findings: the input, and a text that says what is wrong and the Python that makes the problem. Exit
+status 1 where anything was found. `--replay FILE` runs single inputs.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SANITIZE = (
     *("-fno-sanitize-recover=all", "-fsanitize-coverage=trace-pc,trace-cmp"),
 )
 SETTINGS = {
-    # torch and Python keep memory until they end. Fresh memory is filled, so that what nobody wrote shows: see
-    # fuzz.operators. What asks for too much memory is refused, as without the sanitizer.
+    # torch and Python keep memory until they end. Fresh memory is filled, so that what nobody wrote shows
+    # (fuzz.operators). What asks for too much memory is refused, as without the sanitizer.
     "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4000:"
     "max_malloc_fill_size=16777216:malloc_fill_byte=190:quarantine_size_mb=64",
     "UBSAN_OPTIONS": "print_stacktrace=1",
@@ -82,7 +82,9 @@ def build() -> Path:
     shutil.copytree(ROOT / "vaekernels", made / "vaekernels", ignore=others)
     record = _build.build(made / "vaekernels", FOLDER / "objects", lambda line: print(line, flush=True))
     if record.cpu.file is None:
-        stop(f"the kernels were not built: {record.cpu.problem}. {record.cpu.remedy}.\n{record.cpu.log or ''}")
+        stop(
+            f"the kernels were not built: {record.cpu.problem}. {record.cpu.remedy}.\n{record.cpu.log or ''}"
+        )
     return made
 
 
@@ -104,9 +106,9 @@ def fuzz(made: Path, minutes: float, replayed: list[str]) -> int:
         # No library of the user's.
         "XDG_CACHE_HOME": str(FOLDER / "cache"),
     }
-    command = [sys.executable, "-m", "fuzz.target", str(findings)]
+    command = [sys.executable, str(ROOT / "tests" / "fuzz" / "target.py"), str(made), str(findings)]
     if replayed:
-        return subprocess.run([*command, *replayed], env=environment, cwd=ROOT).returncode
+        return subprocess.run([*command, *replayed], env=environment).returncode
     shutil.rmtree(findings, ignore_errors=True)
     findings.mkdir(parents=True)
     seeds(corpus)
@@ -116,7 +118,12 @@ def fuzz(made: Path, minutes: float, replayed: list[str]) -> int:
     command += ["-print_final_stats=1", str(corpus)]
     last, executions = "", "0"
     with subprocess.Popen(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -124,11 +131,15 @@ def fuzz(made: Path, minutes: float, replayed: list[str]) -> int:
             last = line.strip() if re.match(r"#\d+\s.*cov: ", line) else last
             counted = re.match(r"stat::number_of_executed_units:\s*(\d+)", line)
             executions = counted.group(1) if counted else executions
-    found = sorted(p for p in findings.iterdir() if p.suffix == ".txt" or p.name.startswith(("crash", "timeout", "oom")))
+    found = sorted(
+        p for p in findings.iterdir() if p.suffix == ".txt" or p.name.startswith(("crash", "timeout", "oom"))
+    )
     print(f"make fuzz: {executions} executions in {minutes:g} minutes; {last}")
     for path in found:
         print(f"  finding: {path.relative_to(ROOT)}")
-    print(f"make fuzz: {len(found)} findings" + ("; run one with `tests/fuzz --replay FILE`" if found else ""))
+    print(
+        f"make fuzz: {len(found)} findings" + ("; run one with `tests/fuzz --replay FILE`" if found else "")
+    )
     return int(bool(found) or process.returncode != 0)
 
 

@@ -1,8 +1,8 @@
-"""Calls of the operators themselves, `torch.ops.vaekernels`, with arguments that may be anything of their type.
+"""Calls of the operators, `torch.ops.vaekernels`, with arguments that may be anything of their type.
 
-The arguments are made from the operators' own schemas: mostly such that they fit each other, with one or a few
-replaced by something else. An operator may refuse what it is given; it must not crash, nor return memory that
-nobody wrote, nor change what it was given.
+The arguments are made from the operators' schemas, so that they fit each other, and then one or a few are
+replaced by something else. An operator may refuse what it is given; it must not crash, return memory that
+nobody wrote, or change what it was given.
 """
 
 from __future__ import annotations
@@ -26,7 +26,15 @@ STRINGS = {
     "parameterization": ("logvar", "log_std", "std", "softplus"),
 }
 NUMBERS = (0, 1, -1, 2, 3, -2, 5, -(2**31), 2**45, 2**62, -(2**63), 2**63 - 1)
-ODD_DTYPES = (torch.int64, torch.bool, torch.complex64, torch.uint8, torch.float8_e5m2, torch.float32, torch.float16)
+ODD_DTYPES = (
+    torch.int64,
+    torch.bool,
+    torch.complex64,
+    torch.uint8,
+    torch.float8_e5m2,
+    torch.float32,
+    torch.float16,
+)
 # How ASan's allocator fills what nobody wrote yet; see __main__.py.
 UNWRITTEN = {8: -4702111234474983746, 4: -1094795586, 2: -16706}
 
@@ -153,7 +161,10 @@ class Call:
         if isinstance(value, float):
             return source.choice(SPECIAL)
         if isinstance(value, (list, tuple)):
-            return [source.choice(NUMBERS[:7] if name != "logvar_bounds" else SPECIAL) for _ in range(source.below(5))]
+            return [
+                source.choice(NUMBERS[:7] if name != "logvar_bounds" else SPECIAL)
+                for _ in range(source.below(5))
+            ]
         # None: whatever the schema may take there
         kind = next(str(a.type) for a in self.schema.arguments if a.name == name)
         if "Tensor" in kind:
@@ -180,7 +191,7 @@ class Call:
 
 def _unwritten(t: Tensor, given: set[int]) -> bool:
     """Whether `t` holds the allocator's filling: one such number of 4 or 8 bytes, nothing else of 2 bytes."""
-    filling = UNWRITTEN[t.dtype.itemsize]
+    filling = UNWRITTEN.get(t.dtype.itemsize)
     if not t.is_floating_point() or filling in given or t.numel() == 0:
         return False
     same = t.view(WORDS[t.dtype.itemsize]) == filling

@@ -244,7 +244,10 @@ def decode(data: bytes) -> Problem:
         if source.below(3) == 2:
             seed = source.below(256)
         else:
-            state = [struct.unpack("<q", source.take(8))[0], 4 * source.choice((0, 1, 2**30, -(2**40), 2**61 - 1))]
+            state = [
+                struct.unpack("<q", source.take(8))[0],
+                4 * source.choice((0, 1, 2**30, -(2**40), 2**61 - 1)),
+            ]
             options["rng"] = torch.tensor([state[0], 9, state[1]])[::2]
         if source.below(3) == 2:
             options["num_samples"] = source.choice((1, 2, 3, 0, 5, 9))

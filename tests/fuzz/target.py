@@ -1,9 +1,12 @@
-"""What libFuzzer calls with bytes; started by `tests/fuzz`, which sets the environment. FOLDER, then options and
-folders of libFuzzer's, or files to run."""
+"""What libFuzzer calls with bytes; started by `tests/fuzz`, which sets the environment.
+
+The folder of the package that is fuzzed and that of the findings, then libFuzzer's options, or files to run.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -11,14 +14,16 @@ from pathlib import Path
 import atheris
 import torch
 
+# Its own code is counted too, but for the reference's.
 with atheris.instrument_imports(include=["vaekernels.ops", "vaekernels._checks", "vaekernels._routing"]):
-    import vaekernels.ops
+    importlib.import_module("vaekernels")
 
 from fuzz import one_input
 from fuzz.judge import Finding
+
 from vaekernels import _native
 
-FINDINGS = Path(sys.argv[1])
+PACKAGE, FINDINGS = Path(sys.argv[1]), Path(sys.argv[2])
 seen: set[str] = set()
 
 
@@ -39,17 +44,16 @@ def test(data: bytes) -> None:
 
 
 def main() -> None:
-    if _native.C is None or not hasattr(_native.C, "__file__"):
-        sys.exit(f"no instrumented kernels: {_native.explain()}")
-    print(f"kernels: {_native.C.__file__}", flush=True)
+    if _native.C is None or not Path(str(_native.C.__file__)).is_relative_to(PACKAGE):
+        sys.exit(f"not the instrumented kernels: {_native.explain() or _native.C}")
     torch.set_num_threads(1)
-    files = [Path(a) for a in sys.argv[2:] if Path(a).is_file()]
+    files = [Path(a) for a in sys.argv[3:] if Path(a).is_file()]
     for file in files:
         data = file.read_bytes()
         print(f"{file.name}: {one_input.text(data)}", flush=True)
         print(f"{file.name}: {one_input.check(data)}", flush=True)
     if not files:
-        atheris.Setup([sys.argv[0], *sys.argv[2:]], test)
+        atheris.Setup([sys.argv[0], *sys.argv[3:]], test)
         atheris.Fuzz()
 
 
