@@ -2,6 +2,7 @@
 #   make demo          a text VAE that collapses, and three that do not, side by side
 #   make test          build, lint, type check, CUDA objects where nvcc is, tests
 #   make test-integrations  the tests on diffusers, scvi-tools, Pyro, pythae and Lightning; it installs them
+#   make fuzz          fuzzes the CPU kernels, guided by coverage, under ASan and UBSan: make fuzz MINUTES=30
 #   make check-slow    the tests that are too slow for make test
 #   make docs          the documentation, as pages in build/docs
 #   make bench         the speed table
@@ -18,13 +19,15 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations check-slow docs install-matrix bench instructions predicted-cycles
+.PHONY: help demo test test-integrations fuzz check-slow docs install-matrix bench instructions predicted-cycles
 .PHONY: lint types cuda-objects sass gpu-build gpu-check gpu-bench build clean
 
 PYTHON ?= python3
 OUT ?= build/gpu
 VENV := .venv
 INTEGRATIONS := .venv-integrations
+FUZZ := .venv-fuzz
+MINUTES ?= 5
 PY := $(VENV)/bin/python
 ENVIRONMENT := $(VENV)/environment.stamp
 BUILT := $(VENV)/built.stamp
@@ -60,19 +63,31 @@ test: $(BUILT) lint types
 	if $(PY) vaekernels/_build.py nvcc; then $(MAKE) cuda-objects; else echo 'no nvcc: cuda-objects is left out'; fi
 	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest
 
-# Uses the packages of $(VENV), so that torch is not installed twice and $(VENV) stays without these libraries.
-$(INTEGRATIONS)/environment.stamp: $(ENVIRONMENT)
-	$(PY) -m venv --clear $(INTEGRATIONS)
+# An environment that uses the packages of $(VENV), so that torch is not installed twice and $(VENV) stays
+# without these libraries.
+define on-top
+	$(PY) -m venv --clear $(1)
 	$(PY) -c 'import sysconfig; print("import site; site.addsitedir({!r})".format(sysconfig.get_path("purelib")))' \
-	  > $$($(INTEGRATIONS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
-	$(INTEGRATIONS)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt \
-	  diffusers lightning pyro-ppl pythae scvi-tools
+	  > $$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth
+	$(1)/bin/python -m pip install --disable-pip-version-check -q -c constraints.txt $(2)
+endef
+
+$(INTEGRATIONS)/environment.stamp: $(ENVIRONMENT)
+	$(call on-top,$(INTEGRATIONS),diffusers lightning pyro-ppl pythae scvi-tools)
 	touch $@
 
 test-integrations: $(BUILT) $(INTEGRATIONS)/environment.stamp
 	VAEKERNELS_REQUIRE_NATIVE=1 VAEKERNELS_REQUIRE_INTEGRATIONS=1 \
 	  $(INTEGRATIONS)/bin/python -m pytest -m 'slow or not slow' tests/integrations \
 	  tests/build/test_docs.py::test_before_and_after
+
+$(FUZZ)/environment.stamp: $(ENVIRONMENT)
+	$(call on-top,$(FUZZ),atheris) || \
+	  { echo "make fuzz needs atheris, which is for Linux and Python 3.11 and later"; exit 1; }
+	touch $@
+
+fuzz: $(FUZZ)/environment.stamp
+	$(FUZZ)/bin/python tests/fuzz --minutes $(MINUTES)
 
 lint: $(ENVIRONMENT)
 	$(PY) -m ruff check
@@ -152,6 +167,6 @@ gpu-bench: gpu-build
 	cp $(OUT)/gpu-bench.* benchmarks/results/
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) $(INTEGRATIONS) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info $(VENV) $(INTEGRATIONS) $(FUZZ) .mypy_cache .pytest_cache .ruff_cache
 	rm -f vaekernels/_C*.so vaekernels/_build.json
 	find vaekernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaekernels import reference
+from vaekernels import _dispatch, reference
 
 
 def _standing_in(t: Tensor) -> Tensor:
@@ -51,11 +51,17 @@ def latent_backward_reference(
     *,
     weight: Tensor | None = None,
     prior_grads: bool = False,
+    group_sums: bool = False,
     free_bits: float | None = None,  # the decisions of the clamp are in gate and open
     **options: Any,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients for (first, second, prior_mu, prior_logvar); None for what is not there or not wanted."""
     kl = grad_kl is not None or grad_kl_per_group is not None
+    if grad_z is not None and rng is None:
+        raise ValueError("rng must be given with grad_z, got None; give the state of z")
+    # What would otherwise fail far from its cause, or not at all, where the operator is called directly.
+    want = (_dispatch.KL if kl else 0) | (_dispatch.PACKED if second is None else 0)
+    _dispatch.check(want, first, second, dim, prior_mu, prior_logvar, weight, None, None, rng, **options)
     frozen = reference.Frozen(gate, open) if kl and gate is not None and open is not None else None
     with torch.enable_grad():
         inputs = [_standing_in(first)] + ([] if second is None else [_standing_in(second)])
@@ -74,6 +80,7 @@ def latent_backward_reference(
             kl=kl,
             num_samples=None if grad_z is None or grad_z.ndim == first.ndim else grad_z.shape[0],
             weight=weight,
+            group_sums=group_sums,
             frozen=frozen,
             **options,
         )

@@ -278,12 +278,13 @@ class ForwardJob {
       return;
     }
     double sum = 0;  // of the weighted rows
-    if (p_.clamp == Clamp::batch) {
-      sum = total_weight == 0 ? 0 : clamped * total_weight;
+    if (p_.clamp == Clamp::batch && total_weight != 0) {
+      sum = clamped * total_weight;
     } else if (p_.clamp == Clamp::sample) {
       for (int64_t b = 0; b < p_.B; ++b)
         sum += (weight_ ? static_cast<double>(weight_[b]) : 1.0) * row_values[static_cast<size_t>(b)];
     } else {
+      // Without any weight the clamp has no mean to clamp: 0, or the NaN of a row that is not finite.
       for (const double s : sums) sum += s;
     }
     if (p_.reduction != Reduction::sum)

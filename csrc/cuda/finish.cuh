@@ -80,7 +80,8 @@ __device__ R finish_tile(const ForwardArgs<R>& a, int64_t tile, R weight, R* sum
     if (a.clamp == Clamp::batch) {
       const FreeBits<R> bits = free_bits_of(a, group);
       a.gate[group] = bits.open(rate) ? inverse : -inverse;
-      loss += bits.value(rate, a.penalty);
+      // Without any weight there is no mean to clamp: 0, or the NaN of a row that is not finite.
+      loss += weight == R(0) ? sum : bits.value(rate, a.penalty);
     } else {
       loss += sum;
     }
@@ -157,7 +158,7 @@ __device__ void finish_loss(const ForwardArgs<R>& a, R* shared) {
   if (a.clamp == Clamp::batch) {
     // Already a mean over the batch; without any weight there is none.
     if (a.reduction == Reduction::sum)
-      sum = weight == R(0) ? R(0) : sum * weight;
+      sum = weight == R(0) ? sum : sum * weight;
     else if (weight == R(0))
       sum = nan_of<R>();
   } else if (a.reduction != Reduction::sum) {

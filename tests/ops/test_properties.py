@@ -1,8 +1,12 @@
-"""Properties over random shapes, strides and options (hypothesis)."""
+"""Properties over random shapes, strides and options (hypothesis).
+
+VAEKERNELS_EXAMPLES: how many random problems each test tries, new ones each time; unset: 60, always the same.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, NamedTuple
 
 import oracle
@@ -16,10 +20,11 @@ from vaekernels import reference
 
 pytestmark = pytest.mark.shim
 
+EXAMPLES = os.environ.get("VAEKERNELS_EXAMPLES")
 SETTINGS = settings(
-    max_examples=60,
+    max_examples=int(EXAMPLES or 60),
     deadline=None,
-    derandomize=True,
+    derandomize=EXAMPLES is None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
