@@ -1,5 +1,5 @@
-// Tells libFuzzer which code ran. GCC calls __sanitizer_cov_trace_pc at every edge; libFuzzer counts in a table
-// that it is given at load time. Each edge has the place in the table that its address is hashed to.
+// Tells libFuzzer which code ran. GCC calls __sanitizer_cov_trace_pc at every edge; libFuzzer counts in a
+// table that it is given at load time. Each edge has the place in the table that its address is hashed to.
 #include <cstddef>
 #include <cstdint>
 
@@ -30,7 +30,8 @@ struct Registration {
 
 void __sanitizer_cov_trace_pc() {
   const auto pc = reinterpret_cast<uintptr_t>(__builtin_return_address(0));
-  const auto start = reinterpret_cast<uintptr_t>(counters);  // moves with the library, so the difference stays
+  const auto start =
+      reinterpret_cast<uintptr_t>(counters);  // moves with the library, so the difference stays
   const size_t at = ((pc - start) * 0x9E3779B97F4A7C15u) >> (64 - kBits);
   if (counters[at] < 255) ++counters[at];
   places[2 * at] = pc;
