@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import inspect
 import pkgutil
 import re
 import subprocess
@@ -53,7 +54,8 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     for name in DOCUMENTED:
         page = (tmp_path / "site" / "api" / f"{name}.html").read_text(encoding="utf-8")
         module = importlib.import_module(name)
-        public = {each for each in module.__all__ if callable(getattr(module, each))}
+        public = {each for each in module.__all__ if inspect.isroutine(getattr(module, each))}
+        public |= {each for each in module.__all__ if inspect.isclass(getattr(module, each))}
         assert public == {each for each in public if f'id="{name}.{each}"' in page}, "without a docstring"
 
 
