@@ -261,6 +261,8 @@ class EngineConfig:
 
 @_checked
 class Config:
+    """All settings of a run, one table each: what ``config.toml`` holds."""
+
     data: DataConfig
     model: ModelConfig = ModelConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
