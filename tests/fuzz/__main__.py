@@ -28,6 +28,8 @@ SANITIZE = (
     # vptr looks at type information of torch's classes, which are not compiled here.
     *("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=vptr"),
     *("-fno-sanitize-recover=all", "-fsanitize-coverage=trace-pc,trace-cmp"),
+    # What chooses the instruction set runs while the library is loaded, before coverage can be counted.
+    "-DVK_X86_DISPATCH=0",
 )
 SETTINGS = {
     # torch and Python keep memory until they end. Fresh memory is filled, so that what nobody wrote shows
