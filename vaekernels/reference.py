@@ -221,6 +221,13 @@ def total_weight(weight: Tensor | None, batch_shape: Sequence[int], dtype: torch
     return math.prod(batch_shape) if weight is None else weight.to(dtype).sum()
 
 
+def _times(threshold: Tensor | float, weight: Tensor | int) -> Tensor | float:
+    """threshold * weight, and 0 where there is no weight: also of a threshold that is inf."""
+    if not isinstance(weight, Tensor):
+        return threshold * weight if weight else 0.0
+    return torch.where(weight == 0, 0.0, threshold * weight)
+
+
 def reduce_groups(
     sums: Tensor,
     weight: Tensor | int,
@@ -249,7 +256,7 @@ def reduce_groups(
             # Cut before the division: behind it, the zero gradient of a closed group is NaN where W is 0.
             base = torch.where(is_open, sums, sums.detach())
             if reduction == "sum":
-                loss = clamped(base, threshold * weight, penalty, is_open).sum()
+                loss = clamped(base, _times(threshold, weight), penalty, is_open).sum()
             else:
                 loss = clamped(base / weight, threshold, penalty, is_open).sum()
         if sums.numel() == 0 and reduction != "sum":

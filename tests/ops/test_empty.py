@@ -166,3 +166,13 @@ def test_compiled_functions_take_them_too(kernels):
         mu = LAYOUTS[name]()
         for got, wanted in zip(function(mu, rng), vk.sample_kl(mu, mu, rng=rng, group_dims=1), strict=True):
             torch.testing.assert_close(got, wanted, equal_nan=True, check_stride=False)
+
+
+@pytest.mark.parametrize("penalty", ["floor", "hinge", "mask"])
+@pytest.mark.parametrize("threshold", [math.inf, 0.5])
+def test_the_sum_over_no_rows_is_0_whatever_the_threshold(threshold, penalty, backend):
+    """Also where the weights are all 0. A fuzzer found inf * 0 in the reference."""
+    options: dict[str, Any] = {"free_bits": torch.tensor(threshold), "penalty": penalty, "reduction": "sum"}
+    assert vk.gaussian_kl(torch.empty(0, 3), torch.empty(0, 3), **options) == 0
+    x = torch.ones(2, 3)
+    assert vk.gaussian_kl(x, x, weight=torch.zeros(2), **options) == 0
