@@ -7,6 +7,7 @@ VAEKERNELS_REQUIRE_NATIVE 1: a test that needs compiled kernels fails where ther
 from __future__ import annotations
 
 import os
+import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -23,6 +24,10 @@ from vaekernels.bench.report import machine
 # Tests of threads set their own number. Two threads, on a machine that other work shares, can take ten times
 # as long as one.
 torch.set_num_threads(1)
+
+# A shell starts what runs in the background with Ctrl-C ignored; so would be the commands that tests stop.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 BACKENDS = ["kernels", "reference"]
 
