@@ -68,8 +68,13 @@ inline constexpr int kBlock = 256;
 // A problem of at most this many vectors is computed by one, larger block: a second one would cost more than
 // it saves.
 inline constexpr int kSmall = 1024, kSmallBlock = 512;
-// Blocks that share the sums: one wave of 256 threads with 48 registers on 132 multiprocessors.
-inline constexpr int64_t kReducingBlocks = 660;
+// Blocks of 256 threads with 48 registers that 132 multiprocessors hold at the same time.
+inline constexpr int64_t kWave = 660;
+// The steps of a thread, where there is enough to do: few, so that many blocks level out whatever number of
+// them a GPU holds; not one, since a block needs as long as a step to begin and to end.
+inline constexpr int64_t kSteps = 8;
+// The most blocks that share sums.
+inline constexpr int64_t kReducingBlocks = 4 * kWave;
 
 // Plain kernels count the quads of z and a tensor's 16-byte vectors in 32 bits.
 inline constexpr int64_t kMostPlain = int64_t{1} << 32;
@@ -178,13 +183,17 @@ Geometry view_of(const Problem& p, const Purpose& purpose, const Tensors<N>& ten
 
 // How many vectors a thread moves at a time, and how many threads lie along I, O and B.
 inline void set_block(Geometry& g, const Problem& p, bool reduces) {
-  g.vector = g.plain ? 16 / item_size(p.dtype) : 4;
+  const int size = item_size(p.dtype);
+  g.vector = g.plain ? 16 / size : 4;
   // One block computes a small problem, if it can then do without the counters.
-  const int64_t vectors = g.vectors();
-  const bool one_block = reduces && g.B * g.O * vectors <= kSmall;
+  const int64_t vectors = g.vectors(), all = g.B * g.O * vectors;
+  const bool one_block = reduces && all <= kSmall;
   const int most = ceil_log2(one_block && g.plain ? kSmallBlock : kBlock, 10);
   if (g.tiling == Tiling::column) {
-    g.log_tx = ceil_log2(vectors, 5);
+    // One tile, if a warp can hold it and its parts are few. Else tiles of 128 bytes, so that the sums of
+    // each tile's parts are few: 8 KiB to 84 KiB, of which a block reads 100 bytes in a nanosecond.
+    const bool narrow = reduces && (vectors > 32 || all > kWave * kBlock);
+    g.log_tx = ceil_log2(vectors, narrow ? ceil_log2(128 / (g.vector * size), 5) : 5);
     // Narrower tiles where wide ones would leave more than a quarter of the last one idle.
     while (g.log_tx > 3 && (ceil_div(vectors, g.tx()) * g.tx() - vectors) * 4 > vectors) --g.log_tx;
     g.log_ty = ceil_log2(g.O, most - g.log_tx);
@@ -198,22 +207,18 @@ inline void set_block(Geometry& g, const Problem& p, bool reduces) {
   g.tiles = std::max<int64_t>(g.tiles, 1);
 }
 
-// The parts of a tile. Few parts make long loops, many make a long last sum: the best number is close to the
-// square root of the steps.
+// The parts of a tile. As long as all blocks run at the same time, each makes as few steps as it can.
 inline void set_parts(Geometry& g, bool reduces) {
-  const bool one_block = reduces && g.B * g.O * g.vectors() <= kSmall;
+  const bool one_block = reduces && g.tiles == 1 && g.B * g.O * g.vectors() <= kSmall;
   const int64_t along = g.tiling == Tiling::column ? g.O : g.I;
   const int64_t step = g.tiling == Tiling::column ? g.ty() : static_cast<int64_t>(g.tx()) * g.vector;
   const int64_t steps = std::max<int64_t>(1, ceil_div(along, step));
   const int64_t row_steps = std::max<int64_t>(1, ceil_div(g.B, g.tz()));
   const int64_t all = steps * row_steps;
-  int64_t parts;
-  if (reduces)
-    parts =
-        std::min(kReducingBlocks / g.tiles, static_cast<int64_t>(11 * std::sqrt(static_cast<double>(all))));
-  else
-    parts = std::min<int64_t>(std::max(ceil_div(4 * kReducingBlocks, g.tiles), ceil_div(all, 4)), 65535);
-  parts = one_block && g.tiles == 1 ? 1 : std::clamp<int64_t>(parts, 1, all);
+  int64_t parts = ceil_div(all, std::min(ceil_div(g.tiles * all, kWave), kSteps));
+  parts = one_block ? 1
+                    : std::clamp<int64_t>(parts, 1,
+                                          std::max<int64_t>(1, reduces ? kReducingBlocks / g.tiles : 65535));
 
   const int64_t round = g.cells == Cells::none ? 1 : 8;  // bits are packed by whole bytes
   g.chunk_rows = ceil_div(ceil_div(row_steps, std::min(parts, row_steps)) * g.tz(), round) * round;

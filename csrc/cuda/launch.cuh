@@ -21,15 +21,18 @@ namespace vk::cuda {
 
 // The round keys where the host knows the random state; else where in device memory that state is.
 struct Keys {
-  PhiloxKeys general;    // for general kernels
-  QuadKeys plain;        // the same for plain kernels
-  const int64_t* state;  // null: the keys are set
+  StateSource state;
+  PhiloxKeys general;  // for general kernels; neither of these two is set where the device has the state
+  QuadKeys plain;      // the same for plain kernels
+
+  __device__ bool on_device() const { return state.seed_data != nullptr; }
+  __device__ PhiloxKeys read() const { return philox_keys(state.read_seed(), state.read_offset()); }
 };
 
 inline Keys keys_of(const Problem& p) {
-  if (!p.host_state) return {{}, {}, p.rng};
+  if (!p.host_state) return {state_of(p), {}, {}};
   const PhiloxKeys keys = philox_keys(p.seed, p.offset);
-  return {keys, quad_keys(keys), nullptr};
+  return {state_of(p), keys, quad_keys(keys)};
 }
 
 // A tensor as [B, O, I], all distances in bytes; `step` is what a thread adds in each step of its loop.

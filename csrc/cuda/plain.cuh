@@ -28,9 +28,7 @@ enum class Kl { none, standard, prior };
 // since its loop is the same: the compiler holds the keys in uniform registers, one copy for a warp.
 template <bool Sample>
 __device__ __forceinline__ QuadKeys quad_keys_for(const Keys& keys) {
-  if (!Sample || keys.state == nullptr) return keys.plain;
-  return quad_keys(
-      philox_keys(static_cast<uint64_t>(__ldg(keys.state)), static_cast<uint64_t>(__ldg(keys.state + 1))));
+  return Sample && keys.on_device() ? quad_keys(keys.read()) : keys.plain;
 }
 
 // The offset of a thread's next vector in tensors that are laid out alike, in the units of a Stride32. The
