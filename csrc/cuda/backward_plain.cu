@@ -131,8 +131,10 @@ backward_plain_kernel(const __grid_constant__ BackwardArgs<float> a) {
   if constexpr (kColumns) {
     // All rows have these numbers in common. In shared memory they take no registers.
     VK_SHARED(memory);
-    gains = reinterpret_cast<float*>(memory) + p.tx * kVector<T>;
-    if (p.ty == 0 && p.tz == 0) shared_gradients<kVector<T>>(a, p.i, gains);
+    float* all = reinterpret_cast<float*>(memory);
+    for (int c = threadIdx.x; c < a.g.width(); c += blockDim.x)
+      shared_gradients<1>(a, p.tile * a.g.width() + c, all + c);
+    gains = all + p.tx * kVector<T>;
     __syncthreads();
   } else if constexpr (K != Kl::none) {
     gains = row_gain;

@@ -36,7 +36,7 @@ void write_state(const at::PhiloxCudaState& state, at::Tensor& out, cudaStream_t
   if (state.captured_) {
     source.seed_data = state.seed_.ptr;
     source.offset_data = state.offset_.ptr;
-    source.offset = state.offset_intragraph_;
+    source.step = state.offset_intragraph_;
   } else {
     source.seed = state.seed_.val;
     source.offset = state.offset_.val;

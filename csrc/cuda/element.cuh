@@ -17,7 +17,7 @@ template <bool Sample>
 __device__ __forceinline__ const PhiloxKeys& keys_for(const Keys& keys, unsigned char* shared) {
   PhiloxKeys* copy = reinterpret_cast<PhiloxKeys*>(shared);
   if constexpr (Sample) {
-    if (threadIdx.x == 0) *copy = keys.on_device() ? keys.read() : keys.general;
+    if (threadIdx.x == 0) *copy = keys.on_device() ? keys.computed() : keys.general;
     __syncthreads();
   }
   return *copy;

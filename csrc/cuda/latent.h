@@ -28,20 +28,22 @@ cudaError_t forward(const Forward& call, void* scratch, unsigned* counters, bool
 // One launch.
 cudaError_t backward(const Backward& call, cudaStream_t stream);
 
-// A random state on the host or, where the pointers are set, on the device; the offset there lacks `offset`.
+// A random state with parts on the host or, where the pointers are set, on the device; `step` is added to the
+// offset.
 struct StateSource {
   uint64_t seed = 0, offset = 0;
   const int64_t* seed_data = nullptr;
   const int64_t* offset_data = nullptr;
+  uint64_t step = 0;
 
   VK_FN uint64_t read_seed() const { return seed_data ? static_cast<uint64_t>(*seed_data) : seed; }
   VK_FN uint64_t read_offset() const {
-    return offset_data ? static_cast<uint64_t>(*offset_data) + offset : offset;
+    return (offset_data ? static_cast<uint64_t>(*offset_data) : offset) + step;
   }
 };
 inline StateSource state_of(const Problem& p) {
   if (p.host_state) return {p.seed, p.offset};
-  if (p.rng_offset != nullptr) return {0, p.offset, p.rng, p.rng_offset};
+  if (p.rng_offset != nullptr) return {0, 0, p.rng, p.rng_offset, p.offset};
   return {0, 0, p.rng, p.rng == nullptr ? nullptr : p.rng + 1};
 }
 

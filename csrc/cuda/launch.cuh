@@ -26,7 +26,8 @@ struct Keys {
   QuadKeys plain;      // the same for plain kernels
 
   __device__ bool on_device() const { return state.seed_data != nullptr; }
-  __device__ PhiloxKeys read() const { return philox_keys(state.read_seed(), state.read_offset()); }
+  // From the state where it lies.
+  __device__ PhiloxKeys computed() const { return philox_keys(state.read_seed(), state.read_offset()); }
 };
 
 inline Keys keys_of(const Problem& p) {

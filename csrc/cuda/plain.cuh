@@ -28,7 +28,7 @@ enum class Kl { none, standard, prior };
 // since its loop is the same: the compiler holds the keys in uniform registers, one copy for a warp.
 template <bool Sample>
 __device__ __forceinline__ QuadKeys quad_keys_for(const Keys& keys) {
-  return Sample && keys.on_device() ? quad_keys(keys.read()) : keys.plain;
+  return Sample && keys.on_device() ? quad_keys(keys.computed()) : keys.plain;
 }
 
 // The offset of a thread's next vector in tensors that are laid out alike, in the units of a Stride32. The
