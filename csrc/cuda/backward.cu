@@ -54,8 +54,9 @@ __device__ __forceinline__ void backward_quad(const BackwardArgs<compute_t<T>>& 
   }
   R sum[4] = {}, noise[4] = {}, c[4] = {};
   if constexpr (Sample) {
-    int64_t storage = at.storage;
-    for (int64_t k = 0; k < a.K; ++k) {
+    const int lanes = 1 << a.g.log_k, lane = threadIdx.x & (lanes - 1);
+    int64_t storage = at.storage + lane * a.numel;
+    for (int64_t k = lane; k < a.K; k += lanes) {
       reload_shared();
       Quad<T> grad;
       R eps[4];
@@ -67,8 +68,18 @@ __device__ __forceinline__ void backward_quad(const BackwardArgs<compute_t<T>>& 
         sum[j] += grad.value[j];
         noise[j] += grad.value[j] * eps[j];
       }
-      storage += a.numel;
+      storage += lanes * a.numel;
     }
+    // The lanes of a vector, which take the same way, whatever those of other vectors do.
+    const unsigned mask = ((1u << lanes) - 1) << (threadIdx.x % 32 - lane);
+    for (int m = 1; m < lanes; m *= 2) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        sum[j] += __shfl_xor_sync(mask, sum[j], m);
+        noise[j] += __shfl_xor_sync(mask, noise[j], m);
+      }
+    }
+    if (lane != 0) return;
   }
   if constexpr (HasKL) {
     const RowGain<R> row = row_gain<kTiling>(a, p, at, gain);
@@ -189,7 +200,8 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
       kl && (a.by_row() || (a.grad_kl != nullptr && call.reduction == Reduction::elementwise));
   const bool wanted = call.grad_scale.data != nullptr && (!kl || call.grad_mu.data != nullptr) &&
                       (call.grad_prior_mu.data == nullptr) == (call.grad_prior_scale.data == nullptr);
-  const Purpose purpose{kl, sample, false, wanted && !by_cell && !(sample && a.K != 1), call.grad_z};
+  const Purpose purpose{
+      kl, sample, false, sample && a.K > 1, wanted && !by_cell && !(sample && a.K != 1), call.grad_z};
   if (out_prior)
     a.g = geometry_of(call, purpose,
                       Tensors<8>{{&mu, &scale, &prior_mu, &prior_scale, &out_mu, &out_scale, &out_prior_mu,

@@ -121,14 +121,13 @@ __device__ void gather_tile(const ForwardArgs<R>& a, int64_t tile, R* sums) {
     gather_columns<1>(a, tile, sums);
 }
 
-// Rates, gates and this tile's share of the loss from the sums over all rows in sums[0 .. width).
+// Rates, gates and the share of the loss of `count` groups from `first` on, from their sums over all rows.
 template <class R>
-__device__ R finish_tile(const ForwardArgs<R>& a, int64_t tile, R weight, R* sums) {
-  const int width = a.g.width();
+__device__ R finish_groups(const ForwardArgs<R>& a, int64_t first, int count, R weight, R* sums) {
   const R inverse = R(1) / weight;
   R loss = 0;
-  for (int c = threadIdx.x; c < width; c += blockDim.x) {
-    const int64_t group = tile * width + c;
+  for (int c = threadIdx.x; c < count; c += blockDim.x) {
+    const int64_t group = first + c;
     if (group >= a.groups) continue;
     const R sum = sums[c], rate = sum / weight;
     a.kl_per_group[group] = a.group_sums ? sum : rate;
@@ -141,7 +140,7 @@ __device__ R finish_tile(const ForwardArgs<R>& a, int64_t tile, R weight, R* sum
       loss += sum;
     }
   }
-  if (a.clamp != Clamp::batch && tile == 0 && threadIdx.x == 0) a.gate[0] = inverse;
+  if (a.clamp != Clamp::batch && first == 0 && threadIdx.x == 0) a.gate[0] = inverse;
   return block_sum(sums, loss);
 }
 
@@ -234,13 +233,30 @@ template <class R>
 __device__ __forceinline__ bool complete_tile(const ForwardArgs<R>& a, int64_t tile, bool gather, R* sums) {
   if (gather) gather_tile(a, tile, sums);
   const R weight = total_weight(a, tile, sums + a.g.width());
-  const R share = finish_tile(a, tile, weight, sums);
+  const R share = finish_groups(a, tile * a.g.width(), a.g.width(), weight, sums);
   if (a.one_tile()) {
     store_loss(a, share, weight);
     return true;
   }
   if (a.clamp != Clamp::sample && threadIdx.x == 0) a.losses[tile] = share;
   return false;
+}
+
+// Finishes everything where ForwardArgs::few_sums: a warp adds up a group.
+template <class R>
+__device__ void complete_few(const ForwardArgs<R>& a, R* sums) {
+  const int width = a.g.width(), parts = a.g.parts(), groups = static_cast<int>(a.g.tiles) * width;
+  for (int group = threadIdx.x / 32; group < groups; group += blockDim.x / 32) {
+    const R* from = a.sums + group / width * parts * width + group % width;
+    R sum = 0;
+#pragma unroll 4
+    for (int part = threadIdx.x % 32; part < parts; part += 32) sum += __ldcg(from + part * width);
+    sum = lane_sum(sum, 32);
+    if (threadIdx.x % 32 == 0) sums[group] = sum;
+  }
+  __syncthreads();
+  const R weight = total_weight(a, 0, sums + groups);
+  store_loss(a, finish_groups(a, 0, groups, weight, sums), weight);
 }
 
 // Called once a block has its sums in sums[0 .. width): writes them to scratch memory where other blocks work
@@ -260,6 +276,11 @@ __device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile,
       const R weight = part_weight(a, part, behind);
       if (threadIdx.x == 0) a.weights[block] = weight;
     }
+  }
+  if (a.few_sums()) {
+    if (counting && block_arrives_last(a.counters, static_cast<unsigned>(a.g.tiles * parts), flag))
+      complete_few(a, sums);
+    return;
   }
   if (kCells && a.clamps_elements()) {
     const R share = block_sum(behind, clamped);
@@ -341,6 +362,7 @@ __global__ void __launch_bounds__(1024) finish_kernel(const __grid_constant__ Fo
   int* flag = reinterpret_cast<int*>(shared);
   R* sums = reinterpret_cast<R*>(shared + kFlagBytes);
   const int64_t tiles = a.open_tiles(), block = blockIdx.x;
+  if (a.few_sums()) return complete_few(a, sums);
   if (block < tiles) {
     if (complete_tile(a, block, true, sums)) return;
   } else if (block < tiles + a.open_sets()) {

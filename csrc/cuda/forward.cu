@@ -238,8 +238,8 @@ ForwardArgs<R> arguments(const Forward& call) {
   Axes prior_mu = axes_of(call.prior_mu, call), prior_scale = axes_of(call.prior_scale, call);
   const bool prior = call.has_kl && call.prior_mu.data != nullptr;
   const bool plain = !(call.has_kl && call.reduction == Reduction::elementwise);
-  const Purpose purpose{call.has_kl, has_sample(call), call.has_kl, plain,
-                        has_sample(call) ? call.z : nullptr};
+  const Purpose purpose{
+      call.has_kl, has_sample(call), call.has_kl, false, plain, has_sample(call) ? call.z : nullptr};
   if (prior)
     a.g = geometry_of(call, purpose, Tensors<4>{{&mu, &scale, &prior_mu, &prior_scale}});
   else
@@ -294,7 +294,7 @@ size_t take_scratch(ForwardArgs<R>& a, void* base) {
     scratch.take(a.sums, g.tiles * g.parts() * g.width());
     if (a.weight != nullptr) scratch.take(a.weights, g.tiles * g.parts());
   }
-  if (!a.one_tile()) scratch.take(a.losses, a.loss_count());
+  if (!a.one_tile() && !a.few_sums()) scratch.take(a.losses, a.loss_count());
   if (!a.one_block()) scratch.take(a.finished, 1);
   if (g.cells == Cells::scratch) scratch.take(a.cells, a.rows * a.groups * g.splits);
   if (g.cells == Cells::elements) {
@@ -330,7 +330,7 @@ void launch_forward(const Forward& call, void* scratch, unsigned* counters, bool
   a.counters = finish || a.one_block() ? nullptr : counters;
   if (!finish) a.finished = nullptr;
   launch_kernel(a, call.has_kl, has_sample(call), stream);
-  const int64_t open = a.open_tiles() + a.open_sets();
+  const int64_t open = a.few_sums() ? 1 : a.open_tiles() + a.open_sets();
   if (!finish || (open == 0 && !a.has_loss())) return;
   const size_t shared = reduction_bytes<R>(g, g.tiling == Tiling::column ? g.vector : 1);
   const auto kernel = finish_kernel<R>;

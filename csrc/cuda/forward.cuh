@@ -49,6 +49,12 @@ struct ForwardArgs {
   __host__ __device__ bool one_tile() const {
     return g.tiles == 1 && clamp != Clamp::sample && !finishes_rows();
   }
+  // Whether the last block of all adds up the sums of all tiles, rather than the last block of each tile
+  // those of the tile: one arrival is waited for in place of two, which takes 2 us less.
+  __host__ __device__ bool few_sums() const {
+    return g.tiling == Tiling::row && g.tiles > 1 && g.parts() > 1 && clamp != Clamp::sample &&
+           !finishes_rows() && g.tiles * g.width() <= 32 && g.tiles * g.parts() * g.width() <= 4096;
+  }
   __host__ __device__ bool has_loss() const {
     return reduction != Reduction::none && reduction != Reduction::elementwise;
   }

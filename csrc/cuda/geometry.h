@@ -45,6 +45,7 @@ struct Geometry {
   int vector = 4;  // elements per thread and step: a quad, or the two that 16 bytes of a 16-bit type hold
 
   int log_tx = 0, log_ty = 0, log_tz = 0;  // threads along I, O and B
+  int log_k = 0;                           // lanes that share the samples of a vector
   int64_t tiles = 1;
   int chunks = 1, splits = 1;  // parts of a tile: pieces of B, and pieces of the axis that threads loop along
   int64_t chunk_rows = 1, split_length = 1;
@@ -52,7 +53,7 @@ struct Geometry {
   VK_FN int tx() const { return 1 << log_tx; }
   VK_FN int ty() const { return 1 << log_ty; }
   VK_FN int tz() const { return 1 << log_tz; }
-  VK_FN int threads() const { return tx() * ty() * tz(); }
+  VK_FN int threads() const { return tx() * ty() * tz() << log_k; }
   VK_FN int parts() const { return chunks * splits; }
   VK_FN int width() const { return tiling == Tiling::column ? tx() * vector : ty(); }  // groups in a tile
   // Sets of batch rows that are finished together.
@@ -140,9 +141,10 @@ inline bool is_wide_dense(const void* data, const Geometry& g, int64_t K, int si
 
 // What a kernel computes, as far as the shape of the blocks depends on it.
 struct Purpose {
-  bool kl = false;       // groups matter
-  bool sample = false;   // normals are drawn
-  bool reduces = false;  // blocks add up sums
+  bool kl = false;            // groups matter
+  bool sample = false;        // normals are drawn
+  bool reduces = false;       // blocks add up sums
+  bool adds_samples = false;  // a thread adds up numbers of all samples
   bool plain =
       false;  // nothing that Geometry::plain does not settle itself keeps the vectors from being plain
   const void* dense = nullptr;  // z or its gradient
@@ -181,18 +183,25 @@ Geometry view_of(const Problem& p, const Purpose& purpose, const Tensors<N>& ten
   return g;
 }
 
-// How many vectors a thread moves at a time, and how many threads lie along I, O and B.
-inline void set_block(Geometry& g, const Problem& p, bool reduces) {
+// How many vectors a thread moves at a time, and how many threads lie along I, O and B, and along the
+// samples.
+inline void set_block(Geometry& g, const Problem& p, const Purpose& purpose) {
   const int size = item_size(p.dtype);
+  const bool reduces = purpose.reduces;
   g.vector = g.plain ? 16 / size : 4;
   // One block computes a small problem, if it can then do without the counters.
   const int64_t vectors = g.vectors(), all = g.B * g.O * vectors;
   const bool one_block = reduces && all <= kSmall;
-  const int most = ceil_log2(one_block && g.plain ? kSmallBlock : kBlock, 10);
+  // A thread needs half a microsecond for each sample of its own.
+  while (purpose.adds_samples && g.log_k < 3 && 1 << g.log_k < p.K && all << (g.log_k + 1) <= kWave * kBlock)
+    ++g.log_k;
+  const int most = ceil_log2(one_block && g.plain ? kSmallBlock : kBlock, 10) - g.log_k;
   if (g.tiling == Tiling::column) {
-    // One tile, if a warp can hold it and its parts are few. Else tiles of 128 bytes, so that the sums of
-    // each tile's parts are few: 8 KiB to 84 KiB, of which a block reads 100 bytes in a nanosecond.
-    const bool narrow = reduces && (vectors > 32 || all > kWave * kBlock);
+    // One tile, if a warp can hold it and its parts are few, or many tiles of one part. Else tiles of 128
+    // bytes, so that the sums of each tile's parts are few: 8 KiB to 84 KiB, of which a block reads 100 bytes
+    // in a nanosecond.
+    const int64_t steps = g.O >> (most - ceil_log2(vectors, 5));  // of a thread, if a tile had one part
+    const bool narrow = reduces && steps > kSteps && (vectors > 32 || all > kWave * kBlock);
     g.log_tx = ceil_log2(vectors, narrow ? ceil_log2(128 / (g.vector * size), 5) : 5);
     // Narrower tiles where wide ones would leave more than a quarter of the last one idle.
     while (g.log_tx > 3 && (ceil_div(vectors, g.tx()) * g.tx() - vectors) * 4 > vectors) --g.log_tx;
@@ -249,7 +258,7 @@ Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>&
   for (size_t i = 0; i < N; ++i) g.plain = g.plain && is_plain(*tensors.axes[i], g, size);
   for (size_t i = 0; i < N; i += 2)
     g.plain = g.plain && laid_out_alike(*tensors.axes[i], *tensors.axes[i + 1], g);
-  set_block(g, p, purpose.reduces);
+  set_block(g, p, purpose);
   set_parts(g, purpose.reduces);
   return g;
 }

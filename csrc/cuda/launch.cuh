@@ -94,9 +94,10 @@ struct ThreadOffsets {
 template <Tiling kTiling, int N>
 __device__ __forceinline__ ThreadOffsets thread_offsets_of(const Geometry& g) {
   ThreadOffsets p;
-  p.tx = threadIdx.x & (g.tx() - 1);
-  p.ty = (threadIdx.x >> g.log_tx) & (g.ty() - 1);
-  p.tz = threadIdx.x >> (g.log_tx + g.log_ty);
+  const int thread = static_cast<int>(threadIdx.x) >> g.log_k;
+  p.tx = thread & (g.tx() - 1);
+  p.ty = (thread >> g.log_tx) & (g.ty() - 1);
+  p.tz = thread >> (g.log_tx + g.log_ty);
   p.tile = blockIdx.x;
   p.part = static_cast<int>(blockIdx.y);
   p.chunk = p.part / g.splits;
