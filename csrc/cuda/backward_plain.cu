@@ -5,71 +5,44 @@
 namespace vk::cuda {
 namespace {
 
-// What a thread reads in one step.
-template <class T>
-struct Inputs {
-  Vector<T> mu, scale, grad_z, prior_mu, prior_scale;
-};
-
-// Computes the batch rows of a block. `gains` computes the gradient of the loss with respect to an element's
-// KL, by column or (row) one number for all elements, and is called by all threads. Special: with weights of
-// batch rows, log-variances that have to be adjusted, and the prior's and the posterior's shares of the
-// gradient. Numbers are loaded ahead as in forward_rows.
-template <class T, Tiling kTiling, Kl K, bool Sample, bool Special, class Gains>
-__device__ __forceinline__ void backward_rows(const BackwardArgs<float>& a, const ThreadOffsets& p,
-                                              const Gains& compute_gains) {
+// Computes the batch rows of a block. `gains`: the gradient of the loss with respect to an element's KL, by
+// column or (row) one number for all elements. Special: with weights of batch rows, log-variances that have
+// to be adjusted, and the prior's and the posterior's shares of the gradient.
+template <class T, Tiling kTiling, Kl K, bool Sample, bool Special>
+__device__ __forceinline__ void backward_rows(const BackwardArgs<float>& a, const QuadKeys& keys,
+                                              const ThreadOffsets& p, const float* gains) {
   constexpr int N = kVector<T>;
   constexpr bool kHasKl = K != Kl::none, kPrior = K == Kl::prior, kColumn = kTiling == Tiling::column;
-  constexpr bool kAhead = !kPrior;
   const Geometry& g = a.g;
   const int64_t first = p.b_begin + p.tz;
   const uint32_t steps = kColumn && p.tail == 0 ? 0 : p.steps;
-  const bool active = first < p.b_end && steps > 0;
   VectorOffset in(a.in, first, p.o, p.i / N), out(a.out, first, p.o, p.i / N),
       quad(a.quads, first, p.o, p.i / N);
   VectorOffset prior(a.prior_in, first, p.o, p.i / N), prior_out(a.prior_out, first, p.o, p.i / N);
   const bool weighted = Special && kHasKl && a.weight != nullptr;
   const bool folded = kColumn && g.folded;  // then B is 1
-  Inputs<T> next{};
-  const auto load = [&](uint32_t at_quad) {
-    next.scale.load(bytes_at<16>(a.scale.data, in.at));
-    if constexpr (kHasKl) next.mu.load(bytes_at<16>(a.mu.data, in.at));
-    if constexpr (Sample) next.grad_z.load(bytes_at<4 * sizeof(T)>(a.grad_z.data, at_quad));
-    if constexpr (kPrior) {
-      next.prior_mu.load(bytes_at<16>(a.prior_mu.data, prior.at));
-      next.prior_scale.load(bytes_at<16>(a.prior_scale.data, prior.at));
-    }
-  };
-  if (kAhead && active) load(quad.at);
-  const QuadKeys keys = quad_keys_for<Sample>(a.keys);
-  float row_gain[1];
-  const float* gains = compute_gains(row_gain);
-  if (!active) return;
+  if (first >= p.b_end) return;
   uint32_t batch_row = static_cast<uint32_t>(folded ? p.o : first);
 #pragma unroll 1
   do {
     const uint32_t end = quad.end(a.quads, steps);
 #pragma unroll 1
-    do {
-      if constexpr (!kAhead) load(quad.at);
-      Inputs<T> now = next;
+    for (; quad.at != end; quad.at += a.quads.step) {
       const float weight = weighted ? __ldg(a.weight + batch_row) : 1.f;
       if (weighted && folded) batch_row += g.ty();
+      Vector<T> mu_vector{}, scale_vector, grad_vector{};
+      scale_vector.load(bytes_at<16>(a.scale.data, in.at));
+      if constexpr (kHasKl) mu_vector.load(bytes_at<16>(a.mu.data, in.at));
+      if constexpr (Sample) grad_vector.load(bytes_at<4 * sizeof(T)>(a.grad_z.data, quad.at));
+      Vector<T> prior_mu_vector{}, prior_scale_vector{};
+      if constexpr (kPrior) {
+        prior_mu_vector.load(bytes_at<16>(a.prior_mu.data, prior.at));
+        prior_scale_vector.load(bytes_at<16>(a.prior_scale.data, prior.at));
+        prior.at += a.prior_in.step;
+      }
+      in.at += a.in.step;
 #pragma unroll
       for (int q = 0; q < N / 4; ++q) {
-        if (q == N / 4 - 1) {
-          const uint32_t at_quad = quad.at + a.quads.step;
-          const bool row_ends = at_quad == end;
-          if (!row_ends || (!folded && batch_row + g.tz() < static_cast<uint32_t>(p.b_end))) {
-            in.at += a.in.step;
-            if constexpr (kPrior) prior.at += a.prior_in.step;
-            if (row_ends) {
-              in.next_row(a.in, steps);
-              if constexpr (kPrior) prior.next_row(a.prior_in, steps);
-            }
-            if constexpr (kAhead) load(row_ends ? at_quad + a.quads.row - steps * a.quads.step : at_quad);
-          }
-        }
         float mu[4], y[4], prior_mu[4], prior_y[4], sum[4], eps[4] = {};
         bool inside[4];
         float c[4] = {};
@@ -84,11 +57,11 @@ __device__ __forceinline__ void backward_rows(const BackwardArgs<float>& a, cons
             c[0] = c[1] = c[2] = c[3] = gains[0];
           }
         }
-        now.mu.get(q, mu);
-        now.scale.get(q, y);
-        now.grad_z.get(q, sum);
-        now.prior_mu.get(q, prior_mu);
-        now.prior_scale.get(q, prior_y);
+        mu_vector.get(q, mu);
+        scale_vector.get(q, y);
+        grad_vector.get(q, sum);
+        prior_mu_vector.get(q, prior_mu);
+        prior_scale_vector.get(q, prior_y);
         if constexpr (Special) adjust(a.log_variance, y, inside);
         if constexpr (Special && kPrior) adjust_prior(a.log_variance, prior_y);
         if constexpr (Sample) normals(keys, quad.at + static_cast<uint32_t>(q), eps);
@@ -115,26 +88,29 @@ __device__ __forceinline__ void backward_rows(const BackwardArgs<float>& a, cons
           prior_y[j] = Special ? e.prior_scale * a.log_variance.slope : e.prior_scale;
         }
         // The gradients overwrite the elements.
-        now.mu.set(q, mu);
-        now.scale.set(q, y);
-        now.prior_mu.set(q, prior_mu);
-        now.prior_scale.set(q, prior_y);
+        mu_vector.set(q, mu);
+        scale_vector.set(q, y);
+        prior_mu_vector.set(q, prior_mu);
+        prior_scale_vector.set(q, prior_y);
       }
-      if (kHasKl || a.grad_mu.data != nullptr) now.mu.store(bytes_at<16>(a.grad_mu.data, out.at));
-      now.scale.store(bytes_at<16>(a.grad_scale.data, out.at));
+      if (kHasKl || a.grad_mu.data != nullptr) mu_vector.store(bytes_at<16>(a.grad_mu.data, out.at));
+      scale_vector.store(bytes_at<16>(a.grad_scale.data, out.at));
       out.at += a.out.step;
       if constexpr (kPrior) {
         if (a.grad_prior_mu.data != nullptr) {
-          now.prior_mu.store(bytes_at<16>(a.grad_prior_mu.data, prior_out.at));
-          now.prior_scale.store(bytes_at<16>(a.grad_prior_scale.data, prior_out.at));
+          prior_mu_vector.store(bytes_at<16>(a.grad_prior_mu.data, prior_out.at));
+          prior_scale_vector.store(bytes_at<16>(a.grad_prior_scale.data, prior_out.at));
         }
         prior_out.at += a.prior_out.step;
       }
-      quad.at += a.quads.step;
-    } while (quad.at != end);
+    }
     batch_row += g.tz();
+    in.next_row(a.in, steps);
     out.next_row(a.out, steps);
-    if constexpr (kPrior) prior_out.next_row(a.prior_out, steps);
+    if constexpr (kPrior) {
+      prior.next_row(a.prior_in, steps);
+      prior_out.next_row(a.prior_out, steps);
+    }
     quad.next_row(a.quads, steps);
   } while (!folded && batch_row < static_cast<uint32_t>(p.b_end));
 }
@@ -142,31 +118,32 @@ __device__ __forceinline__ void backward_rows(const BackwardArgs<float>& a, cons
 // With nine tensors of a 16-bit type and sums by columns, 64 registers are too few.
 template <class T, Tiling kTiling, Kl K, bool Sample>
 inline constexpr int kRegisters =
-    K != Kl::prior ? 64 : (sizeof(T) == 2 && kTiling == Tiling::column && Sample ? 80 : 64);
+    K != Kl::prior ? 48 : (sizeof(T) == 2 && kTiling == Tiling::column && Sample ? 80 : 64);
 
 template <class T, Tiling kTiling, Kl K, bool Sample>
 VK_PLAIN_KERNEL((kRegisters<T, kTiling, K, Sample>))
 backward_plain_kernel(const __grid_constant__ BackwardArgs<float> a) {
+  constexpr bool kColumns = K != Kl::none && kTiling == Tiling::column;
+  const QuadKeys keys = quad_keys_for<Sample>(a.keys);
   const ThreadOffsets p = thread_offsets_of<kTiling, kVector<T>>(a.g);
-  const auto gains = [&](float* row_gain) -> const float* {
-    if constexpr (K == Kl::none) return nullptr;
-    if constexpr (kTiling == Tiling::row) {
-      shared_gradients<1>(a, p.o, row_gain);
-      return row_gain;
-    } else {
-      // All rows have these numbers in common. In shared memory they take no registers.
-      VK_SHARED(memory);
-      float* all = reinterpret_cast<float*>(memory);
-      for (int c = threadIdx.x; c < a.g.width(); c += blockDim.x)
-        shared_gradients<1>(a, p.tile * a.g.width() + c, all + c);
-      __syncthreads();
-      return all + p.tx * kVector<T>;
-    }
-  };
+  float* gains = nullptr;
+  float row_gain[1];
+  if constexpr (kColumns) {
+    // All rows have these numbers in common. In shared memory they take no registers.
+    VK_SHARED(memory);
+    float* all = reinterpret_cast<float*>(memory);
+    for (int c = threadIdx.x; c < a.g.width(); c += blockDim.x)
+      shared_gradients<1>(a, p.tile * a.g.width() + c, all + c);
+    gains = all + p.tx * kVector<T>;
+    __syncthreads();
+  } else if constexpr (K != Kl::none) {
+    gains = row_gain;
+    shared_gradients<1>(a, p.o, gains);
+  }
   if (a.special)
-    backward_rows<T, kTiling, K, Sample, true>(a, p, gains);
+    backward_rows<T, kTiling, K, Sample, true>(a, keys, p, gains);
   else
-    backward_rows<T, kTiling, K, Sample, false>(a, p, gains);
+    backward_rows<T, kTiling, K, Sample, false>(a, keys, p, gains);
 }
 
 }  // namespace

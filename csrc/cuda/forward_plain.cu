@@ -5,80 +5,53 @@
 namespace vk::cuda {
 namespace {
 
-// What a thread reads in one step.
-template <class T, bool kPrior>
-struct Inputs {
-  Vector<T> mu, scale, prior_mu, prior_scale;
-};
-
 // Computes the batch rows of a block. Adds twice their KL to `sum`: by column, or (row) all of it to sum[0].
 // Special: with weights of batch rows, and log-variances that have to be adjusted.
-//
-// Each step's numbers are loaded before the step before is computed: a warp that waited for them would
-// compute nothing, and the warps of a multiprocessor tend to wait together.
 template <class T, Tiling kTiling, Kl K, bool Sample, bool Special, int kSums>
-__device__ __forceinline__ void forward_rows(const ForwardArgs<float>& a, const ThreadOffsets& p,
-                                             float (&sum)[kSums]) {
+__device__ __forceinline__ void forward_rows(const ForwardArgs<float>& a, const QuadKeys& keys,
+                                             const ThreadOffsets& p, float (&sum)[kSums]) {
   constexpr int N = kVector<T>;
   constexpr bool kHasKl = K != Kl::none, kPrior = K == Kl::prior, kColumn = kTiling == Tiling::column;
-  // Four tensors would take too many registers.
-  constexpr bool kAhead = !kPrior;
   const Geometry& g = a.g;
   const int64_t first = p.b_begin + p.tz;
   const uint32_t steps = kColumn && p.tail == 0 ? 0 : p.steps;
-  if (first >= p.b_end || steps == 0) return;
   VectorOffset in(a.in, first, p.o, p.i / N), quad(a.quads, first, p.o, p.i / N);
   VectorOffset prior(a.prior_in, first, p.o, p.i / N);
-  char* const mu_data = static_cast<char*>(a.mu.data);
-  char* const scale_data = static_cast<char*>(a.scale.data);
-  char* const z_data = static_cast<char*>(a.z.data);
+  char* const mu_data = in_registers(a.mu.data);
+  char* const scale_data = in_registers(a.scale.data);
+  char* const z_data = in_registers(a.z.data);
   const bool weighted = Special && kHasKl && a.weight != nullptr;
   const bool folded = kColumn && g.folded;  // then B is 1
-  Inputs<T, kPrior> next{};
-  const auto load = [&] {
-    next.mu.load(bytes_at<16>(mu_data, in.at));
-    next.scale.load(bytes_at<16>(scale_data, in.at));
-    if constexpr (kPrior) {
-      next.prior_mu.load(bytes_at<16>(a.prior_mu.data, prior.at));
-      next.prior_scale.load(bytes_at<16>(a.prior_scale.data, prior.at));
-    }
-  };
-  if constexpr (kAhead) load();
-  const QuadKeys keys = quad_keys_for<Sample>(a.keys);
+  if (first >= p.b_end) return;
   uint32_t batch_row = static_cast<uint32_t>(folded ? p.o : first);
 #pragma unroll 1
   do {
     float total = 0;
     const uint32_t end = quad.end(a.quads, steps);  // not of `in`, whose step is 0 where mu is expanded
 #pragma unroll 1
-    do {
-      if constexpr (!kAhead) load();
-      const Inputs<T, kPrior> now = next;
+    for (; quad.at != end; quad.at += a.quads.step) {
       const float weight = weighted && kColumn ? __ldg(a.weight + batch_row) : 1.f;
       if (weighted && folded) batch_row += g.ty();
-      Vector<T> z_vector;
+      Vector<T> mu_vector, scale_vector, z_vector;
+      mu_vector.load(bytes_at<16>(mu_data, in.at));
+      scale_vector.load(bytes_at<16>(scale_data, in.at));
+      in.at += a.in.step;
+      Vector<T> prior_mu_vector{}, prior_scale_vector{};
+      if constexpr (kPrior) {
+        prior_mu_vector.load(bytes_at<16>(a.prior_mu.data, prior.at));
+        prior_scale_vector.load(bytes_at<16>(a.prior_scale.data, prior.at));
+        prior.at += a.prior_in.step;
+      }
 #pragma unroll
       for (int q = 0; q < N / 4; ++q) {
-        if (q == N / 4 - 1) {
-          const bool row_ends = quad.at + a.quads.step == end;
-          if (!row_ends || (!folded && batch_row + g.tz() < static_cast<uint32_t>(p.b_end))) {
-            in.at += a.in.step;
-            if constexpr (kPrior) prior.at += a.prior_in.step;
-            if (row_ends) {
-              in.next_row(a.in, steps);
-              if constexpr (kPrior) prior.next_row(a.prior_in, steps);
-            }
-            if constexpr (kAhead) load();
-          }
-        }
         float mu[4], y[4], z[4];
         bool inside[4];
-        now.mu.get(q, mu);
-        now.scale.get(q, y);
+        mu_vector.get(q, mu);
+        scale_vector.get(q, y);
         if constexpr (Special) adjust(a.log_variance, y, inside);
         float prior_mu[4], prior_y[4];
-        now.prior_mu.get(q, prior_mu);
-        now.prior_scale.get(q, prior_y);
+        prior_mu_vector.get(q, prior_mu);
+        prior_scale_vector.get(q, prior_y);
         if constexpr (Special && kPrior) adjust_prior(a.log_variance, prior_y);
         if constexpr (Sample) normals(keys, quad.at + static_cast<uint32_t>(q), z);
 #pragma unroll
@@ -102,26 +75,28 @@ __device__ __forceinline__ void forward_rows(const ForwardArgs<float>& a, const 
         if constexpr (Sample) z_vector.set(q, z);
       }
       if constexpr (Sample) z_vector.store(bytes_at<4 * sizeof(T)>(z_data, quad.at));
-      quad.at += a.quads.step;
-    } while (quad.at != end);
+    }
     if constexpr (kHasKl && !kColumn) sum[0] += weighted ? __ldg(a.weight + batch_row) * total : total;
     batch_row += g.tz();
+    in.next_row(a.in, steps);
+    if constexpr (kPrior) prior.next_row(a.prior_in, steps);
     quad.next_row(a.quads, steps);
   } while (!folded && batch_row < static_cast<uint32_t>(p.b_end));
 }
 
 template <class T, Tiling kTiling, Kl K, bool Sample>
-VK_PLAIN_KERNEL(K == Kl::prior ? 72 : 64)
+VK_PLAIN_KERNEL(K == Kl::prior ? 64 : 48)
 forward_plain_kernel(const __grid_constant__ ForwardArgs<float> a) {
   constexpr int kSums = K != Kl::none && kTiling == Tiling::column ? kVector<T> : 1;
   VK_SHARED(shared);
+  const QuadKeys keys = quad_keys_for<Sample>(a.keys);
   store_state(a);
   const ThreadOffsets p = thread_offsets_of<kTiling, kVector<T>>(a.g);
   float sum[kSums] = {};
   if (a.special)
-    forward_rows<T, kTiling, K, Sample, true>(a, p, sum);
+    forward_rows<T, kTiling, K, Sample, true>(a, keys, p, sum);
   else
-    forward_rows<T, kTiling, K, Sample, false>(a, p, sum);
+    forward_rows<T, kTiling, K, Sample, false>(a, keys, p, sum);
   if constexpr (K != Kl::none) {
 #pragma unroll
     for (int j = 0; j < kSums; ++j) sum[j] *= 0.5f;
