@@ -70,16 +70,14 @@ __device__ __forceinline__ void backward_quad(const BackwardArgs<compute_t<T>>& 
       }
       storage += lanes * a.numel;
     }
-    // The lanes of a vector, which take the same way, whatever those of other vectors do.
-    const unsigned mask = ((1u << lanes) - 1) << (threadIdx.x % 32 - lane);
     for (int m = 1; m < lanes; m *= 2) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        sum[j] += __shfl_xor_sync(mask, sum[j], m);
-        noise[j] += __shfl_xor_sync(mask, noise[j], m);
+        sum[j] += __shfl_xor_sync(0xFFFFFFFFu, sum[j], m);
+        noise[j] += __shfl_xor_sync(0xFFFFFFFFu, noise[j], m);
       }
     }
-    if (lane != 0) return;
+    if (lane != 0 || at.valid == 0) return;
   }
   if constexpr (HasKL) {
     const RowGain<R> row = row_gain<kTiling>(a, p, at, gain);
@@ -119,14 +117,22 @@ __global__ void __launch_bounds__(kBlock, 1)
   const PhiloxKeys& keys = keys_for<Sample>(a.keys, memory);
   const Geometry& g = a.g;
   const ThreadOffsets p = thread_offsets_of<kTiling, 4>(g);
-  if (p.steps == 0 || (kTiling == Tiling::column && p.tail == 0)) return;
+  // Where lanes of a warp add up samples, all make the same number of steps, some without elements.
+  const bool together = Sample && g.log_k > 0;
+  const bool idle = p.steps == 0 || (kTiling == Tiling::column && p.tail == 0);
+  if (!together && idle) return;
+  const int64_t step_length = kTiling == Tiling::column ? g.ty() : static_cast<int64_t>(g.tx()) * 4;
+  const int steps = together ? static_cast<int>(ceil_div(p.to - p.from, step_length)) : p.steps;
   const bool prior = HasKL && a.prior_mu.data != nullptr;
   const int64_t storage_step = kTiling == Tiling::column ? g.ty() * g.I : static_cast<int64_t>(g.tx()) * 4;
 
   R shared[kGroups] = {}, gain = 0;
   if constexpr (HasKL) gain = shared_gradients<kGroups>(a, kTiling == Tiling::column ? p.i : p.o, shared);
 
-  for (int64_t b = p.b_begin + p.tz; b < p.b_end; b += g.tz()) {
+  for (int64_t row = p.b_begin; row < p.b_end; row += g.tz()) {
+    const int64_t b = row + p.tz;
+    const bool none = idle || b >= p.b_end;
+    if (none && !together) break;
     BackwardPosition at{};
     if (HasKL) at.mu = element_of(a.mu, b, p.o, p.i);
     at.scale = element_of(a.scale, b, p.o, p.i);
@@ -141,8 +147,8 @@ __global__ void __launch_bounds__(kBlock, 1)
       at.grad_prior_scale = element_of(a.grad_prior_scale, b, p.o, p.i);
     at.storage = (b * g.O + p.o) * g.I + p.i;
     at.batch_row = g.folded ? p.o : b;
-    for (int step = 0; step < p.steps; ++step) {
-      at.valid = step < p.full ? 4 : p.tail;
+    for (int step = 0; step < steps; ++step) {
+      at.valid = none || step >= p.steps ? 0 : (step < p.full ? 4 : p.tail);
       backward_quad<T, kTiling, HasKL, Sample>(a, keys, p, at, gain, shared);
       if (HasKL) at.mu += a.mu.step;
       at.scale += a.scale.step;

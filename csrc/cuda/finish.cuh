@@ -69,10 +69,9 @@ __device__ __forceinline__ void load_written(const R* from, R (&out)[1]) {
   out[0] = __ldcg(from);
 }
 
-// Adds the parts' sums of a tile into sums[0 .. width), column c by thread c modulo blockDim.x. Each thread
-// has N columns of every `down`-th part, which it adds in their order; then those of a warp are added by a
-// butterfly, then the warps in their order. Four loads are under way at a time: one after the other, each
-// would wait 0.2 us for the second-level cache.
+// Adds the parts' sums of a tile into sums[0 .. width). Each thread has N columns of every `down`-th part,
+// which it adds in their order; then those of a warp are added by a butterfly, then the warps in their order.
+// Four loads are under way at a time: one after the other, each would wait 0.2 us for the second-level cache.
 template <int N, class R>
 __device__ __forceinline__ void gather_columns(const ForwardArgs<R>& a, int64_t tile, R* sums) {
   constexpr int kLoads = 4;
@@ -85,23 +84,16 @@ __device__ __forceinline__ void gather_columns(const ForwardArgs<R>& a, int64_t 
   for (int base = 0; base < width; base += across * N) {
     const R* from = a.sums + tile * parts * width + base + column * N;
     R sum[N] = {};
-    int part = first;
 #pragma unroll 1
-    for (; part + (kLoads - 1) * down < parts; part += kLoads * down) {
-      R some[kLoads][N];
+    for (int part = first; part < parts; part += kLoads * down) {
+      R some[kLoads][N] = {};
 #pragma unroll
-      for (int i = 0; i < kLoads; ++i) load_written(from + int64_t{part + i * down} * width, some[i]);
+      for (int i = 0; i < kLoads; ++i)
+        if (part + i * down < parts) load_written(from + int64_t{part + i * down} * width, some[i]);
 #pragma unroll
       for (int i = 0; i < kLoads; ++i)
 #pragma unroll
         for (int j = 0; j < N; ++j) sum[j] += some[i][j];
-    }
-#pragma unroll 1
-    for (; part < parts; part += down) {
-      R one[N];
-      load_written(from + int64_t{part} * width, one);
-#pragma unroll
-      for (int j = 0; j < N; ++j) sum[j] += one[j];
     }
     sum_lanes_apart(sum, across);
     if (across >= 32 || threadIdx.x % 32 < across) {
@@ -121,27 +113,36 @@ __device__ void gather_tile(const ForwardArgs<R>& a, int64_t tile, R* sums) {
     gather_columns<1>(a, tile, sums);
 }
 
-// Rates, gates and the share of the loss of `count` groups from `first` on, from their sums over all rows.
+// The share of the loss of `count` groups from `first` on, from their sums over all rows.
 template <class R>
-__device__ R finish_groups(const ForwardArgs<R>& a, int64_t first, int count, R weight, R* sums) {
-  const R inverse = R(1) / weight;
+__device__ R groups_loss(const ForwardArgs<R>& a, int64_t first, int count, R weight, const R* sums,
+                         R* shared) {
   R loss = 0;
+  for (int c = threadIdx.x; c < count; c += blockDim.x) {
+    const int64_t group = first + c;
+    if (group >= a.groups) continue;
+    const R sum = sums[c];
+    // Without any weight there is no mean to clamp: 0, or the NaN of a row that is not finite.
+    if (a.clamp == Clamp::batch && weight != R(0))
+      loss += free_bits_of(a, group).value(sum / weight, a.penalty);
+    else
+      loss += sum;
+  }
+  return block_sum(shared, loss);
+}
+
+// Their rates and gates.
+template <class R>
+__device__ void store_groups(const ForwardArgs<R>& a, int64_t first, int count, R weight, const R* sums) {
+  const R inverse = R(1) / weight;
   for (int c = threadIdx.x; c < count; c += blockDim.x) {
     const int64_t group = first + c;
     if (group >= a.groups) continue;
     const R sum = sums[c], rate = sum / weight;
     a.kl_per_group[group] = a.group_sums ? sum : rate;
-    if (a.clamp == Clamp::batch) {
-      const FreeBits<R> bits = free_bits_of(a, group);
-      a.gate[group] = bits.open(rate) ? inverse : -inverse;
-      // Without any weight there is no mean to clamp: 0, or the NaN of a row that is not finite.
-      loss += weight == R(0) ? sum : bits.value(rate, a.penalty);
-    } else {
-      loss += sum;
-    }
+    if (a.clamp == Clamp::batch) a.gate[group] = free_bits_of(a, group).open(rate) ? inverse : -inverse;
   }
   if (a.clamp != Clamp::batch && first == 0 && threadIdx.x == 0) a.gate[0] = inverse;
-  return block_sum(sums, loss);
 }
 
 // Completes the rows of a set: their values from the parts of several blocks, their open bits, and returns
@@ -227,21 +228,6 @@ __device__ void finish_loss(const ForwardArgs<R>& a, R* shared) {
   store_loss(a, sum, weight);
 }
 
-// Finishes a tile whose parts are all there, in sums[0 .. width) or (`gather`) in scratch memory. Returns
-// whether that was all.
-template <class R>
-__device__ __forceinline__ bool complete_tile(const ForwardArgs<R>& a, int64_t tile, bool gather, R* sums) {
-  if (gather) gather_tile(a, tile, sums);
-  const R weight = total_weight(a, tile, sums + a.g.width());
-  const R share = finish_groups(a, tile * a.g.width(), a.g.width(), weight, sums);
-  if (a.one_tile()) {
-    store_loss(a, share, weight);
-    return true;
-  }
-  if (a.clamp != Clamp::sample && threadIdx.x == 0) a.losses[tile] = share;
-  return false;
-}
-
 // Finishes everything where ForwardArgs::few_sums: a warp adds up a group.
 template <class R>
 __device__ void complete_few(const ForwardArgs<R>& a, R* sums) {
@@ -255,8 +241,32 @@ __device__ void complete_few(const ForwardArgs<R>& a, R* sums) {
     if (threadIdx.x % 32 == 0) sums[group] = sum;
   }
   __syncthreads();
-  const R weight = total_weight(a, 0, sums + groups);
-  store_loss(a, finish_groups(a, 0, groups, weight, sums), weight);
+  R* behind = sums + groups;
+  const R weight = total_weight(a, 0, behind);
+  store_loss(a, groups_loss(a, 0, groups, weight, sums, behind), weight);
+  store_groups(a, 0, groups, weight, sums);
+}
+
+// Finishes a tile whose parts are all there, in sums[0 .. width) or (`gather`) in scratch memory, and then,
+// if arrive() says that nothing else is missing, the loss. What nobody waits for is stored last.
+template <class R, class Arrive>
+__device__ __forceinline__ void complete_tile(const ForwardArgs<R>& a, int64_t tile, bool gather, R* sums,
+                                              const Arrive& arrive) {
+  const int width = a.g.width();
+  R* behind = sums + width;  // for block_sum, which must not overwrite the sums
+  if (gather) gather_tile(a, tile, sums);
+  const R weight = total_weight(a, tile, behind);
+  const R share = groups_loss(a, tile * width, width, weight, sums, behind);
+  if (a.one_tile()) {
+    store_loss(a, share, weight);
+  } else {
+    if (a.clamp != Clamp::sample && threadIdx.x == 0) a.losses[tile] = share;
+    if (arrive()) {
+      __syncthreads();
+      finish_loss(a, behind);
+    }
+  }
+  store_groups(a, tile * width, width, weight, sums);
 }
 
 // Called once a block has its sums in sums[0 .. width): writes them to scratch memory where other blocks work
@@ -298,20 +308,19 @@ __device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile,
       if (counting) last = block_arrives_last(a.counters, static_cast<unsigned>(a.arrivals()), flag);
     }
   }
-  if (parts == 1 || (counting && block_arrives_last(a.counters + kTileCounters + tile,
-                                                    static_cast<unsigned>(parts), flag))) {
-    if (complete_tile(a, tile, parts > 1, sums)) return;
-    if (counting) last = block_arrives_last(a.counters, static_cast<unsigned>(a.arrivals()), flag) || last;
-  }
+  if (parts == 1 ||
+      (counting && block_arrives_last(a.counters + kTileCounters + tile, static_cast<unsigned>(parts), flag)))
+    return complete_tile(a, tile, parts > 1, sums, [&] {
+      return (counting && block_arrives_last(a.counters, static_cast<unsigned>(a.arrivals()), flag)) || last;
+    });
   if (last) {
     __syncthreads();
-    finish_loss(a, sums);
+    finish_loss(a, behind);
   }
 }
 
 // Adds up the block's threads: sums[0 .. width) are, by column or (row) one number for each group, the sums
-// of their numbers, c by thread c modulo blockDim.x. Within a warp by a butterfly, then the warps in their
-// order.
+// of their numbers. Within a warp by a butterfly, then the warps in their order. Ends with a barrier.
 template <Tiling kTiling, int kSums, class R>
 __device__ __forceinline__ void sum_threads(const Geometry& g, R (&sum)[kSums], R* sums) {
   const int width = g.width(), lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -340,6 +349,7 @@ __device__ __forceinline__ void sum_threads(const Geometry& g, R (&sum)[kSums], 
         for (int piece = 0; piece < pieces; ++piece) total += matrix[(z * width + c) * pieces + piece];
       sums[c] = total;
     }
+    __syncthreads();
   }
 }
 
@@ -362,16 +372,17 @@ __global__ void __launch_bounds__(1024) finish_kernel(const __grid_constant__ Fo
   int* flag = reinterpret_cast<int*>(shared);
   R* sums = reinterpret_cast<R*>(shared + kFlagBytes);
   const int64_t tiles = a.open_tiles(), block = blockIdx.x;
+  const auto last = [&] { return gridDim.x == 1 || block_arrives_last(a.finished, gridDim.x, flag); };
   if (a.few_sums()) return complete_few(a, sums);
-  if (block < tiles) {
-    if (complete_tile(a, block, true, sums)) return;
-  } else if (block < tiles + a.open_sets()) {
-    const R share = finish_rows(a, block - tiles, sums + a.g.width());
+  if (block < tiles) return complete_tile(a, block, true, sums, last);
+  if (block < tiles + a.open_sets()) {
+    const R share = finish_rows(a, block - tiles, sums);
     if (a.clamps_cells() && threadIdx.x == 0) a.losses[block - tiles] = share;
   }
-  if (gridDim.x > 1 && !block_arrives_last(a.finished, gridDim.x, flag)) return;
-  __syncthreads();
-  finish_loss(a, sums);
+  if (last()) {
+    __syncthreads();
+    finish_loss(a, sums);
+  }
 }
 
 }  // namespace vk::cuda

@@ -69,11 +69,12 @@ inline constexpr int kBlock = 256;
 // A problem of at most this many vectors is computed by one, larger block: a second one would cost more than
 // it saves.
 inline constexpr int kSmall = 1024, kSmallBlock = 512;
-// Blocks of 256 threads with 48 registers that 132 multiprocessors hold at the same time.
+// Blocks of 256 threads with 48 registers that run at the same time on 132 multiprocessors: a wave. Blocks
+// come in whole waves: with 1.5 of them the multiprocessors of an H200 were idle for a quarter of the time.
 inline constexpr int64_t kWave = 660;
-// The steps of a thread, where there is enough to do: few, so that many blocks level out whatever number of
-// them a GPU holds; not one, since a block needs as long as a step to begin and to end.
-inline constexpr int64_t kSteps = 8;
+// The steps of a thread, where there is enough to do. Blocks that share sums make many, since each of them
+// takes 1 us to add up its threads and to be counted.
+inline constexpr int64_t kSteps = 8, kReducingSteps = 32;
 // The most blocks that share sums.
 inline constexpr int64_t kReducingBlocks = 4 * kWave;
 
@@ -201,7 +202,7 @@ inline void set_block(Geometry& g, const Problem& p, const Purpose& purpose) {
     // bytes, so that the sums of each tile's parts are few: 8 KiB to 84 KiB, of which a block reads 100 bytes
     // in a nanosecond.
     const int64_t steps = g.O >> (most - ceil_log2(vectors, 5));  // of a thread, if a tile had one part
-    const bool narrow = reduces && steps > kSteps && (vectors > 32 || all > kWave * kBlock);
+    const bool narrow = reduces && steps > 8 && (vectors > 32 || all > kWave * kBlock);
     g.log_tx = ceil_log2(vectors, narrow ? ceil_log2(128 / (g.vector * size), 5) : 5);
     // Narrower tiles where wide ones would leave more than a quarter of the last one idle.
     while (g.log_tx > 3 && (ceil_div(vectors, g.tx()) * g.tx() - vectors) * 4 > vectors) --g.log_tx;
@@ -216,7 +217,7 @@ inline void set_block(Geometry& g, const Problem& p, const Purpose& purpose) {
   g.tiles = std::max<int64_t>(g.tiles, 1);
 }
 
-// The parts of a tile. As long as all blocks run at the same time, each makes as few steps as it can.
+// The parts of a tile.
 inline void set_parts(Geometry& g, bool reduces) {
   const bool one_block = reduces && g.tiles == 1 && g.B * g.O * g.vectors() <= kSmall;
   const int64_t along = g.tiling == Tiling::column ? g.O : g.I;
@@ -224,10 +225,11 @@ inline void set_parts(Geometry& g, bool reduces) {
   const int64_t steps = std::max<int64_t>(1, ceil_div(along, step));
   const int64_t row_steps = std::max<int64_t>(1, ceil_div(g.B, g.tz()));
   const int64_t all = steps * row_steps;
-  int64_t parts = ceil_div(all, std::min(ceil_div(g.tiles * all, kWave), kSteps));
-  parts = one_block ? 1
-                    : std::clamp<int64_t>(parts, 1,
-                                          std::max<int64_t>(1, reduces ? kReducingBlocks / g.tiles : 65535));
+  int64_t waves = ceil_div(g.tiles * all, kWave * (reduces ? kReducingSteps : kSteps));
+  if (reduces) waves = std::min(waves, kReducingBlocks / kWave);
+  int64_t parts =
+      one_block ? 1 : std::clamp<int64_t>(waves * kWave / g.tiles, 1, std::min<int64_t>(all, 65535));
+  parts = ceil_div(all, ceil_div(all, parts));
 
   const int64_t round = g.cells == Cells::none ? 1 : 8;  // bits are packed by whole bytes
   g.chunk_rows = ceil_div(ceil_div(row_steps, std::min(parts, row_steps)) * g.tz(), round) * round;

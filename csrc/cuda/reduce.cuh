@@ -48,8 +48,8 @@ __device__ __forceinline__ void sum_lanes_apart(R (&value)[N], int apart) {
   }
 }
 
-// The sums of the columns of a row-major [height, width] matrix in shared memory, into its first row: each by
-// the thread that later reads it, column c by thread c modulo blockDim.x.
+// Adds the `height` rows of a row-major [height, width] matrix in shared memory into its first row, one after
+// the other. Called by all threads of the block, after a barrier; ends with one.
 template <class R>
 __device__ __forceinline__ void sum_columns(R* matrix, int width, int height) {
   for (int c = threadIdx.x; c < width; c += blockDim.x) {
@@ -58,6 +58,7 @@ __device__ __forceinline__ void sum_columns(R* matrix, int width, int height) {
     for (int row = 1; row < height; ++row) sum += matrix[row * width + c];
     matrix[c] = sum;
   }
+  __syncthreads();
 }
 
 // Counts an arrival and returns whether it was the last of `count`; the last one leaves the counter at zero.
