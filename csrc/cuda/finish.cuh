@@ -113,36 +113,28 @@ __device__ void gather_tile(const ForwardArgs<R>& a, int64_t tile, R* sums) {
     gather_columns<1>(a, tile, sums);
 }
 
-// The share of the loss of `count` groups from `first` on, from their sums over all rows.
+// Rates, gates and the share of the loss of `count` groups from `first` on, from their sums over all rows.
 template <class R>
-__device__ R groups_loss(const ForwardArgs<R>& a, int64_t first, int count, R weight, const R* sums,
-                         R* shared) {
-  R loss = 0;
-  for (int c = threadIdx.x; c < count; c += blockDim.x) {
-    const int64_t group = first + c;
-    if (group >= a.groups) continue;
-    const R sum = sums[c];
-    // Without any weight there is no mean to clamp: 0, or the NaN of a row that is not finite.
-    if (a.clamp == Clamp::batch && weight != R(0))
-      loss += free_bits_of(a, group).value(sum / weight, a.penalty);
-    else
-      loss += sum;
-  }
-  return block_sum(shared, loss);
-}
-
-// Their rates and gates.
-template <class R>
-__device__ void store_groups(const ForwardArgs<R>& a, int64_t first, int count, R weight, const R* sums) {
+__device__ R finish_groups(const ForwardArgs<R>& a, int64_t first, int count, R weight, const R* sums,
+                           R* shared) {
   const R inverse = R(1) / weight;
+  R loss = 0;
   for (int c = threadIdx.x; c < count; c += blockDim.x) {
     const int64_t group = first + c;
     if (group >= a.groups) continue;
     const R sum = sums[c], rate = sum / weight;
     a.kl_per_group[group] = a.group_sums ? sum : rate;
-    if (a.clamp == Clamp::batch) a.gate[group] = free_bits_of(a, group).open(rate) ? inverse : -inverse;
+    if (a.clamp == Clamp::batch) {
+      const FreeBits<R> bits = free_bits_of(a, group);
+      a.gate[group] = bits.open(rate) ? inverse : -inverse;
+      // Without any weight there is no mean to clamp: 0, or the NaN of a row that is not finite.
+      loss += weight == R(0) ? sum : bits.value(rate, a.penalty);
+    } else {
+      loss += sum;
+    }
   }
   if (a.clamp != Clamp::batch && first == 0 && threadIdx.x == 0) a.gate[0] = inverse;
+  return block_sum(shared, loss);
 }
 
 // Completes the rows of a set: their values from the parts of several blocks, their open bits, and returns
@@ -243,12 +235,11 @@ __device__ void complete_few(const ForwardArgs<R>& a, R* sums) {
   __syncthreads();
   R* behind = sums + groups;
   const R weight = total_weight(a, 0, behind);
-  store_loss(a, groups_loss(a, 0, groups, weight, sums, behind), weight);
-  store_groups(a, 0, groups, weight, sums);
+  store_loss(a, finish_groups(a, 0, groups, weight, sums, behind), weight);
 }
 
 // Finishes a tile whose parts are all there, in sums[0 .. width) or (`gather`) in scratch memory, and then,
-// if arrive() says that nothing else is missing, the loss. What nobody waits for is stored last.
+// if arrive() says that nothing else is missing, the loss.
 template <class R, class Arrive>
 __device__ __forceinline__ void complete_tile(const ForwardArgs<R>& a, int64_t tile, bool gather, R* sums,
                                               const Arrive& arrive) {
@@ -256,17 +247,13 @@ __device__ __forceinline__ void complete_tile(const ForwardArgs<R>& a, int64_t t
   R* behind = sums + width;  // for block_sum, which must not overwrite the sums
   if (gather) gather_tile(a, tile, sums);
   const R weight = total_weight(a, tile, behind);
-  const R share = groups_loss(a, tile * width, width, weight, sums, behind);
-  if (a.one_tile()) {
-    store_loss(a, share, weight);
-  } else {
-    if (a.clamp != Clamp::sample && threadIdx.x == 0) a.losses[tile] = share;
-    if (arrive()) {
-      __syncthreads();
-      finish_loss(a, behind);
-    }
+  const R share = finish_groups(a, tile * width, width, weight, sums, behind);
+  if (a.one_tile()) return store_loss(a, share, weight);
+  if (a.clamp != Clamp::sample && threadIdx.x == 0) a.losses[tile] = share;
+  if (arrive()) {
+    __syncthreads();
+    finish_loss(a, behind);
   }
-  store_groups(a, tile * width, width, weight, sums);
 }
 
 // Called once a block has its sums in sums[0 .. width): writes them to scratch memory where other blocks work
