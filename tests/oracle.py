@@ -388,7 +388,7 @@ def assert_accurate(
     """|ours - float64| <= 2 |eager - float64| + `error` + `ulps` ULP.
 
     Eager's error is the largest of its tensor (flash-attention's rule): an element may be right by luck.
-    `error` is what `errors` gives, and the ULP that of ours.dtype at the exact value. Where the exact value is
+    `error` is what `errors` gives; the ULP is that of ours.dtype at the exact value. Where the exact value is
     inf or NaN, ours must be the same.
     """
     assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, expected {tuple(exact.shape)}"
