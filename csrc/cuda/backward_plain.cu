@@ -115,10 +115,12 @@ __device__ __forceinline__ void backward_rows(const BackwardArgs<float>& a, cons
   } while (!folded && batch_row < static_cast<uint32_t>(p.b_end));
 }
 
-// With nine tensors of a 16-bit type and sums by columns, 64 registers are too few.
+// What keeps every kernel out of local memory.
 template <class T, Tiling kTiling, Kl K, bool Sample>
 inline constexpr int kRegisters =
-    K != Kl::prior ? 48 : (sizeof(T) == 2 && kTiling == Tiling::column && Sample ? 80 : 64);
+    K != Kl::prior
+        ? 48
+        : (sizeof(T) == 4 || !Sample ? 64 : (kTiling == Tiling::column ? 80 : (kArch < 860 ? 72 : 64)));
 
 template <class T, Tiling kTiling, Kl K, bool Sample>
 VK_PLAIN_KERNEL((kRegisters<T, kTiling, K, Sample>))

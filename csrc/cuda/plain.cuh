@@ -17,11 +17,17 @@ enum class Kl { none, standard, prior };
 
 // A kernel with at most that many registers. 48 leave room for five blocks of 256 threads on a multiprocessor
 // of 65536, 64 for four, 80 for three. A launch bound could not say so, since small problems are launched
-// with blocks of kSmallBlock.
+// with blocks of kSmallBlock. sm_75 holds four such blocks at most, so that fewer than 64 would gain nothing.
 #if defined(__CUDACC__) && CUDART_VERSION >= 12040
-#define VK_PLAIN_KERNEL(registers) __global__ void __maxnreg__(registers)
+#define VK_PLAIN_KERNEL(registers) \
+  __global__ void __maxnreg__(vk::cuda::kArch == 750 && (registers) < 64 ? 64 : (registers))
 #else
 #define VK_PLAIN_KERNEL(registers) __global__ void __launch_bounds__(vk::cuda::kSmallBlock)
+#endif
+#if defined(__CUDA_ARCH__)
+inline constexpr int kArch = __CUDA_ARCH__;
+#else
+inline constexpr int kArch = 0;
 #endif
 
 // The round keys: as the host computed them, or from the state in device memory. One kernel serves both,
