@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+from functools import partial
 
 import gpu_problems
 import null_cuda
@@ -150,12 +151,8 @@ WRONG = {
 def test_a_wrong_device_is_named_before_anything_is_launched(name):
     call, message = WRONG[name]
     x = on("cuda:0", 8, 8)
-
-    def refused() -> None:
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            call(x)
-
-    found = null_cuda.records(refused)
+    with null_cuda.recording() as found, pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        call(x)
     assert null_cuda.ours(found) == []
 
 
@@ -173,13 +170,13 @@ SHAPES = {"rng": (2,), "weight": (8,), "free_bits_per_group": (8,), "gate": (8,)
 DTYPES = {"rng": torch.int64, "open": torch.uint8}
 
 
-def operator_call(operator: str, wrong: str | None, place: str) -> object:
-    """With one argument elsewhere."""
+def operator_call(operator: str, gpu: str = "cuda:0", wrong: str | None = None, place: str = "") -> object:
+    """On a device, perhaps with one argument elsewhere."""
     given: dict[str, object] = {
         name: torch.empty(
             SHAPES.get(name, (8, 8)),
             dtype=DTYPES.get(name, torch.float32),
-            device=place if name == wrong else "cuda:0",
+            device=place if name == wrong else gpu,
         )
         for name in [*TENSORS[operator], *(["open"] if operator == "latent_backward" else [])]
     }
@@ -194,14 +191,32 @@ def operator_call(operator: str, wrong: str | None, place: str) -> object:
 @pytest.mark.parametrize("place", ["cuda:1", "cpu"])
 @pytest.mark.parametrize("operator, name", [(o, n) for o, names in TENSORS.items() for n in names])
 def test_operators_refuse_a_wrong_device(operator, name, place):
-    found = null_cuda.records(lambda: operator_call(operator, None, place))
+    found = null_cuda.records(lambda: operator_call(operator))
     assert len(null_cuda.ours(found)) == 1
+    with null_cuda.recording() as found, pytest.raises((ValueError, RuntimeError), match=r"device"):
+        operator_call(operator, "cuda:0", name, place)
+    assert null_cuda.ours(found) == []
 
-    def refused() -> None:
-        with pytest.raises((ValueError, RuntimeError), match=r"device"):
-            operator_call(operator, name, place)
 
-    assert null_cuda.ours(null_cuda.records(refused)) == []
+OPERATORS = {
+    **{name: partial(operator_call, name) for name in TENSORS},
+    "_rng_state": lambda gpu: torch.ops.vaekernels._rng_state(on(gpu, 8)),
+    "_philox_words": lambda gpu: torch.ops.vaekernels._philox_words(STATE.to(gpu), 4097),
+}
+
+
+@pytest.mark.parametrize("gpu, current", [("cuda:1", 0), ("cuda:0", 1)])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_operators_change_to_their_device_themselves(name, gpu, current):
+    """Backward too, which autograd calls in a thread of the device."""
+    stream = torch.cuda.default_stream(gpu)
+    with torch.cuda.device(current):
+        OPERATORS[name](gpu)
+        with null_cuda.recording() as found:
+            OPERATORS[name](gpu)
+        assert torch.cuda.current_device() == current
+    (launch,) = null_cuda.ours(found)
+    assert (launch.device, launch.stream) == (stream.device_index, stream.cuda_stream)
 
 
 def test_a_gradient_on_another_device():

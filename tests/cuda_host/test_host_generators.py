@@ -112,13 +112,13 @@ def test_a_replay_takes_what_its_calls_take(x):
     assert offset() == 4 * len(DRAWING) * 3 + 4
 
 
-def test_a_captured_state_is_written_by_the_graph(x):
-    """The state is not known while capturing, so it is no argument of the kernel that draws."""
+def test_a_captured_draw_is_one_launch(x):
+    """Which reads the state where torch keeps it for the graph."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         vk.reparameterize(x, x)
     found = null_cuda.ours(null_cuda.records(graph.replay))
-    assert [one.kernel for one in found] == ["write_state_kernel", "forward_plain_kernel"]
+    assert [one.kernel for one in found] == ["forward_plain_kernel"]
 
 
 def test_a_registered_generator(x):
