@@ -7,7 +7,7 @@
 // a program may not do is an error here as there. Functions that are missing here are those of the real
 // library, which says that it finds no driver.
 //
-// Signatures are those of CUDA 13. tests/cuda_host/runtime.py reads the records (null_cuda_*).
+// Signatures are those of CUDA 13. null_cuda.py reads the records.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <cxxabi.h>
@@ -147,6 +147,7 @@ cudaError_t enqueue(cudaStream_t handle, Operation operation) {
   operation.stream = handle;
   if (operation.kind != std::string("kernel")) operation.device = stream->device;
   if (stream->capture) {
+    if (stream->capture->invalid) return fail(cudaErrorStreamCaptureInvalidated);
     operation.capture = stream->capture->id;
     stream->capture->graph->nodes.push_back(operation);
   } else if (operation.work) {

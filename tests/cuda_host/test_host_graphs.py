@@ -188,14 +188,17 @@ def test_an_exception_while_capturing():
 
 
 def test_a_capture_that_became_invalid():
-    """A call of ours in it says so, with CUDA's words, and nothing is left behind."""
+    """A call of ours in it says so, in CUDA's words, and nothing is left behind."""
     latent, inputs = null_cuda.latent_on("columns", torch.float32, "cuda")
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     try:
-        with pytest.raises(RuntimeError, match="captur"), torch.cuda.graph(graph, stream=stream):
+        with pytest.raises(RuntimeError, match="during capture"), torch.cuda.graph(graph, stream=stream):
             gpu_problems.call(latent, inputs, rng=STATE)
-            stream.synchronize()
+            with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+                stream.synchronize()
+            with pytest.raises(RuntimeError, match="during capture"):
+                gpu_problems.call(latent, inputs, rng=STATE)
     finally:
         # torch leaves the capture's stream the current one when the end of a capture fails.
         torch.cuda.set_stream(torch.cuda.default_stream())
