@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 from torch import Tensor
 
 import vaekernels as vk
@@ -159,6 +160,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(grown(options.peak_of, options.shapes[0], dtype))
         return 0
     device = torch.device(options.device)
+    # Else compiled code frees in backward what the next backward of the same forward would need.
+    torch._functorch.config.donated_buffer = False
     print("| shape | direction | contender | ms | times eager | peak MiB |")
     print("| --- | --- | --- | ---: | ---: | ---: |")
     rows: list[Timing] = []
