@@ -427,19 +427,6 @@ def _log_density(z: Tensor, mu: Tensor, x: Tensor) -> Tensor:
     return -0.5 * distance * distance - x - 0.5 * math.log(2.0 * math.pi)
 
 
-def log_weights(
-    m: int, log_weight: str = "uniform", examples: int = 0, leave_one_out: bool = False
-) -> tuple[float, float, float]:
-    """The log-weight of `m` posteriors, and what those of the sample's own and of the one behind it have
-    beyond that; -inf leaves a posterior out."""
-    if leave_one_out:
-        return -math.log(m - 1), -math.inf, 0.0
-    if log_weight == "stratified":
-        others = m - 1
-        return -math.log(others), math.log(others / examples), math.log((examples - others) / examples)
-    return -math.log(m) - (math.log(examples) if log_weight == "minibatch" else 0.0), 0.0, 0.0
-
-
 def aggregate(
     z: Tensor,
     mu: Tensor,
@@ -461,17 +448,26 @@ def aggregate(
     dtype = compute_dtype(mu.dtype)
     z, m = z.to(dtype), mu.to(dtype)
     x, _ = _scale(logvar.to(dtype), parameterization, logvar_bounds)
-    base, own, behind = log_weights(mu.shape[0], log_weight, examples, leave_one_out)
     columns = torch.arange(mu.shape[0], device=mu.device)
+    # As tensors: the logarithm of a size that is a symbol would make a constant of it.
+    count = torch.ones_like(columns, dtype=dtype).sum()
+    others = count - 1.0
+    base = -others.log() if leave_one_out or log_weight == "stratified" else -count.log()
+    if log_weight == "minibatch":
+        base = base - math.log(examples)
 
     def weighed(t: Tensor, begin: int) -> Tensor:
-        if own == 0.0:
+        if not leave_one_out and log_weight != "stratified":
             return t
-        mine = first + begin + torch.arange(t.shape[0], device=t.device)
-        for weight, index in ((own, mine), (behind, (mine + 1) % mu.shape[0])):
-            at = (columns == index.unsqueeze(1)).reshape(*t.shape[:2], *(1,) * (t.ndim - 2))
-            t = torch.where(at, t + weight if weight > -math.inf else weight, t)
-        return t
+        own = first + begin + torch.arange(t.shape[0], device=t.device)
+
+        def at(index: Tensor) -> Tensor:
+            return (columns == index.unsqueeze(1)).reshape(*t.shape[:2], *(1,) * (t.ndim - 2))
+
+        if leave_one_out:
+            return torch.where(at(own), -math.inf, t)
+        behind = torch.where(at((own + 1) % mu.shape[0]), t + ((examples - others) / examples).log(), t)
+        return torch.where(at(own), t + (others / examples).log(), behind)
 
     def chunk(z: Tensor, m: Tensor, x: Tensor, begin: int) -> tuple[Tensor, Tensor]:
         t = _log_density(z.unsqueeze(1), m, x)
