@@ -28,9 +28,11 @@ template <class R>
 inline constexpr int kChunk = sizeof(R) == 4 ? 8 : 4;  // terms that are scaled to one maximum at once
 
 // Rows that a block owns: few where there would be too few blocks for a large GPU.
-template <class R, bool Many>
-inline constexpr int kOwn = Many ? 16 : (sizeof(R) == 4 ? 4 : 8);
+template <class R, Rows kRowsOwned>
+inline constexpr int kOwn = kRowsOwned == Rows::many ? 16 : (sizeof(R) == 4 ? 4 : 8);
 constexpr int64_t kManyBlocks = 264;
+// That a multiprocessor shall have at once. Left to itself, nvcc spills to have more of them.
+constexpr int kLeastBlocks = 2;
 
 // Pairs and rows that a thread has.
 template <class R, int Own>
@@ -234,9 +236,11 @@ __device__ __forceinline__ void write_powers(const Args<R>& a, int64_t i, int64_
     a.log_qz_dims[i * a.D + column - 1] = log;
 }
 
-template <class R, bool Many, bool PerDim>
-__global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant__ Args<R> a) {
-  constexpr int Own = kOwn<R, Many>;
+template <class R, Rows kRowsOwned, Terms kTerms>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    aggregate_forward_kernel(const __grid_constant__ Args<R> a) {
+  constexpr int Own = kOwn<R, kRowsOwned>;
+  constexpr bool kPerDim = kTerms == Terms::both;
   constexpr int kGroups = kThreads / kOthers<R>;
   VK_SHARED(memory);
   auto& shared = *reinterpret_cast<ForwardShared<R, Own>*>(memory);
@@ -270,7 +274,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant
       }
 #pragma unroll
       for (int k = 0; k < kPairs<R, Own>; ++k) t[k] += part[k];
-      if constexpr (PerDim) {
+      if constexpr (kPerDim) {
         if (p.d >= dims) continue;
 #pragma unroll
         for (int n = 0; n < kRows<Own>; ++n) {
@@ -315,7 +319,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const __grid_constant
   if (threadIdx.x < Own && i0 + threadIdx.x < a.N)
     write_powers(a, i0 + threadIdx.x, 0, shared.pairs[threadIdx.x][0]);
 
-  if constexpr (PerDim) {
+  if constexpr (kPerDim) {
     for (int slab = 0; slab < a.slabs; ++slab) {
       const int64_t d = static_cast<int64_t>(slab) * kSlab + p.d;
 #pragma unroll
@@ -584,29 +588,26 @@ __device__ __forceinline__ void posterior_gradients_of(const Args<R>& a, unsigne
   }
 }
 
-template <class R, bool Many, bool All, bool Dims>
-__global__ void __launch_bounds__(kThreads) backward_kernel(const __grid_constant__ Args<R> a) {
-  constexpr int Own = kOwn<R, Many>;
+template <class R, Rows kRowsOwned, Terms kTerms>
+__global__ void __launch_bounds__(kThreads, kLeastBlocks)
+    aggregate_backward_kernel(const __grid_constant__ Args<R> a) {
+  constexpr int Own = kOwn<R, kRowsOwned>;
+  constexpr bool kAll = kTerms != Terms::dims, kDims = kTerms != Terms::all;
   VK_SHARED(memory);
   const int64_t block = blockIdx.x;
   if (block < a.sample_blocks)
-    sample_gradients<R, Own, All, Dims>(a, memory, block * Own);
+    sample_gradients<R, Own, kAll, kDims>(a, memory, block * Own);
   else
-    posterior_gradients_of<R, Own, All, Dims>(a, memory, (block - a.sample_blocks) * Own);
+    posterior_gradients_of<R, Own, kAll, kDims>(a, memory, (block - a.sample_blocks) * Own);
 }
 
 // ---- launching -------------------------------------------------------------------------------------------
 
-// f(bool constant): whether a block owns many rows.
+// f(Rows, as a constant): how many of `rows` a block owns.
 template <class R, class F>
-auto with_own(int64_t rows, const F& f) {
-  if (rows >= kManyBlocks * kOwn<R, true>) return f(std::true_type());
-  return f(std::false_type());
-}
-
-template <class R>
-int64_t blocks_of(int64_t rows, bool many) {
-  return ceil_div(rows, many ? kOwn<R, true> : kOwn<R, false>);
+auto with_rows(int64_t rows, const F& f) {
+  if (rows >= kManyBlocks * kOwn<R, Rows::many>) return f(std::integral_constant<Rows, Rows::many>());
+  return f(std::integral_constant<Rows, Rows::few>());
 }
 
 int slabs_of(const Aggregate& call) { return static_cast<int>(ceil_div(call.D, kSlab)); }
@@ -635,11 +636,10 @@ Args<R> args_of(const Aggregate& call, void* scratch) {
   return a;
 }
 
-template <class R>
-size_t scratch_of(const Aggregate& call, int64_t blocks, bool many, int numbers) {
-  const int64_t rows = many ? kRows<kOwn<R, true>> : kRows<kOwn<R, false>>;
+template <class R, int Own>
+size_t scratch_of(const Aggregate& call, int64_t blocks, int numbers) {
   const int64_t slabs = slabs_of(call);
-  return slabs > 1 ? static_cast<size_t>(blocks * slabs * rows * numbers * kThreads) * sizeof(R) : 0;
+  return slabs > 1 ? static_cast<size_t>(blocks * slabs * kRows<Own> * numbers * kThreads) * sizeof(R) : 0;
 }
 
 template <class R>
@@ -648,11 +648,12 @@ void launch_forward(const AggregateForward& call, void* scratch, cudaStream_t st
   a.log_qz = static_cast<R*>(call.log_qz);
   a.log_qz_dims = static_cast<R*>(call.log_qz_dims);
   a.saved = static_cast<R*>(call.saved);
-  with_own<R>(call.N, [&](auto many) {
-    constexpr size_t kShared = sizeof(ForwardShared<R, kOwn<R, many.value>>);
-    const dim3 grid(static_cast<unsigned>(blocks_of<R>(call.N, many.value)));
-    const auto kernel =
-        call.per_dim ? forward_kernel<R, many.value, true> : forward_kernel<R, many.value, false>;
+  with_rows<R>(call.N, [&](auto rows) {
+    constexpr int Own = kOwn<R, rows.value>;
+    constexpr size_t kShared = sizeof(ForwardShared<R, Own>);
+    const dim3 grid(static_cast<unsigned>(ceil_div(call.N, Own)));
+    const auto kernel = call.per_dim ? aggregate_forward_kernel<R, rows.value, Terms::both>
+                                     : aggregate_forward_kernel<R, rows.value, Terms::all>;
     VK_LAUNCH(kernel, grid, kThreads, kShared, stream, a);
   });
 }
@@ -667,14 +668,14 @@ void launch_backward(const AggregateBackward& call, void* scratch, cudaStream_t 
   a.grad_z = call.grad_z;
   a.grad_mu = call.grad_mu;
   a.grad_scale = call.grad_scale;
-  with_own<R>(call.N + call.M, [&](auto many) {
-    constexpr int Own = kOwn<R, many.value>;
+  with_rows<R>(call.N + call.M, [&](auto rows) {
+    constexpr int Own = kOwn<R, rows.value>;
     constexpr size_t kShared = std::max(sizeof(SampleShared<R, Own>), sizeof(PosteriorShared<R, Own>));
-    a.sample_blocks = blocks_of<R>(call.N, many.value);
-    const dim3 grid(static_cast<unsigned>(a.sample_blocks + blocks_of<R>(call.M, many.value)));
-    const auto kernel = a.grad_dims == nullptr ? backward_kernel<R, many.value, true, false>
-                        : a.grad_qz == nullptr ? backward_kernel<R, many.value, false, true>
-                                               : backward_kernel<R, many.value, true, true>;
+    a.sample_blocks = ceil_div(call.N, Own);
+    const dim3 grid(static_cast<unsigned>(a.sample_blocks + ceil_div(call.M, Own)));
+    const auto kernel = a.grad_dims == nullptr ? aggregate_backward_kernel<R, rows.value, Terms::all>
+                        : a.grad_qz == nullptr ? aggregate_backward_kernel<R, rows.value, Terms::dims>
+                                               : aggregate_backward_kernel<R, rows.value, Terms::both>;
     VK_LAUNCH(kernel, grid, kThreads, kShared, stream, a);
   });
 }
@@ -690,8 +691,9 @@ size_t aggregate_scratch(const AggregateForward& call) {
   if (!call.per_dim) return 0;
   return with_compute(call.dtype, [&](auto zero) {
     using R = decltype(zero);
-    return with_own<R>(call.N, [&](auto many) {
-      return scratch_of<R>(call, blocks_of<R>(call.N, many.value), many.value, 2);
+    return with_rows<R>(call.N, [&](auto rows) {
+      constexpr int Own = kOwn<R, rows.value>;
+      return scratch_of<R, Own>(call, ceil_div(call.N, Own), 2);
     });
   });
 }
@@ -699,9 +701,9 @@ size_t aggregate_scratch(const AggregateForward& call) {
 size_t aggregate_scratch(const AggregateBackward& call) {
   return with_compute(call.dtype, [&](auto zero) {
     using R = decltype(zero);
-    return with_own<R>(call.N + call.M, [&](auto many) {
-      const int64_t blocks = blocks_of<R>(call.N, many.value) + blocks_of<R>(call.M, many.value);
-      return scratch_of<R>(call, blocks, many.value, 3);
+    return with_rows<R>(call.N + call.M, [&](auto rows) {
+      constexpr int Own = kOwn<R, rows.value>;
+      return scratch_of<R, Own>(call, ceil_div(call.N, Own) + ceil_div(call.M, Own), 3);
     });
   });
 }
