@@ -6,8 +6,9 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "aggregate_launch.h"
+#include "cpu/aggregate.h"
 #include "cpu/latent.h"
-#include "launch.h"
 
 namespace vk {
 namespace {
@@ -54,6 +55,9 @@ struct CpuBackend {
   }
 
   static void backward(const Backward& call, const Tensor&) { cpu::backward(call, run_parallel); }
+
+  static void aggregate(const AggregateForward& call, const Tensor&) { cpu::aggregate(call, run_parallel); }
+  static void aggregate(const AggregateBackward& call, const Tensor&) { cpu::aggregate(call, run_parallel); }
 
   static Tensor philox_words(const Tensor& rng, int64_t n, int64_t first_quad) {
     Tensor words = at::empty({n}, rng.options());
@@ -172,7 +176,10 @@ TORCH_LIBRARY(vaekernels, m) {
   def("_philox_words(Tensor rng, int n, int first_quad=0) -> Tensor", pure);
 }
 
-TORCH_LIBRARY_IMPL(vaekernels, CPU, m) { register_kernels<Operators<CpuBackend>, CpuBackend>(m); }
+TORCH_LIBRARY_IMPL(vaekernels, CPU, m) {
+  register_kernels<Operators<CpuBackend>, CpuBackend>(m);
+  register_aggregate<AggregateOperators<CpuBackend>>(m);
+}
 TORCH_LIBRARY_IMPL(vaekernels, Meta, m) { register_kernels<Meta, Meta>(m); }
 
 }  // namespace vk

@@ -9,6 +9,8 @@
 
 `reparameterize` draws the sample, `gaussian_kl` computes the KL divergence with free bits, `sample_kl` does
 both from one reading of the posterior; each has a `_packed` form for one tensor that holds mu and logvar.
+`log_aggregate_posterior` is the log-density under the mixture of all posteriors of a batch; from it,
+`mutual_information` and `kl_decomposition`.
 Everything is in nats.
 
 Imported when first used, as attributes: `distributions` (the interface of diffusers), `nn` (modules),
@@ -25,13 +27,18 @@ from vaekernels import _build, _native
 from vaekernels._native import FallbackWarning
 from vaekernels.ops import (
     Clamp,
+    KLDecomposition,
     KLOptions,
+    LogWeight,
     Parameterization,
     Penalty,
     Reduction,
     SampleKL,
     gaussian_kl,
     gaussian_kl_packed,
+    kl_decomposition,
+    log_aggregate_posterior,
+    mutual_information,
     reparameterize,
     reparameterize_packed,
     rng_state,
@@ -58,7 +65,9 @@ __version__ = _build.VERSION
 __all__ = [
     "Clamp",
     "FallbackWarning",
+    "KLDecomposition",
     "KLOptions",
+    "LogWeight",
     "Parameterization",
     "Penalty",
     "Reduction",
@@ -66,6 +75,9 @@ __all__ = [
     "__version__",
     "gaussian_kl",
     "gaussian_kl_packed",
+    "kl_decomposition",
+    "log_aggregate_posterior",
+    "mutual_information",
     "reparameterize",
     "reparameterize_packed",
     "rng_state",

@@ -86,6 +86,74 @@ def packed_shape(moments: Tensor, dim: int) -> tuple[int, ...]:
     return tuple(shape)
 
 
+def check_aggregate(z: Tensor, mu: Tensor, logvar: Tensor, own: str | None) -> None:
+    """Samples [N, D] and posteriors [M, D]. `own`: what needs the posterior of each sample, where something
+    does."""
+    check_pair("mu", mu, "logvar", logvar)
+    if not isinstance(z, Tensor):
+        _not_a_tensor("z", z)
+    if z.dtype not in FLOATS:
+        _not_floating("z", z)
+    if z.dtype != mu.dtype:
+        raise TypeError(
+            f"z and mu must have one dtype, got {z.dtype} and {mu.dtype}; convert one, e.g. z.to(mu.dtype)"
+        )
+    if not _on_one_device(z, mu):
+        raise ValueError(
+            f"z and mu must be on one device, got {z.device} and {mu.device}; move one, e.g. z.to(mu.device)"
+        )
+    if mu.ndim != 2:
+        raise ValueError(
+            f"mu must be [posteriors, dimensions], got shape {_shape(mu)}; flatten the latent, e.g. "
+            "mu.flatten(1)"
+        )
+    if z.ndim != 2 or z.shape[1] != mu.shape[1]:
+        raise ValueError(
+            "z must be [samples, dimensions] with the dimensions of mu, whose shape is "
+            f"{_shape(mu)}, got {_shape(z)}"
+        )
+    if own is not None and z.shape[0] != mu.shape[0]:
+        raise ValueError(
+            f"{own} needs the posterior of each row of z, got {z.shape[0]} samples and {mu.shape[0]} "
+            "posteriors; row i of z has to be drawn from row i of mu and logvar"
+        )
+
+
+def check_posteriors(m: int, d: int, examples: int, own: str | None) -> None:
+    """Whether there are enough of them, on all ranks together."""
+    if m < 1:
+        raise ValueError(f"mu must have at least one posterior, got shape {[m, d]}")
+    if own is not None and m < 2:
+        raise ValueError(f"{own} needs at least two posteriors, got mu of shape {[m, d]}")
+    if own == STRATIFIED and m > examples:
+        raise ValueError(
+            f"log_weight must be of at least as many examples as mu has posteriors, {m}, got {examples}"
+        )
+
+
+STRATIFIED = "log_weight='stratified'"
+
+
+def log_weight_of(log_weight: Any) -> tuple[str, int]:
+    """The kind of weights and the number of examples: "uniform" (0), "minibatch" or "stratified"."""
+    if log_weight is None:
+        return "uniform", 0
+    kind, examples = "minibatch", log_weight
+    if isinstance(log_weight, (tuple, list)) and len(log_weight) == 2 and log_weight[0] == "stratified":
+        kind, examples = log_weight
+    if isinstance(examples, bool) or not isinstance(examples, int):
+        raise TypeError(
+            "log_weight must be None, the number of examples of the data set, or ('stratified', that "
+            f"number), got {log_weight!r}"
+        )
+    if examples < 1:
+        raise ValueError(
+            f"log_weight must have at least 1 example, got {examples}; give the number of examples of the "
+            "data set"
+        )
+    return kind, examples
+
+
 def check_prior(
     shape: Sequence[int],
     like_name: str,

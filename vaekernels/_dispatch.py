@@ -241,3 +241,42 @@ def _local_options(
         },
     )
     return {**options, "reduction": "sum", "group_sums": True}, shared
+
+
+def aggregate(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    log_weight: int | tuple[str, int] | None,
+    leave_one_out: bool,
+    per_dim: bool,
+    parameterization: str,
+    logvar_bounds: Sequence[float] | None,
+    process_group: ProcessGroup | None,
+) -> tuple[Tensor, Tensor]:
+    """(log_qz, log_qz_dims) of `ops.log_aggregate_posterior`, whose arguments these are."""
+    kind, examples = _checks.log_weight_of(log_weight)
+    if leave_one_out and kind != "uniform":
+        raise ValueError(
+            "leave_one_out must be False with log_weight, whose weights are of all posteriors; drop one of "
+            "them"
+        )
+    own = "leave_one_out" if leave_one_out else _checks.STRATIFIED if kind == "stratified" else None
+    _checks.check_aggregate(z, mu, logvar, own)
+    options: dict[str, Any] = {"per_dim": per_dim, "log_weight": kind, "examples": examples}
+    options |= {"leave_one_out": leave_one_out, "parameterization": parameterization}
+    _checks.check_choice("parameterization", parameterization, _checks.PARAMETERIZATIONS)
+    if logvar_bounds is not None:
+        options["logvar_bounds"] = _checks.check_bounds(logvar_bounds)
+    first = 0
+    if process_group is not None:
+        if _is_compiling():
+            raise ValueError(
+                "process_group must be None while compiling: how many posteriors the other ranks have is "
+                "known only when the call runs; call this outside the compiled function"
+            )
+        mu, logvar, first = _distributed.gather_posteriors(mu, logvar, process_group, str(options))
+    _checks.check_posteriors(mu.shape[0], mu.shape[1], examples, own)
+    log_qz, log_qz_dims, _ = operators_for(z).aggregate(z, mu, logvar, first=first, **options)
+    return log_qz, log_qz_dims

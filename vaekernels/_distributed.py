@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vaekernels import reference
 
@@ -166,3 +167,64 @@ def reduce_ranks(
         reduction=reduction,
         latent_numel=latent_numel,
     )
+
+
+class _GatherRows(torch.autograd.Function):
+    """The rows of all ranks, in their order. Backward sums the gradients of all ranks: with the mean over the
+    ranks that DDP takes, that is the gradient of the mean of the ranks' losses."""
+
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, counts: Sequence[int], group: ProcessGroup) -> Tensor:
+        import torch.distributed as dist
+
+        ctx.group, ctx.counts, ctx.rank = group, counts, dist.get_rank(group)
+        # Collectives take one size from all ranks.
+        padded = local.new_zeros((max(counts), *local.shape[1:]))
+        padded[: local.shape[0]] = local
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded, group=group)
+        return torch.cat([rows[:count] for rows, count in zip(gathered, counts, strict=True)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        import torch.distributed as dist
+
+        total = grads[0].contiguous().clone()
+        dist.all_reduce(total, group=ctx.group)
+        begin = sum(ctx.counts[: ctx.rank])
+        return total[begin : begin + ctx.counts[ctx.rank]], None, None
+
+
+def gather_posteriors(
+    mu: Tensor, logvar: Tensor, group: ProcessGroup, options: str
+) -> tuple[Tensor, Tensor, int]:
+    """The posteriors of all ranks, and the number of those of lower ranks than this one. ValueError, on every
+    rank, where dimensions, dtypes or `options`, a text, differ."""
+    import torch.distributed as dist
+
+    digest = int.from_bytes(hashlib.sha256(f"{options}, {mu.dtype}".encode()).digest()[:7], "big")
+    mine = torch.tensor([mu.shape[0], mu.shape[1], digest], device=mu.device)
+    told = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(told, mine, group=group)
+    rows = [each.tolist() for each in told]
+    if any(each[1:] != rows[0][1:] for each in rows):
+        raise ValueError(
+            "process_group: every rank must be called with the same options, dtype and dimensions, and they "
+            f"differ; the dimensions are {_by_rank([str(each[1]) for each in rows])}, and this rank has "
+            f"{options}, {mu.dtype}"
+        )
+    counts = [each[0] for each in rows]
+    gathered: Tensor = _GatherRows.apply(  # type: ignore[no-untyped-call]
+        torch.cat((mu, logvar), 1), counts, group
+    )
+    dims = mu.shape[1]
+    return gathered[:, :dims], gathered[:, dims:], sum(counts[: dist.get_rank(group)])
+
+
+def mean_over_ranks(sums: Tensor, rows: int, group: ProcessGroup) -> Tensor:
+    """Sums over the rows of all ranks, divided by their number. The gradients carry the factor R."""
+    total: Tensor = _AllReduceSum.apply(  # type: ignore[no-untyped-call]
+        torch.cat((sums, sums.new_full((1,), rows))), group
+    )
+    return total[:-1] / total[-1].detach()

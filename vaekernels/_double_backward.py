@@ -90,16 +90,32 @@ def latent_backward_reference(
     return found[0], None if second is None else found[1], *to_prior
 
 
+def aggregate_backward_reference(
+    grad_qz: Tensor | None,
+    grad_dims: Tensor | None,
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    saved: Tensor,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients for (z, mu, logvar). What the forward saved is computed again, differentiably."""
+    with torch.enable_grad():
+        inputs = [_standing_in(t) for t in (z, mu, logvar)]
+        log_qz, log_qz_dims, _ = reference.aggregate(*inputs, **options)
+        grads = _gradients(inputs, (log_qz, log_qz_dims), (grad_qz, grad_dims))
+    return grads[0], grads[1], grads[2]
+
+
 _LIBRARY: list[torch.library.Library] = []
 
 
 def register() -> None:
-    """Gives the operator `latent_backward_reference`, declared by the compiled library, its kernel."""
+    """Gives the operators `*_backward_reference`, declared by the compiled library, their kernels."""
     if _LIBRARY:
         return
     library = torch.library.Library("vaekernels", "IMPL")  # type: ignore[no-untyped-call]
-    library.impl(  # type: ignore[no-untyped-call]
-        "latent_backward_reference", latent_backward_reference, "CompositeImplicitAutograd"
-    )
+    for kernel in (latent_backward_reference, aggregate_backward_reference):
+        library.impl(kernel.__name__, kernel, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
     # The registration lives as long as the library object.
     _LIBRARY.append(library)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast, overload
 import torch
 from torch import Tensor
 
-from vaekernels import _checks, _dispatch
+from vaekernels import _checks, _dispatch, _distributed, reference
 from vaekernels._dispatch import KL, PACKED, SAMPLE, entry
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ Clamp = Literal["batch", "sample"]
 Penalty = Literal["floor", "hinge", "mask"]
 Reduction = Literal["batchmean", "sum", "mean", "none", "elementwise"]
 Parameterization = Literal["logvar", "log_std", "std", "softplus"]
+LogWeight = int | tuple[Literal["stratified"], int]
 
 
 class KLOptions(TypedDict, total=False):
@@ -50,6 +51,17 @@ class SampleKL(NamedTuple):
     kl_per_group: Tensor
     """the KL of each group, which is its rate, unclamped and differentiable; log these, and build other
     objectives from them"""
+
+
+class KLDecomposition(NamedTuple):
+    """What `kl_decomposition` returns: the three parts of the mean KL to N(0, I), in nats."""
+
+    mutual_information: Tensor
+    """E[log q(z|x) - log q(z)], the index-code mutual information"""
+    total_correlation: Tensor
+    """E[log q(z) - sum_d log q(z_d)], how far the dimensions are from independent"""
+    dimension_wise_kl: Tensor
+    """sum_d E[log q(z_d) - log p(z_d)], how far each dimension is from the prior"""
 
 
 # What NamedTuple puts in front of this, a function in Python, takes three times as long.
@@ -470,3 +482,175 @@ def sample_kl_packed(
         logvar_bounds=logvar_bounds, process_group=process_group,
     )  # fmt: skip
     return _new_tuple(SampleKL, out)
+
+
+def log_aggregate_posterior(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    log_weight: LogWeight | None = None,
+    leave_one_out: bool = False,
+    per_dim: bool = True,
+    parameterization: Parameterization = "logvar",
+    logvar_bounds: tuple[float, float] | None = None,
+    process_group: ProcessGroup | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The log-density of samples under the aggregate posterior, the mixture of a batch's posteriors, in nats.
+
+    For samples i, posteriors j and dimensions d, with lv = logvar::
+
+        t[i,j,d]         = -1/2 ((z[i,d] - mu[j,d])^2 exp(-lv[j,d]) + lv[j,d] + log(2 pi))
+        log_qz[i]        = logsumexp_j(sum_d t[i,j,d] + lw[i,j])
+        log_qz_dims[i,d] = logsumexp_j(t[i,j,d] + lw[i,j])
+
+    Differentiable in z, mu and logvar. The kernels take time O(N M D) and memory O((N + M) D): no densities
+    of pairs are kept, and backward computes them again.
+
+    Args:
+        z: samples [N, D], of mu's dtype and device.
+        mu, logvar: the posteriors [M, D], of one dtype (float32, bfloat16, float16 or float64) and device.
+            The arithmetic and the results are in float32, for float64 in float64.
+        log_weight: lw. None: -log M, the mixture of these posteriors. The number n of examples of the data
+            set that the batch was drawn from: -log(M n), the minibatch-weighted estimate of the mixture over
+            the data set. ("stratified", n): the stratified one, -log n for j = i, log((n - m) / (n m)) for
+            the posterior behind it (the first one behind the last) and -log m for the others, with m = M - 1
+            (Chen et al. 2018, appendix C). The last needs row i of z to be drawn from posterior i, M >= 2 and
+            n >= M.
+        leave_one_out: leaves out j = i, with lw = -log(M - 1). Needs row i of z to be drawn from posterior i,
+            M >= 2 and log_weight None.
+        per_dim: whether log_qz_dims is wanted; without, only one exponential per pair is computed.
+        parameterization: what `logvar` holds: "logvar", "log_std", "std" or "softplus".
+        logvar_bounds: (lo, hi), clamps the log-variance; the gradient is zero outside and one on the bounds.
+        process_group: the posteriors of all its ranks, while z stays the rank's own: M counts all of them.
+            Forward gathers them, which waits for the device; backward sums their gradients over the ranks, so
+            every rank has to run it. With DDP's averaging that is the gradient of the mean of the ranks'
+            losses. Not while compiling.
+
+    Returns:
+        (log_qz, log_qz_dims) of shapes [N] and [N, D]; without per_dim the second is empty, [0]. Pairs that
+        are far apart underflow to 0. A NaN in a posterior is in every sample's result.
+
+    Raises:
+        TypeError, ValueError: arguments that do not fit each other.
+
+    >>> z = torch.tensor([[0.0], [10.0]])
+    >>> log_qz, _ = log_aggregate_posterior(z, mu=z, logvar=torch.zeros(2, 1))
+    >>> log_qz  # log(1/2) + log N(0; 0, 1) each, the other posterior being far
+    tensor([-1.6121, -1.6121])
+    """
+    return _dispatch.aggregate(
+        z, mu, logvar, log_weight=log_weight, leave_one_out=leave_one_out, per_dim=per_dim,
+        parameterization=parameterization, logvar_bounds=logvar_bounds, process_group=process_group,
+    )  # fmt: skip
+
+
+def mutual_information(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    log_weight: LogWeight | None = None,
+    leave_one_out: bool = False,
+    parameterization: Parameterization = "logvar",
+    logvar_bounds: tuple[float, float] | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor:
+    """The mutual information of example and code, estimated from one sample of each posterior, in nats.
+
+    mean_i (log q(z_i|x_i) - log q(z_i)), the second from `log_aggregate_posterior` (Hoffman & Johnson 2016).
+    With log_weight None it is at most log M, M being the number of posteriors: a lower bound in expectation;
+    with leave_one_out an upper bound (Poole et al. 2019).
+
+    Args:
+        z: row i is a sample of posterior i, [N, D].
+        mu, logvar: the posteriors, [N, D].
+        log_weight, leave_one_out, parameterization, logvar_bounds: as in `log_aggregate_posterior`.
+        process_group: the mean over the rows of all ranks, each rank returning the same value. The gradients
+            carry the factor R = world size, which DDP's averaging takes out.
+
+    Returns:
+        A scalar, float32 or, for float64, float64; differentiable. NaN of an empty batch.
+
+    Raises:
+        TypeError, ValueError: as `log_aggregate_posterior`; z in another shape than mu.
+
+    >>> mu = torch.tensor([[0.0], [100.0]])
+    >>> mutual_information(mu, mu, torch.zeros(2, 1))  # two codes that cannot be confused: log 2
+    tensor(0.6931)
+    """
+    log_qzx = _own_log_density(z, mu, logvar, parameterization, logvar_bounds)
+    log_qz, _ = _dispatch.aggregate(
+        z, mu, logvar, log_weight=log_weight, leave_one_out=leave_one_out, per_dim=False,
+        parameterization=parameterization, logvar_bounds=logvar_bounds, process_group=process_group,
+    )  # fmt: skip
+    return _mean_rows((log_qzx.sum(1) - log_qz).unsqueeze(1), process_group)[0]
+
+
+def kl_decomposition(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    log_weight: LogWeight | None = None,
+    leave_one_out: bool = False,
+    parameterization: Parameterization = "logvar",
+    logvar_bounds: tuple[float, float] | None = None,
+    process_group: ProcessGroup | None = None,
+) -> KLDecomposition:
+    """The mean KL to N(0, I) in three parts, estimated from one sample of each posterior, in nats.
+
+    With q(z) and q(z_d) from `log_aggregate_posterior` (Hoffman & Johnson 2016, Chen et al. 2018)::
+
+        mutual_information = mean_i (log q(z_i|x_i) - log q(z_i))
+        total_correlation  = mean_i (log q(z_i) - sum_d log q(z_i,d))
+        dimension_wise_kl  = mean_i sum_d (log q(z_i,d) - log p(z_i,d))
+
+    Their sum is mean_i (log q(z_i|x_i) - log p(z_i)), the KL up to the noise of the samples. The loss of the
+    beta-TCVAE is mutual_information + beta total_correlation + dimension_wise_kl.
+
+    Args:
+        z: row i is a sample of posterior i, [N, D].
+        mu, logvar: the posteriors, [N, D].
+        log_weight, leave_one_out, parameterization, logvar_bounds: as in `log_aggregate_posterior`.
+        process_group: as in `mutual_information`.
+
+    Returns:
+        KLDecomposition, three scalars, float32 or, for float64, float64; differentiable.
+
+    Raises:
+        TypeError, ValueError: as `mutual_information`.
+
+    >>> mu = torch.tensor([[0.0, 0.0], [9.0, 9.0]])  # the second dimension repeats the first
+    >>> parts = kl_decomposition(mu, mu, torch.zeros(2, 2))
+    >>> parts.mutual_information, parts.total_correlation
+    (tensor(0.6931), tensor(0.6931))
+    """
+    log_qzx = _own_log_density(z, mu, logvar, parameterization, logvar_bounds)
+    log_qz, log_qz_dims = _dispatch.aggregate(
+        z, mu, logvar, log_weight=log_weight, leave_one_out=leave_one_out, per_dim=True,
+        parameterization=parameterization, logvar_bounds=logvar_bounds, process_group=process_group,
+    )  # fmt: skip
+    product = log_qz_dims.sum(1)
+    prior = reference.log_density(z, torch.zeros_like(z), torch.zeros_like(z)).sum(1)
+    parts = torch.stack((log_qzx.sum(1) - log_qz, log_qz - product, product - prior), 1)
+    return KLDecomposition(*_mean_rows(parts, process_group).unbind())
+
+
+def _own_log_density(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    parameterization: Parameterization,
+    logvar_bounds: tuple[float, float] | None,
+) -> Tensor:
+    _checks.check_aggregate(z, mu, logvar, "log q(z|x)")
+    _checks.check_choice("parameterization", parameterization, _checks.PARAMETERIZATIONS)
+    bounds = None if logvar_bounds is None else _checks.check_bounds(logvar_bounds)
+    return reference.log_density(z, mu, logvar, parameterization, bounds)
+
+
+def _mean_rows(rows: Tensor, process_group: ProcessGroup | None) -> Tensor:
+    if process_group is None:
+        return rows.mean(0)
+    return _distributed.mean_over_ranks(rows.sum(0), rows.shape[0], process_group)

@@ -16,15 +16,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from vaekernels import _checks
 from vaekernels._philox import normals, philox_words, rng_state
 
 __all__ = [
     "Frozen",
+    "aggregate",
     "clamped",
     "compute_dtype",
     "latent",
+    "log_density",
     "normals",
     "philox_words",
     "reduce_groups",
@@ -396,3 +400,94 @@ def latent(
 def _rng_state(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """The operator `torch.ops.vaekernels._rng_state`."""
     return rng_state(like, generator)
+
+
+# --- the aggregate posterior --------------------------------------------------------------------------------
+
+PAIRS = 1 << 22
+"""Densities of one dimension that exist at once: 16 MiB in float32."""
+
+
+def log_density(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    parameterization: str = "logvar",
+    logvar_bounds: Sequence[float] | None = None,
+) -> Tensor:
+    """log N(z; mu, exp logvar) of every element, in the dtype of the arithmetic."""
+    dtype = compute_dtype(mu.dtype)
+    return _log_density(
+        z.to(dtype), mu.to(dtype), _scale(logvar.to(dtype), parameterization, logvar_bounds)[0]
+    )
+
+
+def _log_density(z: Tensor, mu: Tensor, x: Tensor) -> Tensor:
+    # Scaled before it is squared, the distance overflows no earlier than the density does.
+    distance = (z - mu) * torch.exp(-x)
+    return -0.5 * distance * distance - x - 0.5 * math.log(2.0 * math.pi)
+
+
+def aggregate(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    per_dim: bool = True,
+    log_weight: str = "uniform",
+    examples: int = 0,
+    leave_one_out: bool = False,
+    first: int = 0,
+    parameterization: str = "logvar",
+    logvar_bounds: Sequence[float] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log_qz, log_qz_dims, nothing in place of what backward needs); the operator
+    `torch.ops.vaekernels.aggregate`.
+
+    In chunks of samples, whose densities backward computes again.
+    """
+    dtype = compute_dtype(mu.dtype)
+    z, m = z.to(dtype), mu.to(dtype)
+    x, _ = _scale(logvar.to(dtype), parameterization, logvar_bounds)
+    columns = torch.arange(mu.shape[0], device=mu.device)
+    # As tensors: the logarithm of a size that is a symbol would make a constant of it.
+    count = torch.ones_like(columns, dtype=dtype).sum()
+    others = count - 1.0
+    base = -others.log() if leave_one_out or log_weight == "stratified" else -count.log()
+    if log_weight == "minibatch":
+        base = base - math.log(examples)
+
+    def weighed(t: Tensor, begin: int) -> Tensor:
+        if not leave_one_out and log_weight != "stratified":
+            return t
+        own = first + begin + torch.arange(t.shape[0], device=t.device)
+
+        def at(index: Tensor) -> Tensor:
+            return (columns == index.unsqueeze(1)).reshape(*t.shape[:2], *(1,) * (t.ndim - 2))
+
+        if leave_one_out:
+            return torch.where(at(own), -math.inf, t)
+        behind = torch.where(at((own + 1) % mu.shape[0]), t + ((examples - others) / examples).log(), t)
+        return torch.where(at(own), t + (others / examples).log(), behind)
+
+    def chunk(z: Tensor, m: Tensor, x: Tensor, begin: int) -> tuple[Tensor, Tensor]:
+        t = _log_density(z.unsqueeze(1), m, x)
+        whole = torch.logsumexp(weighed(t.sum(2), begin), 1) + base
+        if not per_dim:
+            return whole, whole.new_empty(0)
+        return whole, torch.logsumexp(weighed(t, begin), 1) + base
+
+    # Neither functorch nor forward-mode AD knows checkpoints; a compiler has its own ways to save memory.
+    whole_at_once = (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+    rows = max(1, PAIRS // max(1, mu.numel()))
+    if whole_at_once or z.shape[0] <= rows:
+        return *chunk(z, m, x, 0), z.new_empty(0)
+    parts = [
+        checkpoint(chunk, z[i : i + rows], m, x, i, use_reentrant=False, preserve_rng_state=False)
+        for i in range(0, z.shape[0], rows)
+    ]
+    return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts]), z.new_empty(0)

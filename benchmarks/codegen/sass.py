@@ -192,7 +192,8 @@ def vector_loops(flow: list[Block]) -> list[Loop]:
 class Row:
     """A kernel. `loop`: the instructions of the main loop, which handles `elements` elements at a time;
     `special`: the same of the loop for calls with weights, bounds, log_std or balance. General kernels have
-    neither."""
+    neither. Those of the aggregate posterior have in place of `tiling` how many rows a block owns, and in
+    place of `kl` which results are wanted or have gradients."""
 
     kernel: str
     dtype: str
@@ -276,7 +277,9 @@ def row(
     values = dict(a.split("::") for a in arguments if "::" in a)
     dtype = next((DTYPES[a] for a in arguments if a in DTYPES), "")
     flags = [a == "true" for a in arguments if a in ("true", "false")]
-    if "Kl" in values:
+    if "Terms" in values:
+        kl, sample = values["Terms"], None
+    elif "Kl" in values:
         kl, sample = values["Kl"], flags[0]
     elif len(flags) == 2:
         kl, sample = ("any" if flags[0] else "none"), flags[1]
@@ -286,8 +289,8 @@ def row(
     made = Row(
         kernel=kernel.removesuffix("_kernel"),
         dtype=dtype,
-        tiling=values.get("Tiling", ""),
-        kl={"none": "", "": ""}.get(kl, f"kl {kl}"),
+        tiling=values.get("Tiling", values.get("Rows", "")),
+        kl={"none": "", "": ""}.get(kl, f"{'terms' if 'Terms' in values else 'kl'} {kl}"),
         sample="z" if sample else "",
         registers=usage["REG"],
         stack=usage["STACK"] + usage["LOCAL"],

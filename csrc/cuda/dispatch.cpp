@@ -9,7 +9,8 @@
 #include <mutex>
 #include <utility>
 
-#include "../launch.h"
+#include "../aggregate_launch.h"
+#include "aggregate.h"
 #include "latent.h"
 
 namespace vk {
@@ -118,6 +119,16 @@ struct CudaBackend {
     C10_CUDA_CHECK(cuda::backward(call, c10::cuda::getCurrentCUDAStream()));
   }
 
+  template <class Call>
+  static void aggregate(const Call& call, const at::Tensor& like) {
+    const c10::DeviceGuard guard(like.device());
+    const size_t bytes = cuda::aggregate_scratch(call);
+    at::Tensor scratch;
+    if (bytes > 0) scratch = at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
+    C10_CUDA_CHECK(cuda::aggregate(call, bytes > 0 ? scratch.mutable_data_ptr() : nullptr,
+                                   c10::cuda::getCurrentCUDAStream()));
+  }
+
   static at::Tensor philox_words(const at::Tensor& rng, int64_t n, int64_t first_quad) {
     const c10::DeviceGuard guard(rng.device());
     at::Tensor words = at::empty({n}, rng.options());
@@ -129,6 +140,9 @@ struct CudaBackend {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(vaekernels, CUDA, m) { register_kernels<Operators<CudaBackend>, CudaBackend>(m); }
+TORCH_LIBRARY_IMPL(vaekernels, CUDA, m) {
+  register_kernels<Operators<CudaBackend>, CudaBackend>(m);
+  register_aggregate<AggregateOperators<CudaBackend>>(m);
+}
 
 }  // namespace vk

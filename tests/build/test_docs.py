@@ -48,6 +48,7 @@ def blocks(name: str) -> list[tuple[str, str]]:
         "choose-free-bits.md",
         "free-bits.md",
         "is-my-vae-collapsed.md",
+        "aggregate_posterior.md",
         "train.md",
     ],
 )

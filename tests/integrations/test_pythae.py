@@ -10,6 +10,7 @@ from libraries import need, noise_of_seed, run_example, same_gradients, within_r
 
 theirs = need("pythae.models")
 
+import vaekernels as vk
 from vaekernels.integrations import pythae as fused
 
 CASES = {
@@ -70,6 +71,30 @@ def test_free_bits_are_in_the_loss_and_not_in_the_rate():
     out = floored(inputs)
     assert torch.equal(out.reg_loss, plain.reg_loss)
     assert out.loss.item() == pytest.approx(plain.recon_loss.item() + 5.0 * 6)
+
+
+@pytest.mark.parametrize("examples", [16, 1000])
+def test_the_loss_of_their_beta_tcvae(examples):
+    """With minibatch weights. Their stratified ones give the own posterior's weight to the batch's first."""
+    config = theirs.BetaTCVAEConfig(
+        input_dim=(1, 8, 8), latent_dim=6, alpha=1.5, beta=6.0, gamma=0.5, use_mss=False
+    )
+    model = theirs.BetaTCVAE(config)
+    torch.manual_seed(0)
+    x = torch.rand(16, 64)
+    mu, log_var, eps = (torch.randn(16, 6) for _ in range(3))
+    found = []
+    for ours in (False, True):
+        leaves = [t.clone().requires_grad_() for t in (mu + torch.exp(log_var / 2) * eps, mu, log_var)]
+        if ours:
+            parts = vk.kl_decomposition(*leaves, log_weight=examples)
+            weighed = zip((1.5, 6.0, 0.5), parts, strict=True)
+            rate = torch.stack([weight * part for weight, part in weighed]).sum()
+        else:
+            _, _, rate = model.loss_function(x, x, *leaves[1:], leaves[0], examples)
+        found.append([rate.detach(), *torch.autograd.grad(rate, leaves)])
+    for theirs_, ours_ in zip(*found, strict=True):
+        within_rounding(ours_, theirs_)
 
 
 def test_their_trainer_their_checkpoint_their_likelihood(tmp_path):

@@ -36,6 +36,16 @@ KL_OPTIONS = {
     "std_bounded": {"parameterization": "std", "logvar_bounds": [-2.0, 1.0], "reduction": "mean"},
 }
 SAMPLE_OPTIONS = {"one": {}, "many": {"num_samples": 2}, "log_std": {"parameterization": "log_std"}}
+AGGREGATE_OPTIONS = {
+    "aggregate": {},
+    "aggregate-whole": {"per_dim": False, "log_weight": "minibatch", "examples": 100},
+    "aggregate-stratified": {"log_weight": "stratified", "examples": 100},
+    "aggregate-left_out": {
+        "leave_one_out": True,
+        "parameterization": "softplus",
+        "logvar_bounds": [-2.0, 1.0],
+    },
+}
 
 
 def op_cases():
@@ -66,6 +76,11 @@ def op_cases():
     yield "backward-z", "latent_backward", (z, None, None, *plain[:2], 1, RNG, *[None] * 4), {}
     of_kl = (None, one, None, *plain[:2], 1, None, None, None, gate, none)
     yield "backward-kl", "latent_backward", of_kl, {}
+    for name, options in AGGREGATE_OPTIONS.items():
+        yield name, "aggregate", (mu, mp, lp), options
+        saved = torch.ones(2, 4, 4 if options.get("per_dim", True) else 1)
+        grads = torch.ones(4), torch.ones(4, 3) if options.get("per_dim", True) else None
+        yield f"backward-{name}", "aggregate_backward", (*grads, *plain[:1], *plain[2:], saved), options
     halves = (z, one, None, moments.detach(), None, 1, RNG, None, None, gate, none)
     yield "backward-packed", "latent_backward", halves, {}
 
@@ -85,7 +100,9 @@ def test_every_operator_is_checked(kernels):
         for n in torch._C._dispatch_get_all_op_names()
         if n.startswith("vaekernels::")
     }
-    assert names - {"latent_backward_reference"} == {op for op, _, _ in OP_CASES.values()}
+    assert {name for name in names if not name.endswith("_reference")} == {
+        op for op, _, _ in OP_CASES.values()
+    }
 
 
 def test_the_drawing_ops_are_tagged_and_the_pure_ones_are_not(kernels):
@@ -104,6 +121,8 @@ COMPILED = {
     "sample_kl": lambda m, v, rng: tuple(vk.sample_kl(m, v, rng=rng, free_bits=0.4)),
     "prior_balance": lambda m, v, rng: tuple(vk.sample_kl(m, v, v, m, rng=rng, balance=0.8)),
     "packed": lambda m, v, rng: tuple(vk.sample_kl_packed(torch.cat([m, v], 1), rng=rng, free_bits=0.4)),
+    "aggregate": lambda m, v, rng: vk.log_aggregate_posterior(m * 0.5, m, v, log_weight=("stratified", 99)),
+    "decomposition": lambda m, v, rng: tuple(vk.kl_decomposition(m * 0.5, m, v)),
     "weighted": lambda m, v, rng: vk.gaussian_kl(
         m, v, weight=torch.arange(5, device=m.device), free_bits=0.4
     ),

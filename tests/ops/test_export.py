@@ -28,7 +28,8 @@ class Layer(torch.nn.Module):
 
     def forward(self, x, rng):
         z, kl, rate = vk.sample_kl_packed(self.encoder(x), rng=rng, free_bits=0.4)
-        return z, kl, rate, vk.gaussian_kl(z, x[:, :3], group_dims=(), free_bits=0.1)
+        aggregate, _ = vk.log_aggregate_posterior(z, z, x[:, :3], leave_one_out=True)
+        return z, kl, rate, vk.gaussian_kl(z, x[:, :3], group_dims=(), free_bits=0.1), aggregate
 
 
 class Drawing(Layer):

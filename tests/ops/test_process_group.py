@@ -36,6 +36,13 @@ OPTIONS = {
     "sample_mean_hinge": {"free_bits": 0.5, "clamp": "sample", "penalty": "hinge", "reduction": "mean"},
 }
 WORLDS = (2, 3)
+AGGREGATE_ROWS = ("even", "uneven", "an_empty_rank")
+AGGREGATE = {
+    "uniform": {},
+    "minibatch": {"log_weight": 100},
+    "stratified": {"log_weight": ("stratified", 100)},
+    "leave_one_out": {"leave_one_out": True, "parameterization": "softplus"},
+}
 FACTORS = {
     "world": list(WORLDS),
     "rows": list(ROWS),
@@ -151,6 +158,9 @@ def work(rank: int, folder: str, reference: bool) -> None:
                 results[(*case, how)] = traceback.format_exc()
     results["backward"] = _backward_alone(rank, groups[3])
     results["compiled"] = _compiled(rank, groups[3])
+    for rows, name in itertools.product(AGGREGATE_ROWS, AGGREGATE):
+        results[("aggregate", rows, name)] = _aggregate(rank, rows, AGGREGATE[name], groups[3])
+    results["aggregates that differ"] = _aggregates_that_differ(rank, groups[3])
     results["collectives"] = _collectives(rank, groups[3])
     results["differing"] = _differing(rank, groups[3])
     results["comparisons"] = _comparisons(rank, groups[3])
@@ -160,6 +170,55 @@ def work(rank: int, folder: str, reference: bool) -> None:
     torch.save(results, f"{folder}/{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
+
+
+def aggregate_problem(rows: str):
+    """z, mu, logvar of the whole batch, and each rank's slice of the rows."""
+    (mu, logvar), _, slices = problem(3, ROWS[rows], False, False)
+    draw = torch.Generator().manual_seed(9)
+    return (
+        mu + torch.exp(0.5 * logvar) * torch.randn(mu.shape, generator=draw).double(),
+        mu,
+        logvar,
+    ), slices
+
+
+def decompose(tensors, options, group):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    parts = vk.kl_decomposition(*leaves, process_group=group, **options)
+    (parts.mutual_information + 6 * parts.total_correlation + 2 * parts.dimension_wise_kl).backward()
+    return {
+        "parts": torch.stack(parts).detach(),
+        "information": vk.mutual_information(*tensors, process_group=group, **options),
+        "grads": [t.grad for t in leaves],
+    }
+
+
+def _aggregate(rank: int, rows: str, options: dict, group) -> object:
+    tensors, slices = aggregate_problem(rows)
+    mine = [t[slices[rank]] for t in tensors]
+    try:
+        found: dict = decompose(mine, options, group)
+        leaves = [t.clone().requires_grad_() for t in mine]
+        log_qz, _ = vk.log_aggregate_posterior(*leaves, process_group=group, **options)
+        (log_qz * torch.arange(1.0, len(log_qz) + 1)).sum().backward()
+        return found | {"log_qz": log_qz.detach(), "own": [t.grad for t in leaves]}
+    except Exception:
+        return traceback.format_exc()
+
+
+def _aggregates_that_differ(rank: int, group) -> list[str]:
+    said = []
+    for most, one in (({}, {"leave_one_out": True}), ({}, {"columns": 2}), ({}, {"dtype": torch.float64})):
+        options = dict(one if rank == 1 else most)
+        shape, dtype = (2, options.pop("columns", 3)), options.pop("dtype", torch.float32)
+        zero = torch.zeros(shape, dtype=dtype)
+        try:
+            vk.log_aggregate_posterior(zero, zero, zero, process_group=group, **options)
+            said.append("nothing")
+        except ValueError as error:
+            said.append(str(error))
+    return said
 
 
 def _call(options: dict, group) -> object:
@@ -266,6 +325,35 @@ def test_ranks_agree_with_one_rank_holding_all_rows(case, ranks):
             for mine, full in zip(got["grads"], whole["grads"], strict=True):
                 # DDP divides by the number of ranks
                 torch.testing.assert_close(mine / world, full[slices[rank]])
+
+
+@pytest.mark.parametrize("rows", AGGREGATE_ROWS)
+@pytest.mark.parametrize("name", AGGREGATE)
+def test_the_aggregate_posterior_of_all_ranks(name, rows, ranks):
+    tensors, slices = aggregate_problem(rows)
+    whole = decompose(tensors, AGGREGATE[name], None)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    log_qz, _ = vk.log_aggregate_posterior(*leaves, **AGGREGATE[name])
+    places = torch.cat([torch.arange(1.0, part.stop - part.start + 1) for part in slices])
+    (log_qz * places).sum().backward()
+    for rank, part in enumerate(slices):
+        got = ranks[rank][("aggregate", rows, name)]
+        assert not isinstance(got, str), f"rank {rank}: {got}"
+        torch.testing.assert_close(got["parts"], whole["parts"])
+        torch.testing.assert_close(got["information"], whole["information"])
+        torch.testing.assert_close(got["log_qz"], log_qz[part].detach())
+        for mine, full in zip(got["grads"], whole["grads"], strict=True):
+            torch.testing.assert_close(mine / 3, full[part])
+        for mine, leaf in zip(got["own"], leaves, strict=True):
+            torch.testing.assert_close(mine, leaf.grad[part])
+
+
+def test_ranks_whose_aggregates_differ_are_all_told(ranks):
+    for rank in ranks:
+        options, columns, dtype = rank["aggregates that differ"]
+        for said in (options, columns, dtype):
+            assert said.startswith("process_group: every rank must be called with the same options, dtype")
+        assert "the dimensions are 3 on ranks 0, 2 and 2 on rank 1" in columns
 
 
 def test_every_rank_returns_the_same_bits(ranks):

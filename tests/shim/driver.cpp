@@ -6,12 +6,14 @@
 // as in a capture) and the backward twice, with other schedules, other contents of the memory that is
 // written, and the random state on the other side. Checked: every result against float64; that all bits agree
 // between the runs, so that nothing depends on the schedule, and nothing that has to be written was left;
-// that nothing else was; that counters are zero again; how many kernels were launched.
+// that nothing else was; that counters are zero again; how many kernels were launched. Some problems are
+// followed by one of the aggregate posterior, of which the same is checked.
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 
+#include "aggregates.h"
 #include "cuda/latent.h"
 #include "judge.h"
 #include "shim.h"
@@ -75,10 +77,6 @@ void check_launches(int64_t before, int64_t least, int64_t most, const char* pas
   if (count < least || count > most)
     wrong(std::string(pass) + " took " + std::to_string(count) + " launches, not " + std::to_string(least) +
           (most > least ? " to " + std::to_string(most) : ""));
-}
-
-void check_error(cudaError_t error) {
-  if (error != cudaSuccess) wrong(std::string("the launch failed: ") + cudaGetErrorString(error));
 }
 
 Outputs forward(const Case& c, const Inputs& in, const Run& run) {
@@ -235,6 +233,9 @@ void check_words() {
   }
 }
 
+// Every so manieth problem is followed by one of the aggregate posterior.
+constexpr uint64_t kAggregates = 5;
+
 }  // namespace
 }  // namespace shim
 
@@ -272,6 +273,7 @@ int main(int argc, char** argv) {
   for (uint64_t i = first; i < first + count; ++i) {
     try {
       shim::solve(i, most, verbose);
+      if (i % shim::kAggregates == 0) shim::solve_aggregate(i, most);
     } catch (const std::exception& error) {
       std::printf("%s\n\n", error.what());
       ++failed;
