@@ -163,10 +163,12 @@ __device__ R finish_rows(const ForwardArgs<R>& a, int64_t set, R* shared) {
     }
     __syncthreads();
   } else if (a.row_values != nullptr) {
-    for (int64_t b = begin + threadIdx.x; b < end; b += blockDim.x) {
+    for (int64_t b = begin + threadIdx.x / 32; b < end; b += blockDim.x / 32) {
       R row = 0;
-      for (int64_t tile = 0; tile < a.g.tiles; ++tile) row += __ldcg(a.row_values + b * a.g.tiles + tile);
-      a.kl[b] = row;
+      for (int64_t tile = threadIdx.x % 32; tile < a.g.tiles; tile += 32)
+        row += __ldcg(a.row_values + b * a.g.tiles + tile);
+      row = lane_sum(row, 32);
+      if (threadIdx.x % 32 == 0) a.kl[b] = row;
     }
   }
   if (a.clamp == Clamp::sample && (a.g.cells == Cells::scratch || a.masks != nullptr)) {
@@ -279,7 +281,7 @@ __device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile,
       complete_few(a, sums);
     return;
   }
-  if (kCells && a.clamps_elements()) {
+  if (kCells && a.clamps_at_once()) {
     const R share = block_sum(behind, clamped);
     if (threadIdx.x == 0) a.losses[block] = share;
   }

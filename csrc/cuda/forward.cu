@@ -45,6 +45,41 @@ __device__ __forceinline__ void write_cells(const ForwardArgs<R>& a, const Threa
   }
 }
 
+// Free bits on the cells of tz batch rows from `row` on, row-major in shared memory; a warp for each row.
+// Returns this thread's share of the loss.
+template <class R>
+__device__ __forceinline__ R clamp_cells(const ForwardArgs<R>& a, const ThreadOffsets& p, int64_t row,
+                                         const R* cells) {
+  const int width = a.g.width(), lane = threadIdx.x % 32;
+  R loss = 0;
+  for (int z = threadIdx.x / 32; z < a.g.tz() && row + z < p.b_end; z += blockDim.x / 32) {
+    const int64_t b = row + z;
+    R sum = 0;
+    for (int first = 0; first < width; first += 32) {
+      const int64_t group = p.tile * width + first + lane;
+      const bool exists = first + lane < width && group < a.groups;
+      const R cell = exists ? cells[z * width + first + lane] : R(0);
+      if (a.clamp != Clamp::sample) {
+        sum += cell;
+        continue;
+      }
+      unsigned open = 0;
+      if (exists) {
+        const FreeBits<R> bits = free_bits_of(a, group);
+        open = static_cast<unsigned>(bits.open(cell)) << lane % 8;
+        sum += bits.value(cell, a.penalty);
+      }
+      for (int m = 1; m < 8; m *= 2) open |= __shfl_xor_sync(0xFFFFFFFFu, open, m);
+      if (exists && lane % 8 == 0) a.open[(b * a.groups + group) / 8] = static_cast<uint8_t>(open);
+    }
+    sum = lane_sum(sum, 32);
+    if (lane != 0) continue;
+    if (a.reduction == Reduction::none) (a.row_values ? a.row_values[b * a.g.tiles + p.tile] : a.kl[b]) = sum;
+    loss += a.weight ? a.weight[b] * sum : sum;
+  }
+  return loss;
+}
+
 // Where in the tensors the quad is that a thread works on, and the weight of its batch row.
 template <class R>
 struct ForwardPosition {
@@ -128,10 +163,11 @@ __global__ void __launch_bounds__(kBlock, 1)
   R* sums = reinterpret_cast<R*>(reduction + kFlagBytes);
   const Geometry& g = a.g;
   const ThreadOffsets p = thread_offsets_of<kTiling, 4>(g);
-  const bool counts = HasKL && blockIdx.z == 0, scratch = counts && g.cells == Cells::scratch;
+  const bool counts = HasKL && blockIdx.z == 0;
+  const bool by_cell = counts && (g.cells == Cells::scratch || g.cells == Cells::sums);
   const int height = kTiling == Tiling::column ? g.ty() : g.tx();  // threads that share a cell
   R* totals = sums + max(g.threads() * kSums, g.width() + g.threads());
-  if (scratch)
+  if (by_cell)
     for (int c = threadIdx.x; c < g.width(); c += blockDim.x) totals[c] = 0;
   store_state(a);
 
@@ -156,7 +192,7 @@ __global__ void __launch_bounds__(kBlock, 1)
     at.storage = (b * g.O + p.o) * g.I + p.i;
     at.batch_row = g.folded ? p.o : b;
     at.weight = 1;
-    const bool weighted = HasKL && a.weight != nullptr && !scratch;
+    const bool weighted = HasKL && a.weight != nullptr && !by_cell;
     if (weighted && !g.folded && steps > 0) at.weight = a.weight[b];
     for (int step = 0; step < steps; ++step) {
       at.valid = step < p.full ? 4 : p.tail;
@@ -174,7 +210,7 @@ __global__ void __launch_bounds__(kBlock, 1)
       if (g.folded) at.batch_row += g.ty();
     }
     if constexpr (HasKL) {
-      if (scratch) {
+      if (by_cell) {
         // The cells of tz batch rows: a row of the matrix for each thread that shares a cell.
         const int width = g.width(), cells = g.tz() * width;
         __syncthreads();
@@ -190,10 +226,12 @@ __global__ void __launch_bounds__(kBlock, 1)
           const int64_t group = p.tile * width + c;
           for (int z = 0; z < g.tz() && row + z < p.b_end && group < a.groups; ++z) {
             const R cell = sums[z * width + c];
-            a.cells[((row + z) * a.groups + group) * g.splits + p.split] = cell;
+            if (g.cells == Cells::scratch)
+              a.cells[((row + z) * a.groups + group) * g.splits + p.split] = cell;
             totals[c] += a.weight ? a.weight[row + z] * cell : cell;
           }
         }
+        if (g.cells == Cells::sums) clamped += clamp_cells(a, p, row, sums);
       }
     }
   }
@@ -201,7 +239,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   if constexpr (HasKL) {
     if (!counts) return;
     __syncthreads();
-    if (scratch) {
+    if (by_cell) {
       for (int c = threadIdx.x; c < g.width(); c += blockDim.x) sums[c] = totals[c];
       __syncthreads();
       finish_block<true>(a, p.tile, p.part, clamped, reinterpret_cast<int*>(reduction), sums);
@@ -297,7 +335,7 @@ size_t take_scratch(ForwardArgs<R>& a, void* base) {
   if (!a.one_tile() && !a.few_sums()) scratch.take(a.losses, a.loss_count());
   if (!a.one_block()) scratch.take(a.finished, 1);
   if (g.cells == Cells::scratch) scratch.take(a.cells, a.rows * a.groups * g.splits);
-  if (g.cells == Cells::elements) {
+  if (g.cells == Cells::elements || g.cells == Cells::sums) {
     if (a.reduction == Reduction::none && g.tiles > 1) scratch.take(a.row_values, a.rows * g.tiles);
     if (a.clamp == Clamp::sample && a.groups % 8 != 0) scratch.take(a.masks, a.rows * g.vectors());
   }

@@ -58,15 +58,16 @@ struct ForwardArgs {
   __host__ __device__ bool has_loss() const {
     return reduction != Reduction::none && reduction != Reduction::elementwise;
   }
-  __host__ __device__ bool clamps_elements() const {
-    return g.cells == Cells::elements && clamp == Clamp::sample;
+  // Whether the block that computes a cell clamps it, too.
+  __host__ __device__ bool clamps_at_once() const {
+    return (g.cells == Cells::elements || g.cells == Cells::sums) && clamp == Clamp::sample;
   }
   __host__ __device__ bool clamps_cells() const {
     return g.cells == Cells::scratch && clamp == Clamp::sample;
   }
   // What the loss is added up from.
   __host__ __device__ int64_t loss_count() const {
-    return clamps_elements() ? g.tiles * g.parts() : (clamps_cells() ? g.row_sets() : g.tiles);
+    return clamps_at_once() ? g.tiles * g.parts() : (clamps_cells() ? g.row_sets() : g.tiles);
   }
   // Sets of rows are finished only when all the blocks that write to them are done.
   __host__ __device__ bool finishes_rows() const {
@@ -104,7 +105,7 @@ inline constexpr int kFlagBytes = 16;
 template <class R>
 size_t reduction_bytes(const Geometry& g, int sums) {
   int numbers = std::max(g.threads() * std::max(sums, 4), g.width() + g.threads());
-  if (g.cells == Cells::scratch) numbers += g.width();
+  if (g.cells == Cells::scratch || g.cells == Cells::sums) numbers += g.width();
   return kFlagBytes + static_cast<size_t>(numbers) * sizeof(R);
 }
 

@@ -32,6 +32,7 @@ struct Axes {
 enum class Cells : uint8_t {
   none,      // nothing: sums over the batch are all that is wanted
   elements,  // a cell is an element, and its thread clamps it
+  sums,      // a cell is a sum that one block has, and clamps
   scratch,   // a cell is a sum: kept in scratch memory until its batch row is complete
 };
 
@@ -262,6 +263,10 @@ Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>&
     g.plain = g.plain && laid_out_alike(*tensors.axes[i], *tensors.axes[i + 1], g);
   set_block(g, p, purpose);
   set_parts(g, purpose.reduces);
+  // One block has whole cells, and of open bits whole bytes.
+  if (g.cells == Cells::scratch && g.splits == 1 &&
+      (p.clamp != Clamp::sample || (p.G % 8 == 0 && g.width() % 8 == 0)))
+    g.cells = Cells::sums;
   return g;
 }
 
