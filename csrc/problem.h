@@ -45,8 +45,11 @@ struct Problem {
   Input prior_mu, prior_scale;   // null data: N(0, I)
   const void* weight = nullptr;  // [B], compute type; null: all one
 
-  // Where z's normals come from: int64[2] (seed, offset) on the device, or the two numbers themselves.
+  // Where z's normals come from: int64[2] (seed, offset) on the device, or the two numbers themselves. A
+  // GPU's generator, while a graph is captured, has its seed in `rng` and its offset, less `offset`, in
+  // `rng_offset`.
   const int64_t* rng = nullptr;
+  const int64_t* rng_offset = nullptr;
   uint64_t seed = 0, offset = 0;
   bool host_state = false;
 
@@ -73,7 +76,7 @@ struct Forward : Problem {
   const void* free_bits_per_group = nullptr;  // [G], compute type
 
   void* z = nullptr;             // [K] dense blocks; null: no sample wanted
-  int64_t* rng_out = nullptr;    // where a drawing form leaves its state (only with host_state)
+  int64_t* rng_out = nullptr;    // where a drawing form leaves its state
   void* kl = nullptr;            // compute type: one number, [B] for "none", dense like z for "elementwise"
   void* kl_per_group = nullptr;  // [G], compute type, unclamped
   void* gate =

@@ -61,6 +61,8 @@ CXX_FLAGS = [
 # that gets linked is torch's own: both go by the name libgomp.so.1. Apple's clang has none.
 OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
 NVCC_FLAGS = [STANDARD, "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+# For the kernels in development: local memory is memory beside the registers, a hundred times slower.
+NO_LOCAL_MEMORY = "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"
 
 
 Job: TypeAlias = tuple[Path, list[str]]
@@ -299,9 +301,9 @@ def _build_cuda(torch: Torch, target: Path, scratch: Path, say: Callable[[str], 
 
 
 def compile_cuda_objects(
-    torch: Torch, nvcc: str, archs: Sequence[str], scratch: Path, say: Callable[[str], None]
+    torch: Torch, nvcc: str, flags: Sequence[str], scratch: Path, say: Callable[[str], None]
 ) -> list[Path]:
-    """Compiles csrc/cuda; works against a torch without CUDA as well, to objects only."""
+    """Compiles csrc/cuda, kernels with `flags`. Against a torch without CUDA as well, to objects only."""
     for folder in (str(_csrc()), str(scratch), torch.root):
         if odd := set('$`"\\') & set(folder):
             raise BuildProblem(
@@ -309,7 +311,7 @@ def compile_cuda_objects(
                 f"its name has {' '.join(sorted(odd))}",
                 f"Move it, or for `{BUILD_COMMAND}` set XDG_CACHE_HOME to another folder",
             )
-    command = [nvcc, *_host_compiler(), *NVCC_FLAGS, f"-I{_csrc()}", *archs]
+    command = [nvcc, *_host_compiler(), *NVCC_FLAGS, f"-I{_csrc()}", *flags]
     kernels: list[Job] = [(source, command) for source in _sources("cuda/*.cu")]
     return compile_sources([*kernels, *cuda_host_jobs(torch, nvcc)], scratch, say)
 
@@ -647,8 +649,8 @@ def main(arguments: Sequence[str]) -> int:
     folder.mkdir(parents=True)
     start = time.monotonic()
     try:
-        archs = [*_gencode("80", ptx=False), *_gencode("90", ptx=True)]
-        objects = compile_cuda_objects(torch_in_use(), nvcc, archs, folder, print)
+        flags = [*_gencode("80", ptx=False), *_gencode("90", ptx=True), NO_LOCAL_MEMORY]
+        objects = compile_cuda_objects(torch_in_use(), nvcc, flags, folder, print)
     except BuildProblem as problem:
         print(f"cuda-objects: {problem}\n{problem.log or ''}", file=sys.stderr)
         return 1

@@ -16,8 +16,9 @@ from vaekernels import _dispatch, reference
 
 
 def _standing_in(t: Tensor) -> Tensor:
-    # A view, so that the gradient stops at it: the inputs may depend on each other in the user's graph.
-    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+    # A view, so that the gradient stops at it: the inputs may depend on each other in the user's graph. Not
+    # `view_as`, which may change strides of axes of length 1, by which the random numbers are placed.
+    return torch.ops.aten.alias(t) if t.requires_grad else t.detach().requires_grad_()
 
 
 def _gradients(

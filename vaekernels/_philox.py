@@ -59,10 +59,16 @@ def _box_muller(x: Tensor, y: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tenso
 
 
 def normals(rng: Tensor, count: int, dtype: torch.dtype, device: torch.device, first: int = 0) -> Tensor:
-    """The standard normals of elements `first` .. `first + count - 1`, flat, computed in `dtype`."""
+    """The standard normals of elements `first` .. `first + count - 1`, flat.
+
+    As in the kernels, those of float64 are computed in it and others in float32, then rounded to `dtype`.
+    """
     first_quad, skip = first // 4, first % 4
     x0, x1, x2, x3 = _quads(rng.to(device), (skip + count + 3) // 4, first_quad)
-    flat = torch.stack((*_box_muller(x0, x1, dtype), *_box_muller(x2, x3, dtype)), -1).reshape(-1)
+    # Half types have no room for 2^-32.
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    pairs = *_box_muller(x0, x1, compute), *_box_muller(x2, x3, compute)
+    flat = torch.stack(pairs, -1).reshape(-1).to(dtype)
     if torch.compiler.is_compiling():
         # A slice makes the tracer prove that count <= 4 * ((count + 3) // 4), and it cannot.
         return flat[torch.arange(count, device=device) + skip]

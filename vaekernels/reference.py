@@ -91,7 +91,8 @@ def _scale(
             x = torch.where(2.0 * x < lo, 0.5 * lo, torch.where(2.0 * x > hi, 0.5 * hi, x))
         return x, torch.exp(x)
     if parameterization == "std":
-        sd = torch.where(second < 0.0, math.nan, second)
+        # Added, so that the derivative is that of a positive one, as in the kernels.
+        sd = second + torch.where(second < 0.0, math.nan, 0.0)
         log_of: Callable[[Tensor], Tensor] = torch.log
     else:
         sd, log_of = _softplus(second), _log_softplus

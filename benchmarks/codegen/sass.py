@@ -166,7 +166,10 @@ def _count(instructions: list[Instruction], pattern: str) -> int:
 
 
 def vector_loops(flow: list[Block]) -> list[Loop]:
-    """The innermost loops that load 16 bytes at a time, the leanest first."""
+    """The innermost loops that load 16 bytes at a time, the leanest first.
+
+    Not those that add up what other blocks have written, whose loads are strong.
+    """
     every = loops(flow)
     found = []
     for first, body in every.items():
@@ -174,7 +177,7 @@ def vector_loops(flow: list[Block]) -> list[Loop]:
             continue
         inside = [i for b in sorted(body) for i in flow[b].instructions if i.name != "NOP"]
         loads = _count(inside, r"LDG\..*\b128\b")
-        if loads == 0:
+        if loads == 0 or _count(inside, r"LDG\..*\bSTRONG\b"):
             continue
         stores = _count(inside, r"STG\..*\b128\b")
         narrow = _count(inside, r"(LDG|STG|LD|ST)\b") - loads - stores

@@ -54,8 +54,9 @@ __device__ __forceinline__ void backward_quad(const BackwardArgs<compute_t<T>>& 
   }
   R sum[4] = {}, noise[4] = {}, c[4] = {};
   if constexpr (Sample) {
-    int64_t storage = at.storage;
-    for (int64_t k = 0; k < a.K; ++k) {
+    const int lanes = 1 << a.g.log_k, lane = threadIdx.x & (lanes - 1);
+    int64_t storage = at.storage + lane * a.numel;
+    for (int64_t k = lane; k < a.K; k += lanes) {
       reload_shared();
       Quad<T> grad;
       R eps[4];
@@ -67,8 +68,16 @@ __device__ __forceinline__ void backward_quad(const BackwardArgs<compute_t<T>>& 
         sum[j] += grad.value[j];
         noise[j] += grad.value[j] * eps[j];
       }
-      storage += a.numel;
+      storage += lanes * a.numel;
     }
+    for (int m = 1; m < lanes; m *= 2) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        sum[j] += __shfl_xor_sync(0xFFFFFFFFu, sum[j], m);
+        noise[j] += __shfl_xor_sync(0xFFFFFFFFu, noise[j], m);
+      }
+    }
+    if (lane != 0 || at.valid == 0) return;
   }
   if constexpr (HasKL) {
     const RowGain<R> row = row_gain<kTiling>(a, p, at, gain);
@@ -108,14 +117,22 @@ __global__ void __launch_bounds__(kBlock, 1)
   const PhiloxKeys& keys = keys_for<Sample>(a.keys, memory);
   const Geometry& g = a.g;
   const ThreadOffsets p = thread_offsets_of<kTiling, 4>(g);
-  if (p.steps == 0 || (kTiling == Tiling::column && p.tail == 0)) return;
+  // Where lanes of a warp add up samples, all make the same number of steps, some without elements.
+  const bool together = Sample && g.log_k > 0;
+  const bool idle = p.steps == 0 || (kTiling == Tiling::column && p.tail == 0);
+  if (!together && idle) return;
+  const int64_t step_length = kTiling == Tiling::column ? g.ty() : static_cast<int64_t>(g.tx()) * 4;
+  const int steps = together ? static_cast<int>(ceil_div(p.to - p.from, step_length)) : p.steps;
   const bool prior = HasKL && a.prior_mu.data != nullptr;
   const int64_t storage_step = kTiling == Tiling::column ? g.ty() * g.I : static_cast<int64_t>(g.tx()) * 4;
 
   R shared[kGroups] = {}, gain = 0;
   if constexpr (HasKL) gain = shared_gradients<kGroups>(a, kTiling == Tiling::column ? p.i : p.o, shared);
 
-  for (int64_t b = p.b_begin + p.tz; b < p.b_end; b += g.tz()) {
+  for (int64_t row = p.b_begin; row < p.b_end; row += g.tz()) {
+    const int64_t b = row + p.tz;
+    const bool none = idle || b >= p.b_end;
+    if (none && !together) break;
     BackwardPosition at{};
     if (HasKL) at.mu = element_of(a.mu, b, p.o, p.i);
     at.scale = element_of(a.scale, b, p.o, p.i);
@@ -130,8 +147,8 @@ __global__ void __launch_bounds__(kBlock, 1)
       at.grad_prior_scale = element_of(a.grad_prior_scale, b, p.o, p.i);
     at.storage = (b * g.O + p.o) * g.I + p.i;
     at.batch_row = g.folded ? p.o : b;
-    for (int step = 0; step < p.steps; ++step) {
-      at.valid = step < p.full ? 4 : p.tail;
+    for (int step = 0; step < steps; ++step) {
+      at.valid = none || step >= p.steps ? 0 : (step < p.full ? 4 : p.tail);
       backward_quad<T, kTiling, HasKL, Sample>(a, keys, p, at, gain, shared);
       if (HasKL) at.mu += a.mu.step;
       at.scale += a.scale.step;
@@ -189,7 +206,8 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
       kl && (a.by_row() || (a.grad_kl != nullptr && call.reduction == Reduction::elementwise));
   const bool wanted = call.grad_scale.data != nullptr && (!kl || call.grad_mu.data != nullptr) &&
                       (call.grad_prior_mu.data == nullptr) == (call.grad_prior_scale.data == nullptr);
-  const Purpose purpose{kl, sample, false, wanted && !by_cell && !(sample && a.K != 1), call.grad_z};
+  const Purpose purpose{
+      kl, sample, false, sample && a.K > 1, wanted && !by_cell && !(sample && a.K != 1), call.grad_z};
   if (out_prior)
     a.g = geometry_of(call, purpose,
                       Tensors<8>{{&mu, &scale, &prior_mu, &prior_scale, &out_mu, &out_scale, &out_prior_mu,

@@ -38,34 +38,33 @@ struct BackwardArgs {
   }
 };
 
-// The loss's gradient with respect to sum_b w[b] KL[b, g] of an open group.
-template <class R>
-__device__ __forceinline__ R loss_gain(const BackwardArgs<R>& a, R inverse_weight) {
-  if (a.grad_kl == nullptr || !a.scalar_loss()) return R(0);
-  R gain = a.grad_kl[0];
-  if (a.reduction != Reduction::sum) gain *= inverse_weight;
-  return a.reduction == Reduction::mean ? gain / a.row_size : gain;
-}
-
-template <class R>
-__device__ __forceinline__ R shared_gradient(const BackwardArgs<R>& a, int64_t group, R gain,
-                                             R inverse_weight) {
-  R shared = 0;
-  if (a.grad_kl_per_group != nullptr)
-    shared = a.group_sums ? a.grad_kl_per_group[group] : a.grad_kl_per_group[group] * inverse_weight;
-  const bool open = a.clamp != Clamp::batch || !signbit(a.gate[group]);
-  return open && !a.by_row() ? shared + gain : shared;
-}
-
 // The part of the KL's gradient that is the same for all batch rows, of kGroups groups from `first` on.
-// Returns the loss's gain.
+// Returns the loss's gain. All numbers are loaded before the first is used: one after the other, each would
+// wait for memory.
 template <int kGroups, class R>
 __device__ __forceinline__ R shared_gradients(const BackwardArgs<R>& a, int64_t first, R* shared) {
-  const R inverse_weight = fabs(a.gate[0]);
-  const R gain = loss_gain(a, inverse_weight);
+  const R weight = a.gate[0];
+  const bool has_gain = a.grad_kl != nullptr && a.scalar_loss();
+  const R grad = has_gain ? a.grad_kl[0] : R(0);
+  R gate[kGroups], own[kGroups];
+  const auto load = [&](const R* from, R(&to)[kGroups]) {
 #pragma unroll
-  for (int j = 0; j < kGroups; ++j)
-    shared[j] = first + j < a.groups ? shared_gradient(a, first + j, gain, inverse_weight) : R(0);
+    for (int j = 0; j < kGroups; ++j)
+      to[j] = from != nullptr && first + j < a.groups ? from[first + j] : R(0);
+  };
+  load(a.clamp == Clamp::batch ? a.gate : nullptr, gate);
+  load(a.grad_kl_per_group, own);
+
+  const R inverse_weight = fabs(weight);
+  R gain = 0;
+  if (has_gain) gain = a.reduction == Reduction::sum ? grad : grad * inverse_weight;
+  if (a.reduction == Reduction::mean) gain /= a.row_size;
+  const R scale = a.grad_kl_per_group == nullptr || a.group_sums ? R(1) : inverse_weight;
+#pragma unroll
+  for (int j = 0; j < kGroups; ++j) {
+    const R sum = own[j] * scale;
+    shared[j] = signbit(gate[j]) || a.by_row() || first + j >= a.groups ? sum : sum + gain;
+  }
   return gain;
 }
 

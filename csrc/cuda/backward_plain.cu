@@ -115,10 +115,12 @@ __device__ __forceinline__ void backward_rows(const BackwardArgs<float>& a, cons
   } while (!folded && batch_row < static_cast<uint32_t>(p.b_end));
 }
 
-// With nine tensors of a 16-bit type and sums by columns, 64 registers are too few.
+// What keeps every kernel out of local memory.
 template <class T, Tiling kTiling, Kl K, bool Sample>
 inline constexpr int kRegisters =
-    K != Kl::prior ? 48 : (sizeof(T) == 2 && kTiling == Tiling::column && Sample ? 80 : 64);
+    K != Kl::prior
+        ? 48
+        : (sizeof(T) == 4 || !Sample ? 64 : (kTiling == Tiling::column ? 80 : (kArch < 860 ? 72 : 64)));
 
 template <class T, Tiling kTiling, Kl K, bool Sample>
 VK_PLAIN_KERNEL((kRegisters<T, kTiling, K, Sample>))
@@ -131,8 +133,10 @@ backward_plain_kernel(const __grid_constant__ BackwardArgs<float> a) {
   if constexpr (kColumns) {
     // All rows have these numbers in common. In shared memory they take no registers.
     VK_SHARED(memory);
-    gains = reinterpret_cast<float*>(memory) + p.tx * kVector<T>;
-    if (p.ty == 0 && p.tz == 0) shared_gradients<kVector<T>>(a, p.i, gains);
+    float* all = reinterpret_cast<float*>(memory);
+    for (int c = threadIdx.x; c < a.g.width(); c += blockDim.x)
+      shared_gradients<1>(a, p.tile * a.g.width() + c, all + c);
+    gains = all + p.tx * kVector<T>;
     __syncthreads();
   } else if constexpr (K != Kl::none) {
     gains = row_gain;

@@ -46,17 +46,32 @@ void write_state(const at::PhiloxCudaState& state, at::Tensor& out, cudaStream_t
 }
 
 // Counters for the stream: zero before and after every call, because calls on one stream follow each other. A
-// capture never uses them, so an abandoned one leaves no counter that is not zero. Allocated once per stream
-// and never freed: a few pages in all.
-unsigned* counters_for(const at::Tensor& like, c10::cuda::CUDAStream stream) {
+// capture never uses them, so an abandoned one leaves no counter that is not zero. 16 KiB, taken at the first
+// call on a stream and never freed; a later stream of the same handle finds them zero. Not from torch's
+// allocator: its memory may belong to a graph's pool or to a user's, which nothing may outlive. Null where
+// there is no memory: then the sums are finished as in a capture.
+unsigned* counters_for(c10::cuda::CUDAStream stream) {
   static std::mutex mutex;
   static auto* made =
-      new std::map<std::pair<c10::DeviceIndex, cudaStream_t>, at::Tensor>();  // outlives CUDA's teardown
+      new std::map<std::pair<c10::DeviceIndex, cudaStream_t>, unsigned*>();  // outlives CUDA's teardown
   const std::lock_guard<std::mutex> lock(mutex);
-  at::Tensor& counters = (*made)[{stream.device_index(), stream.stream()}];
-  if (!counters.defined())
-    counters = at::zeros({static_cast<int64_t>(cuda::kCounters)}, like.options().dtype(at::kInt));
-  return reinterpret_cast<unsigned*>(counters.mutable_data_ptr<int>());
+  unsigned*& counters = (*made)[{stream.device_index(), stream.stream()}];
+  if (counters != nullptr) return counters;
+  // An allocation would break a capture that another thread has begun in the mode that forbids it.
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;
+  C10_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  constexpr size_t kBytes = cuda::kCounters * sizeof(unsigned);
+  void* memory = nullptr;
+  cudaError_t result = cudaMalloc(&memory, kBytes);
+  if (result == cudaSuccess) result = cudaMemsetAsync(memory, 0, kBytes, stream.stream());
+  C10_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+  if (result == cudaErrorMemoryAllocation) {
+    (void)cudaGetLastError();  // or the next check would find it
+    return nullptr;
+  }
+  C10_CUDA_CHECK(result);
+  counters = static_cast<unsigned*>(memory);
+  return counters;
 }
 
 struct CudaBackend {
@@ -72,15 +87,15 @@ struct CudaBackend {
     const c10::DeviceGuard guard(like.device());
     at::Tensor out = empty_state(like);
     const at::PhiloxCudaState state = next_state(generator);
-    if (state.captured_) {
-      // The numbers are known only when the graph runs, so a kernel of its own puts them together.
-      write_state(state, out, c10::cuda::getCurrentCUDAStream());
-      call.rng = out.const_data_ptr<int64_t>();
+    call.rng_out = out.mutable_data_ptr<int64_t>();
+    if (state.captured_) {  // the numbers are known only when the graph runs
+      call.rng = state.seed_.ptr;
+      call.rng_offset = state.offset_.ptr;
+      call.offset = state.offset_intragraph_;
     } else {
       call.host_state = true;
       call.seed = state.seed_.val;
       call.offset = state.offset_.val;
-      call.rng_out = out.mutable_data_ptr<int64_t>();
     }
     return out;
   }
@@ -93,9 +108,10 @@ struct CudaBackend {
     // From the caching allocator: later work on this stream may reuse the block, and comes after the kernel.
     at::Tensor scratch;
     if (bytes > 0) scratch = at::empty({static_cast<int64_t>(bytes)}, like.options().dtype(at::kByte));
-    unsigned* counters = captured || !call.has_kl ? nullptr : counters_for(like, stream);
-    C10_CUDA_CHECK(
-        cuda::forward(call, bytes > 0 ? scratch.mutable_data_ptr() : nullptr, counters, captured, stream));
+    // Without scratch memory one block does all the work, and counts nothing.
+    unsigned* counters = captured || bytes == 0 ? nullptr : counters_for(stream);
+    C10_CUDA_CHECK(cuda::forward(call, bytes > 0 ? scratch.mutable_data_ptr() : nullptr, counters,
+                                 counters == nullptr, stream));
   }
 
   static void backward(const Backward& call, const at::Tensor& like) {

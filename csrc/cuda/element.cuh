@@ -17,10 +17,7 @@ template <bool Sample>
 __device__ __forceinline__ const PhiloxKeys& keys_for(const Keys& keys, unsigned char* shared) {
   PhiloxKeys* copy = reinterpret_cast<PhiloxKeys*>(shared);
   if constexpr (Sample) {
-    if (threadIdx.x == 0)
-      *copy = keys.state == nullptr
-                  ? keys.general
-                  : philox_keys(static_cast<uint64_t>(keys.state[0]), static_cast<uint64_t>(keys.state[1]));
+    if (threadIdx.x == 0) *copy = keys.on_device() ? keys.computed() : keys.general;
     __syncthreads();
   }
   return *copy;

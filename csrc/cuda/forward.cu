@@ -61,7 +61,7 @@ __device__ __forceinline__ void forward_quad(const ForwardArgs<compute_t<T>>& a,
                                              const ThreadOffsets& p, const ForwardPosition<compute_t<T>>& at,
                                              compute_t<T> (&sum)[kSums], compute_t<T>& clamped) {
   using R = compute_t<T>;
-  const bool prior = HasKL && a.prior_mu.data != nullptr;
+  const bool prior = HasKL && a.prior_mu.data != nullptr, counts = HasKL && blockIdx.z == 0;
   Quad<T> mu_quad, scale_quad, prior_mu_quad{}, prior_scale_quad{};
   mu_quad.load(at.mu, a.mu.i, a.mu.wide, at.valid, a.dtype);
   scale_quad.load(at.scale, a.scale.i, a.scale.wide, at.valid, a.dtype);
@@ -75,33 +75,36 @@ __device__ __forceinline__ void forward_quad(const ForwardArgs<compute_t<T>>& a,
   sample_and_kl<HasKL>(a.param, a.slope, a.bounds, prior, mu, sd, prior_mu_quad.value, prior_scale_quad.value,
                        kl);
   if constexpr (HasKL) {
-    if (a.reduction == Reduction::elementwise) {
-      Quad<R> out;
+    if (counts) {
+      if (a.reduction == Reduction::elementwise) {
+        Quad<R> out;
 #pragma unroll
-      for (int j = 0; j < 4; ++j) out.value[j] = kl[j];
-      out.store(reinterpret_cast<char*>(a.kl + at.storage), sizeof(R), a.kl_wide, at.valid, a.dtype);
-    }
-    if constexpr (kTiling == Tiling::column) {
-      if (at.exists) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sum[j] += at.weight * kl[j];
+        for (int j = 0; j < 4; ++j) out.value[j] = kl[j];
+        out.store(reinterpret_cast<char*>(a.kl + at.storage), sizeof(R), a.kl_wide, at.valid, a.dtype);
       }
-      if (a.g.cells == Cells::elements) {
-        unsigned open = 0;
-        const R row_value = clamp_quad(a, p.i, at.valid, kl, open);
-        clamped += at.weight * row_value;
-        write_cells(a, p, at.batch_row, at.exists, at.valid, row_value, open);
-      }
-    } else {
-      R total = 0;
+      if constexpr (kTiling == Tiling::column) {
+        if (at.exists) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) total += j < at.valid ? kl[j] : R(0);
-      sum[0] += at.weight * total;
+          for (int j = 0; j < 4; ++j) sum[j] += at.weight * kl[j];
+        }
+        if (a.g.cells == Cells::elements) {
+          unsigned open = 0;
+          const R row_value = clamp_quad(a, p.i, at.valid, kl, open);
+          clamped += at.weight * row_value;
+          write_cells(a, p, at.batch_row, at.exists, at.valid, row_value, open);
+        }
+      } else {
+        R total = 0;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) total += j < at.valid ? kl[j] : R(0);
+        sum[0] += at.weight * total;
+      }
     }
   }
   if constexpr (Sample) {
-    int64_t storage = at.storage;
-    for (int k = 0; k < a.K; ++k) {
+    const int k0 = blockIdx.z * a.block_samples;
+    int64_t storage = at.storage + k0 * a.numel;
+    for (int k = k0; k < min(a.K, k0 + a.block_samples); ++k) {
       reload_shared();
       R eps[4];
       normals(keys, static_cast<uint64_t>(storage), a.g.aligned, eps);
@@ -125,7 +128,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   R* sums = reinterpret_cast<R*>(reduction + kFlagBytes);
   const Geometry& g = a.g;
   const ThreadOffsets p = thread_offsets_of<kTiling, 4>(g);
-  const bool scratch = HasKL && g.cells == Cells::scratch;
+  const bool counts = HasKL && blockIdx.z == 0, scratch = counts && g.cells == Cells::scratch;
   const int height = kTiling == Tiling::column ? g.ty() : g.tx();  // threads that share a cell
   R* totals = sums + max(g.threads() * kSums, g.width() + g.threads());
   if (scratch)
@@ -139,7 +142,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   for (int64_t row = p.b_begin; row < p.b_end; row += g.tz()) {
     const int64_t b = row + p.tz;
     // Where threads of a warp exchange numbers, all make the same number of steps, some without elements.
-    const bool together = HasKL && g.cells == Cells::elements;
+    const bool together = counts && g.cells == Cells::elements;
     const bool idle = b >= p.b_end || (kTiling == Tiling::column && p.tail == 0);
     const int steps =
         together ? static_cast<int>((p.to - p.from + g.ty() - 1) >> g.log_ty) : (idle ? 0 : p.steps);
@@ -196,6 +199,7 @@ __global__ void __launch_bounds__(kBlock, 1)
   }
 
   if constexpr (HasKL) {
+    if (!counts) return;
     __syncthreads();
     if (scratch) {
       for (int c = threadIdx.x; c < g.width(); c += blockDim.x) sums[c] = totals[c];
@@ -234,8 +238,8 @@ ForwardArgs<R> arguments(const Forward& call) {
   Axes prior_mu = axes_of(call.prior_mu, call), prior_scale = axes_of(call.prior_scale, call);
   const bool prior = call.has_kl && call.prior_mu.data != nullptr;
   const bool plain = !(call.has_kl && call.reduction == Reduction::elementwise);
-  const Purpose purpose{call.has_kl, has_sample(call), call.has_kl, plain,
-                        has_sample(call) ? call.z : nullptr};
+  const Purpose purpose{
+      call.has_kl, has_sample(call), call.has_kl, false, plain, has_sample(call) ? call.z : nullptr};
   if (prior)
     a.g = geometry_of(call, purpose, Tensors<4>{{&mu, &scale, &prior_mu, &prior_scale}});
   else
@@ -245,6 +249,8 @@ ForwardArgs<R> arguments(const Forward& call) {
   a.groups = call.G;
   a.numel = call.numel();
   a.K = static_cast<int>(call.K);
+  const int64_t sets = std::min(call.K, ceil_div(kReducingBlocks, g.tiles * g.parts()));
+  a.block_samples = static_cast<int>(ceil_div(call.K, std::max<int64_t>(sets, 1)));
   a.mu = source_of(mu, g, call.dtype);
   a.scale = source_of(scale, g, call.dtype);
   if (prior) {
@@ -254,7 +260,7 @@ ForwardArgs<R> arguments(const Forward& call) {
   a.bounds = bounds_of<R>(call);
   a.log_variance = log_variance_of(call);
   a.special = a.log_variance.adjusts || (call.has_kl && call.weight != nullptr);
-  if (has_sample(call)) a.keys = keys_of(call);
+  if (has_sample(call) || call.rng_out != nullptr) a.keys = keys_of(call);
   a.dtype = call.dtype;
   a.param = call.param;
   a.slope = log_slope<R>(call.param);
@@ -270,8 +276,6 @@ ForwardArgs<R> arguments(const Forward& call) {
   a.kl_wide = is_wide_dense(call.kl, g, 1, sizeof(R));
   a.free_bits = static_cast<R>(call.free_bits);
   a.row_size = static_cast<R>(call.row_size());
-  a.seed = call.seed;
-  a.offset = call.offset;
   a.rng_out = call.rng_out;
   a.kl = static_cast<R*>(call.kl);
   a.kl_per_group = static_cast<R*>(call.kl_per_group);
@@ -290,7 +294,8 @@ size_t take_scratch(ForwardArgs<R>& a, void* base) {
     scratch.take(a.sums, g.tiles * g.parts() * g.width());
     if (a.weight != nullptr) scratch.take(a.weights, g.tiles * g.parts());
   }
-  scratch.take(a.losses, a.loss_count());
+  if (!a.one_tile() && !a.few_sums()) scratch.take(a.losses, a.loss_count());
+  if (!a.one_block()) scratch.take(a.finished, 1);
   if (g.cells == Cells::scratch) scratch.take(a.cells, a.rows * a.groups * g.splits);
   if (g.cells == Cells::elements) {
     if (a.reduction == Reduction::none && g.tiles > 1) scratch.take(a.row_values, a.rows * g.tiles);
@@ -309,7 +314,9 @@ void launch_kernel(const ForwardArgs<R>& a, bool has_kl, bool sample, cudaStream
                    const auto kernel = forward_kernel<general_t<R>, kTiling, HasKL, Sample>;
                    size_t shared = kKeyBytes<Sample>;
                    if (HasKL) shared += reduction_bytes<R>(a.g, kTiling == Tiling::column ? 4 : 1);
-                   VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
+                   dim3 grid = grid_of(a.g);
+                   if (Sample) grid.z = static_cast<unsigned>(ceil_div(a.K, a.block_samples));
+                   VK_LAUNCH(kernel, grid, a.g.threads(), shared, stream, a);
                  });
 }
 
@@ -319,14 +326,15 @@ void launch_forward(const Forward& call, void* scratch, unsigned* counters, bool
   ForwardArgs<R> a = arguments<R>(call);
   const Geometry& g = a.g;
   if (call.has_kl) take_scratch(a, scratch);
-  a.counters = capturing || a.one_block() ? nullptr : counters;
+  const bool finish = call.has_kl && capturing && !a.one_block();
+  a.counters = finish || a.one_block() ? nullptr : counters;
+  if (!finish) a.finished = nullptr;
   launch_kernel(a, call.has_kl, has_sample(call), stream);
-  if (!call.has_kl || !capturing || a.one_block()) return;
-  const int64_t open = a.open_tiles() + a.open_sets();
-  const size_t shared = static_cast<size_t>(g.width() + g.threads()) * sizeof(R);
+  const int64_t open = a.few_sums() ? 1 : a.open_tiles() + a.open_sets();
+  if (!finish || (open == 0 && !a.has_loss())) return;
+  const size_t shared = reduction_bytes<R>(g, g.tiling == Tiling::column ? g.vector : 1);
   const auto kernel = finish_kernel<R>;
-  if (open > 0) VK_LAUNCH(kernel, dim3(static_cast<unsigned>(open)), g.threads(), shared, stream, a, false);
-  if (open != 1 && a.has_loss()) VK_LAUNCH(kernel, dim3(1), g.threads(), shared, stream, a, true);
+  VK_LAUNCH(kernel, dim3(static_cast<unsigned>(std::max<int64_t>(open, 1))), g.threads(), shared, stream, a);
 }
 
 template <class R>
@@ -346,7 +354,7 @@ cudaError_t forward(const Forward& call, void* scratch, unsigned* counters, bool
                     cudaStream_t stream) {
   if (!call.has_kl && !has_sample(call)) {
     if (call.rng_out == nullptr) return cudaSuccess;
-    return write_state({call.seed, call.offset}, call.rng_out, stream);
+    return write_state(state_of(call), call.rng_out, stream);
   }
   if (call.dtype == DType::f64)
     launch_forward<double>(call, scratch, counters, capturing, stream);

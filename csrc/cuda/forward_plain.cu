@@ -84,8 +84,15 @@ __device__ __forceinline__ void forward_rows(const ForwardArgs<float>& a, const 
   } while (!folded && batch_row < static_cast<uint32_t>(p.b_end));
 }
 
+// What keeps every kernel out of local memory.
 template <class T, Tiling kTiling, Kl K, bool Sample>
-VK_PLAIN_KERNEL(K == Kl::prior ? 64 : 48)
+inline constexpr int kRegisters =
+    K == Kl::prior
+        ? 64
+        : (kArch < 900 && sizeof(T) == 2 && kTiling == Tiling::column && K != Kl::none && Sample ? 56 : 48);
+
+template <class T, Tiling kTiling, Kl K, bool Sample>
+VK_PLAIN_KERNEL((kRegisters<T, kTiling, K, Sample>))
 forward_plain_kernel(const __grid_constant__ ForwardArgs<float> a) {
   constexpr int kSums = K != Kl::none && kTiling == Tiling::column ? kVector<T> : 1;
   VK_SHARED(shared);

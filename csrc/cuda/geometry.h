@@ -45,6 +45,7 @@ struct Geometry {
   int vector = 4;  // elements per thread and step: a quad, or the two that 16 bytes of a 16-bit type hold
 
   int log_tx = 0, log_ty = 0, log_tz = 0;  // threads along I, O and B
+  int log_k = 0;                           // lanes that share the samples of a vector
   int64_t tiles = 1;
   int chunks = 1, splits = 1;  // parts of a tile: pieces of B, and pieces of the axis that threads loop along
   int64_t chunk_rows = 1, split_length = 1;
@@ -52,7 +53,7 @@ struct Geometry {
   VK_FN int tx() const { return 1 << log_tx; }
   VK_FN int ty() const { return 1 << log_ty; }
   VK_FN int tz() const { return 1 << log_tz; }
-  VK_FN int threads() const { return tx() * ty() * tz(); }
+  VK_FN int threads() const { return tx() * ty() * tz() << log_k; }
   VK_FN int parts() const { return chunks * splits; }
   VK_FN int width() const { return tiling == Tiling::column ? tx() * vector : ty(); }  // groups in a tile
   // Sets of batch rows that are finished together.
@@ -68,8 +69,14 @@ inline constexpr int kBlock = 256;
 // A problem of at most this many vectors is computed by one, larger block: a second one would cost more than
 // it saves.
 inline constexpr int kSmall = 1024, kSmallBlock = 512;
-// Blocks that share the sums: one wave of 256 threads with 48 registers on 132 multiprocessors.
-inline constexpr int64_t kReducingBlocks = 660;
+// Blocks of 256 threads with 48 registers that run at the same time on 132 multiprocessors: a wave. Blocks
+// come in whole waves: with 1.5 of them the multiprocessors of an H200 were idle for a quarter of the time.
+inline constexpr int64_t kWave = 660;
+// The steps of a thread, where there is enough to do. Blocks that share sums make many, since each of them
+// takes 1 us to add up its threads and to be counted.
+inline constexpr int64_t kSteps = 8, kReducingSteps = 32;
+// The most blocks that share sums.
+inline constexpr int64_t kReducingBlocks = 4 * kWave;
 
 // Plain kernels count the quads of z and a tensor's 16-byte vectors in 32 bits.
 inline constexpr int64_t kMostPlain = int64_t{1} << 32;
@@ -135,9 +142,10 @@ inline bool is_wide_dense(const void* data, const Geometry& g, int64_t K, int si
 
 // What a kernel computes, as far as the shape of the blocks depends on it.
 struct Purpose {
-  bool kl = false;       // groups matter
-  bool sample = false;   // normals are drawn
-  bool reduces = false;  // blocks add up sums
+  bool kl = false;            // groups matter
+  bool sample = false;        // normals are drawn
+  bool reduces = false;       // blocks add up sums
+  bool adds_samples = false;  // a thread adds up numbers of all samples
   bool plain =
       false;  // nothing that Geometry::plain does not settle itself keeps the vectors from being plain
   const void* dense = nullptr;  // z or its gradient
@@ -176,15 +184,26 @@ Geometry view_of(const Problem& p, const Purpose& purpose, const Tensors<N>& ten
   return g;
 }
 
-// How many vectors a thread moves at a time, and how many threads lie along I, O and B.
-inline void set_block(Geometry& g, const Problem& p, bool reduces) {
-  g.vector = g.plain ? 16 / item_size(p.dtype) : 4;
+// How many vectors a thread moves at a time, and how many threads lie along I, O and B, and along the
+// samples.
+inline void set_block(Geometry& g, const Problem& p, const Purpose& purpose) {
+  const int size = item_size(p.dtype);
+  const bool reduces = purpose.reduces;
+  g.vector = g.plain ? 16 / size : 4;
   // One block computes a small problem, if it can then do without the counters.
-  const int64_t vectors = g.vectors();
-  const bool one_block = reduces && g.B * g.O * vectors <= kSmall;
-  const int most = ceil_log2(one_block && g.plain ? kSmallBlock : kBlock, 10);
+  const int64_t vectors = g.vectors(), all = g.B * g.O * vectors;
+  const bool one_block = reduces && all <= kSmall;
+  // A thread needs half a microsecond for each sample of its own.
+  while (purpose.adds_samples && g.log_k < 3 && 1 << g.log_k < p.K && all << (g.log_k + 1) <= kWave * kBlock)
+    ++g.log_k;
+  const int most = ceil_log2(one_block && g.plain ? kSmallBlock : kBlock, 10) - g.log_k;
   if (g.tiling == Tiling::column) {
-    g.log_tx = ceil_log2(vectors, 5);
+    // One tile, if a warp can hold it and its parts are few, or many tiles of one part. Else tiles of 128
+    // bytes, so that the sums of each tile's parts are few: 8 KiB to 84 KiB, of which a block reads 100 bytes
+    // in a nanosecond.
+    const int64_t steps = g.O >> (most - ceil_log2(vectors, 5));  // of a thread, if a tile had one part
+    const bool narrow = reduces && steps > 8 && (vectors > 32 || all > kWave * kBlock);
+    g.log_tx = ceil_log2(vectors, narrow ? ceil_log2(128 / (g.vector * size), 5) : 5);
     // Narrower tiles where wide ones would leave more than a quarter of the last one idle.
     while (g.log_tx > 3 && (ceil_div(vectors, g.tx()) * g.tx() - vectors) * 4 > vectors) --g.log_tx;
     g.log_ty = ceil_log2(g.O, most - g.log_tx);
@@ -198,22 +217,19 @@ inline void set_block(Geometry& g, const Problem& p, bool reduces) {
   g.tiles = std::max<int64_t>(g.tiles, 1);
 }
 
-// The parts of a tile. Few parts make long loops, many make a long last sum: the best number is close to the
-// square root of the steps.
+// The parts of a tile.
 inline void set_parts(Geometry& g, bool reduces) {
-  const bool one_block = reduces && g.B * g.O * g.vectors() <= kSmall;
+  const bool one_block = reduces && g.tiles == 1 && g.B * g.O * g.vectors() <= kSmall;
   const int64_t along = g.tiling == Tiling::column ? g.O : g.I;
   const int64_t step = g.tiling == Tiling::column ? g.ty() : static_cast<int64_t>(g.tx()) * g.vector;
   const int64_t steps = std::max<int64_t>(1, ceil_div(along, step));
   const int64_t row_steps = std::max<int64_t>(1, ceil_div(g.B, g.tz()));
   const int64_t all = steps * row_steps;
-  int64_t parts;
-  if (reduces)
-    parts =
-        std::min(kReducingBlocks / g.tiles, static_cast<int64_t>(11 * std::sqrt(static_cast<double>(all))));
-  else
-    parts = std::min<int64_t>(std::max(ceil_div(4 * kReducingBlocks, g.tiles), ceil_div(all, 4)), 65535);
-  parts = one_block && g.tiles == 1 ? 1 : std::clamp<int64_t>(parts, 1, all);
+  int64_t waves = ceil_div(g.tiles * all, kWave * (reduces ? kReducingSteps : kSteps));
+  if (reduces) waves = std::min(waves, kReducingBlocks / kWave);
+  int64_t parts =
+      one_block ? 1 : std::clamp<int64_t>(waves * kWave / g.tiles, 1, std::min<int64_t>(all, 65535));
+  parts = ceil_div(all, ceil_div(all, parts));
 
   const int64_t round = g.cells == Cells::none ? 1 : 8;  // bits are packed by whole bytes
   g.chunk_rows = ceil_div(ceil_div(row_steps, std::min(parts, row_steps)) * g.tz(), round) * round;
@@ -244,7 +260,7 @@ Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>&
   for (size_t i = 0; i < N; ++i) g.plain = g.plain && is_plain(*tensors.axes[i], g, size);
   for (size_t i = 0; i < N; i += 2)
     g.plain = g.plain && laid_out_alike(*tensors.axes[i], *tensors.axes[i + 1], g);
-  set_block(g, p, purpose.reduces);
+  set_block(g, p, purpose);
   set_parts(g, purpose.reduces);
   return g;
 }

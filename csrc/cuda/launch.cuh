@@ -21,15 +21,19 @@ namespace vk::cuda {
 
 // The round keys where the host knows the random state; else where in device memory that state is.
 struct Keys {
-  PhiloxKeys general;    // for general kernels
-  QuadKeys plain;        // the same for plain kernels
-  const int64_t* state;  // null: the keys are set
+  StateSource state;
+  PhiloxKeys general;  // for general kernels; neither of these two is set where the device has the state
+  QuadKeys plain;      // the same for plain kernels
+
+  __device__ bool on_device() const { return state.seed_data != nullptr; }
+  // From the state where it lies.
+  __device__ PhiloxKeys computed() const { return philox_keys(state.read_seed(), state.read_offset()); }
 };
 
 inline Keys keys_of(const Problem& p) {
-  if (!p.host_state) return {{}, {}, p.rng};
+  if (!p.host_state) return {state_of(p), {}, {}};
   const PhiloxKeys keys = philox_keys(p.seed, p.offset);
-  return {keys, quad_keys(keys), nullptr};
+  return {state_of(p), keys, quad_keys(keys)};
 }
 
 // A tensor as [B, O, I], all distances in bytes; `step` is what a thread adds in each step of its loop.
@@ -90,9 +94,10 @@ struct ThreadOffsets {
 template <Tiling kTiling, int N>
 __device__ __forceinline__ ThreadOffsets thread_offsets_of(const Geometry& g) {
   ThreadOffsets p;
-  p.tx = threadIdx.x & (g.tx() - 1);
-  p.ty = (threadIdx.x >> g.log_tx) & (g.ty() - 1);
-  p.tz = threadIdx.x >> (g.log_tx + g.log_ty);
+  const int thread = static_cast<int>(threadIdx.x) >> g.log_k;
+  p.tx = thread & (g.tx() - 1);
+  p.ty = (thread >> g.log_tx) & (g.ty() - 1);
+  p.tz = thread >> (g.log_tx + g.log_ty);
   p.tile = blockIdx.x;
   p.part = static_cast<int>(blockIdx.y);
   p.chunk = p.part / g.splits;

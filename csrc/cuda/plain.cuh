@@ -17,20 +17,24 @@ enum class Kl { none, standard, prior };
 
 // A kernel with at most that many registers. 48 leave room for five blocks of 256 threads on a multiprocessor
 // of 65536, 64 for four, 80 for three. A launch bound could not say so, since small problems are launched
-// with blocks of kSmallBlock.
+// with blocks of kSmallBlock. sm_75 holds four such blocks at most, so that fewer than 64 would gain nothing.
 #if defined(__CUDACC__) && CUDART_VERSION >= 12040
-#define VK_PLAIN_KERNEL(registers) __global__ void __maxnreg__(registers)
+#define VK_PLAIN_KERNEL(registers) \
+  __global__ void __maxnreg__(vk::cuda::kArch == 750 && (registers) < 64 ? 64 : (registers))
 #else
 #define VK_PLAIN_KERNEL(registers) __global__ void __launch_bounds__(vk::cuda::kSmallBlock)
+#endif
+#if defined(__CUDA_ARCH__)
+inline constexpr int kArch = __CUDA_ARCH__;
+#else
+inline constexpr int kArch = 0;
 #endif
 
 // The round keys: as the host computed them, or from the state in device memory. One kernel serves both,
 // since its loop is the same: the compiler holds the keys in uniform registers, one copy for a warp.
 template <bool Sample>
 __device__ __forceinline__ QuadKeys quad_keys_for(const Keys& keys) {
-  if (!Sample || keys.state == nullptr) return keys.plain;
-  return quad_keys(
-      philox_keys(static_cast<uint64_t>(__ldg(keys.state)), static_cast<uint64_t>(__ldg(keys.state + 1))));
+  return Sample && keys.on_device() ? quad_keys(keys.computed()) : keys.plain;
 }
 
 // The offset of a thread's next vector in tensors that are laid out alike, in the units of a Stride32. The

@@ -5,10 +5,8 @@ namespace vk::cuda {
 namespace {
 
 __global__ void write_state_kernel(const StateSource source, int64_t* state) {
-  const uint64_t seed = source.seed_data ? static_cast<uint64_t>(*source.seed_data) : source.seed;
-  const uint64_t offset = source.offset_data ? static_cast<uint64_t>(*source.offset_data) : source.offset;
-  state[0] = static_cast<int64_t>(seed);
-  state[1] = static_cast<int64_t>(offset + source.step);
+  state[0] = static_cast<int64_t>(source.read_seed());
+  state[1] = static_cast<int64_t>(source.read_offset());
 }
 
 __global__ void __launch_bounds__(kBlock)

@@ -18,21 +18,47 @@ __device__ __forceinline__ void sum_rows(R* matrix, int width, int height) {
   }
 }
 
-// The sum of one number per thread, the same for all threads of the block. blockDim.x is a power of two.
-template <class R>
-__device__ __forceinline__ R block_sum(R* shared, R value) {
-  __syncthreads();
-  shared[threadIdx.x] = value;
-  __syncthreads();
-  sum_rows(shared, 1, static_cast<int>(blockDim.x));
-  return shared[0];
-}
-
 // The sum over each group of `lanes` neighbours in a warp, a power of two. The whole warp takes part.
 template <class R>
 __device__ __forceinline__ R lane_sum(R value, int lanes) {
   for (int m = lanes / 2; m > 0; m /= 2) value += __shfl_xor_sync(0xFFFFFFFFu, value, m);
   return value;
+}
+
+// The sum of one number per thread, the same for all threads of the block: a butterfly within each warp, then
+// the warps in their order. `shared` takes a number per warp. blockDim.x is a multiple of 32.
+template <class R>
+__device__ __forceinline__ R block_sum(R* shared, R value) {
+  value = lane_sum(value, 32);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
+  __syncthreads();
+  R sum = shared[0];
+  for (unsigned warp = 1; warp < blockDim.x / 32; ++warp) sum += shared[warp];
+  return sum;
+}
+
+// Adds, within a warp, the numbers of the lanes that are a multiple of `apart` from each other, a power of
+// two. The whole warp takes part.
+template <class R, int N>
+__device__ __forceinline__ void sum_lanes_apart(R (&value)[N], int apart) {
+  for (int m = apart; m < 32; m *= 2) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) value[j] += __shfl_xor_sync(0xFFFFFFFFu, value[j], m);
+  }
+}
+
+// Adds the `height` rows of a row-major [height, width] matrix in shared memory into its first row, one after
+// the other. Called by all threads of the block, after a barrier; ends with one.
+template <class R>
+__device__ __forceinline__ void sum_columns(R* matrix, int width, int height) {
+  for (int c = threadIdx.x; c < width; c += blockDim.x) {
+    R sum = matrix[c];
+#pragma unroll 4
+    for (int row = 1; row < height; ++row) sum += matrix[row * width + c];
+    matrix[c] = sum;
+  }
+  __syncthreads();
 }
 
 // Counts an arrival and returns whether it was the last of `count`; the last one leaves the counter at zero.

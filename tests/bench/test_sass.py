@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 
 import pytest
 import sass
+
+from vaekernels import _build
 
 # Instructions per element of the main loop. With 34 a bf16 forward (6
 # bytes per element) takes 83 % of an H200's instructions (132 multiprocessors, 4 each per clock of 1.75 GHz)
@@ -246,3 +249,29 @@ def test_the_committed_table_is_of_these_kernels(table):
     before = {tuple(line) for line in sass.committed()}
     changed = [" ".join(filter(None, line)) for line in sorted(now ^ before)]
     assert not changed, "benchmarks/results/sass.csv is not of these kernels: `make sass` rewrites it"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["75", "80", "86", "89", "100", "120"])
+def test_no_architecture_takes_local_memory(arch, tmp_path):
+    """ptxas gives each one other registers; `make cuda-objects` looks at sm_80 and sm_90."""
+    nvcc = _build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    flags = [f"-gencode=arch=compute_{arch},code=sm_{arch}", _build.NO_LOCAL_MEMORY]
+    _build.compile_cuda_objects(_build.torch_in_use(), nvcc, flags, tmp_path, print)
+
+
+def test_local_memory_is_an_error(tmp_path):
+    nvcc = _build.find_nvcc()
+    if nvcc is None:
+        pytest.skip("nvcc was not found")
+    source = tmp_path / "spills.cu"
+    square = " ".join(f"a[{i}] = x[{i}] * x[{i + 1}];" for i in range(40))
+    store = " ".join(f"x[{i}] = a[{39 - i}] * a[{i}];" for i in range(40))
+    kernel = f"(float* x) {{ float a[40]; {square} __syncthreads(); {store} }}"
+    source.write_text(f"__global__ void __maxnreg__(24) few{kernel}\n__global__ void many{kernel}")
+    command = [nvcc, "-arch=sm_90", "-c", str(source), "-o", str(tmp_path / "o"), _build.NO_LOCAL_MEMORY]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode != 0 and "Local memory used for function" in found.stderr
+    assert "few" in found.stderr and "many" not in found.stderr

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import random
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,9 +28,9 @@ FOLDER = ROOT / "build" / "fuzz"
 SANITIZE = (
     # vptr looks at type information of torch's classes, which are not compiled here.
     *("-O1", "-g1", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize=vptr"),
-    *("-fno-sanitize-recover=all", "-fsanitize-coverage=trace-pc,trace-cmp"),
-    # What chooses the instruction set runs while the library is loaded, before coverage can be counted.
-    "-DVK_X86_DISPATCH=0",
+    # Edges alone: a comparison calls into the runtime, and those that choose the instruction set are made
+    # while the library is loaded, when it cannot call yet.
+    *("-fno-sanitize-recover=all", "-fsanitize-coverage=trace-pc"),
 )
 SETTINGS = {
     # torch and Python keep memory until they end. Fresh memory is filled, so that what nobody wrote shows
@@ -78,7 +79,12 @@ def build() -> Path:
     cxx, trace, made = compiler(), FOLDER / "coverage.o", FOLDER / "lib"
     source = ROOT / "tests" / "fuzz" / "coverage.cpp"
     subprocess.run([cxx, "-std=c++20", "-O2", "-fPIC", "-c", str(source), "-o", str(trace)], check=True)
-    os.environ |= {"CXX": cxx, "CXXFLAGS": " ".join(SANITIZE), "LDFLAGS": str(trace), "VAEKERNELS_CUDA": "0"}
+    os.environ |= {
+        "CXX": cxx,
+        "CXXFLAGS": " ".join(SANITIZE),
+        "LDFLAGS": shlex.quote(str(trace)),
+        "VAEKERNELS_CUDA": "0",
+    }
     shutil.rmtree(made, ignore_errors=True)
     others = shutil.ignore_patterns("_C*", _build.RECORD_NAME, "__pycache__")
     shutil.copytree(ROOT / "vaekernels", made / "vaekernels", ignore=others)

@@ -10,10 +10,6 @@ void __sanitizer_cov_pcs_init(const uintptr_t* begin, const uintptr_t* end);
 
 // Hidden: the library that this file is linked into calls it, not the empty one of the sanitizers' runtime.
 __attribute__((visibility("hidden"))) void __sanitizer_cov_trace_pc();
-
-// GCC calls these for comparisons of floating numbers; libFuzzer learns from those of integers only.
-__attribute__((visibility("hidden"))) void __sanitizer_cov_trace_cmpf(float, float) {}
-__attribute__((visibility("hidden"))) void __sanitizer_cov_trace_cmpd(double, double) {}
 }
 
 namespace {

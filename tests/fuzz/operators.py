@@ -60,8 +60,13 @@ class Call:
             if math.prod(self.shape) > 600:
                 self.shape[d] = min(self.shape[d], 2)
         self.dim = source.below(ndim) if ndim else 0
+        self.packed = ndim > 0 and source.below(3) == 2
+        self.prior = source.below(3) == 2
         self.batch_dims = min(source.below(3), ndim)
         self.reduction = source.choice(STRINGS["reduction"])
+        self.threshold = source.choice((None, "free_bits", "free_bits_per_group"))
+        if self.reduction == "elementwise":
+            self.threshold = None
         self.samples = source.choice((None, 1, 3, 0))
         axes = list(range(self.batch_dims, ndim))
         self.groups = None if source.below(2) else axes[: source.below(len(axes) + 1)]
@@ -88,14 +93,23 @@ class Call:
         """What fits the other arguments, by the argument's name; a default where the name says nothing."""
         source, name, kind = self.source, argument.name, str(argument.type)
         shape, compute = self.shape, compute_dtype(self.dtype)
-        G, B = math.prod(self.group_shape()), math.prod(shape[: self.batch_dims])
-        optional = kind.startswith("Optional")
-        if optional and source.below(3) == 2:
+        cells = math.prod([*shape[: self.batch_dims], *self.group_shape()])
+        averaged = self.reduction in ("batchmean", "sum", "mean")
+        absent = {
+            "second": self.packed,
+            "prior_mu": not self.prior,
+            "prior_logvar": not self.prior,
+            "balance": not self.prior or source.below(2) == 1,
+            "free_bits": self.threshold != "free_bits",
+            "free_bits_per_group": self.threshold != "free_bits_per_group",
+            "weight": not averaged or source.below(2) == 1,
+        }
+        if absent.get(name, kind.startswith("Optional") and source.below(4) == 3):
             return None
-        if name in ("mu", "logvar", "prior_mu", "prior_logvar", "like", "first", "second"):
-            return tensor(source, shape, self.dtype)
-        if name == "moments":
+        if name == "first" and self.packed:
             return tensor(source, [2 * n if d == self.dim else n for d, n in enumerate(shape)], self.dtype)
+        if name in ("first", "second", "prior_mu", "prior_logvar", "like"):
+            return tensor(source, shape, self.dtype)
         if name == "grad_z":
             return tensor(source, shape if self.samples is None else [self.samples, *shape], self.dtype)
         if name == "grad_kl":
@@ -105,30 +119,37 @@ class Call:
             t = tensor(source, self.group_shape(), compute)
             return t.abs() if name.startswith("free") else t
         if name == "gate":
-            return torch.ones(source.choice((G, 1)), dtype=compute)
+            return torch.ones(source.choice((math.prod(self.group_shape()), 1)), dtype=compute)
         if name == "open":
-            return torch.full((source.choice((0, (B * G + 7) // 8)),), 0x5A, dtype=torch.uint8)
+            return torch.full((source.choice((0, (cells + 7) // 8)),), 0x5A, dtype=torch.uint8)
         if name == "weight":
             return tensor(source, shape[: self.batch_dims], torch.float32).abs()
         if name == "rng":
             return torch.tensor([struct.unpack("<q", source.take(8))[0], 8])
-        fixed = {"dim": self.dim, "batch_dims": self.batch_dims, "group_dims": self.groups}
-        fixed |= {"reduction": self.reduction, "num_samples": self.samples, "logvar_bounds": [-3.0, 2.0]}
+        if name == "clamp":
+            return source.choice(STRINGS["clamp"]) if averaged else "sample"
+        fixed = {
+            "dim": self.dim,
+            "batch_dims": self.batch_dims,
+            "group_dims": self.groups,
+            "reduction": self.reduction,
+            "num_samples": self.samples,
+            "logvar_bounds": [-3.0, 2.0],
+            "prior_grads": self.prior,
+            "group_sums": False,
+            "generator": None,
+        }
         if name in fixed:
             return fixed[name]
         if name in STRINGS:
             return source.choice(STRINGS[name])
-        if argument.has_default_value() and kind not in ("bool", "float", "Optional[float]"):
-            return argument.default_value
-        if "Generator" in kind:
-            return None
         if kind == "bool":
-            return bool(source.below(2))
+            return source.below(4) != 3
         if "float" in kind:
             return source.choice((0.5, 0.0, 1.0))
         if "int" in kind.lower():
             return source.below(40)
-        return tensor(source, shape, self.dtype)
+        return argument.default_value if argument.has_default_value() else tensor(source, shape, self.dtype)
 
     def odd(self, name: str, value: Any) -> Any:
         source = self.source

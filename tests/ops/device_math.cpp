@@ -1,8 +1,10 @@
-// How far off the GPU's float32 formulas are at most: the device half of csrc/math.h and csrc/philox.h,
-// compiled for the CPU over special functions with the largest errors that PTX admits, against float64. Run
-// by test_device_math.py; the argument multiplies those errors.
+// How far off the float32 formulas of csrc/math.h and csrc/philox.h are at most, against float64: with
+// HOST_HALF those of the CPU; else those of the GPU, compiled for the CPU over special functions with the
+// largest errors that PTX admits. Run by test_device_math.py; the argument multiplies those errors.
+#if !defined(HOST_HALF)
 #define __CUDA_ARCH__ 700
 #define VK_SPECIAL_FUNCTIONS
+#endif
 
 #include <algorithm>
 #include <bit>
@@ -18,13 +20,17 @@ namespace {
 double excuse = 1;        // times the errors
 unsigned directions = 0;  // bit i: the errors of function i go up
 
+#if !defined(HOST_HALF)
 float off(double exact, double relative, double absolute, int function) {
   const double sign = (directions >> function & 1) != 0 ? excuse : -excuse;
   return static_cast<float>(exact * (1 + sign * relative) + sign * absolute);
 }
 
+#endif
+
 }  // namespace
 
+#if !defined(HOST_HALF)
 inline void sincospi(double x, double* sine, double* cosine) {
   *sine = std::sin(M_PI * x);
   *cosine = std::cos(M_PI * x);
@@ -43,6 +49,7 @@ inline float sin_approx(float x) { return off(std::sin(static_cast<double>(x)), 
 inline float cos_approx(float x) { return off(std::cos(static_cast<double>(x)), 0, 6.8e-7, 4); }
 
 }  // namespace vk
+#endif
 
 #include "philox.h"
 
@@ -81,12 +88,12 @@ double excess_of(double y) {
   return sum;
 }
 
-void exponentials(Worst& sd, Worst& excess, Worst& growth) {
+void exponentials(Worst& exp, Worst& excess, Worst& growth) {
   for (const float sign : {-1.f, 1.f})
     for (double size = 1e-6; size < 20; size *= 1.0003) {
       const float y = sign * static_cast<float>(size);
       const vk::Exp<float> e = vk::exp_parts_of_half(y);
-      sd.see(std::fabs(e.exp / std::exp(0.5 * y) - 1));
+      exp.see(std::fabs(e.exp / std::exp(0.5 * y) - 1));
       excess.see(std::fabs(e.excess / excess_of(y) - 1));
       growth.see(std::fabs(e.growth / std::expm1(static_cast<double>(y)) - 1));
     }
@@ -109,10 +116,10 @@ int wrong_quads(std::mt19937_64& random) {
 int main(int argc, char** argv) {
   excuse = argc > 1 ? std::atof(argv[1]) : 1;
   std::mt19937_64 random(5);
-  Worst normal, sd, excess, growth;
+  Worst normal, exp, excess, growth;
   for (directions = 0; directions < 32; ++directions) normal.see(normals(random).error);
-  for (directions = 0; directions < 2; ++directions) exponentials(sd, excess, growth);
-  std::printf("normal %.3g\nsd %.3g\nexcess %.3g\ngrowth %.3g\nwrong_quads %d\n", normal.error, sd.error,
+  for (directions = 0; directions < 2; ++directions) exponentials(exp, excess, growth);
+  std::printf("normal %.3g\nexp %.3g\nexcess %.3g\ngrowth %.3g\nwrong_quads %d\n", normal.error, exp.error,
               excess.error, growth.error, wrong_quads(random));
   for (const float y : {INFINITY, -INFINITY, NAN, 0.f, 200.f, -200.f}) {
     const vk::Exp<float> e = vk::exp_parts_of_half(y);

@@ -117,6 +117,10 @@ def test_normals_are_box_muller_of_the_words(n, dtype, tolerance, device, backen
 def test_half_types_round_the_float32_normals(dtype, device, backend):
     rng = state(3, 0, device)
     assert torch.equal(normals(4097, rng, dtype), normals(4097, rng).to(dtype))
+    single, half = (
+        reference.normals(rng, 4097, kind, torch.device(device)) for kind in (torch.float32, dtype)
+    )
+    assert torch.equal(half, single.to(dtype))
 
 
 def test_kernels_and_reference_agree_on_normals(device):

@@ -36,8 +36,7 @@ SHIM_API void shim_capture(bool capture) {
 
 // The kernels' counters that are not zero, which they should be after every call.
 SHIM_API int64_t shim_dirty_counters() {
-  const at::Tensor like = at::empty({0});
-  const unsigned* counters = vk::counters_for(like, c10::cuda::getCurrentCUDAStream());
+  const unsigned* counters = vk::counters_for(c10::cuda::getCurrentCUDAStream());
   int64_t dirty = 0;
   for (size_t i = 0; i < vk::cuda::kCounters; ++i) dirty += counters[i] != 0 ? 1 : 0;
   return dirty;
