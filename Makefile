@@ -2,6 +2,8 @@
 #   make demo          a text VAE that collapses, and three that do not, side by side
 #   make test          build, lint, type check, CUDA objects where nvcc is, tests
 #   make test-integrations  the tests on diffusers, scvi-tools, Pyro, pythae and Lightning; it installs them
+#   make test-cuda-host  the host code of the CUDA library, on a CUDA runtime that computes nothing; it installs a
+#                      CUDA torch (6 GB) and needs nvcc 13, but no GPU
 #   make fuzz          fuzzes the CPU kernels, guided by coverage, under ASan and UBSan: make fuzz MINUTES=30
 #   make check-slow    the tests that are too slow for make test
 #   make docs          the documentation, as pages in build/docs
@@ -19,13 +21,14 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations fuzz check-slow docs install-matrix bench instructions predicted-cycles
-.PHONY: lint types cuda-objects sass gpu-build gpu-check gpu-bench build clean
+.PHONY: help demo test test-integrations test-cuda-host fuzz check-slow docs install-matrix bench
+.PHONY: instructions predicted-cycles lint types cuda-objects sass gpu-build gpu-check gpu-bench build clean
 
 PYTHON ?= python3
 OUT ?= build/gpu
 VENV := .venv
 INTEGRATIONS := .venv-integrations
+CUDA_HOST := .venv-cuda-host
 FUZZ := .venv-fuzz
 MINUTES ?= 5
 PY := $(VENV)/bin/python
@@ -80,6 +83,15 @@ test-integrations: $(BUILT) $(INTEGRATIONS)/environment.stamp
 	VAEKERNELS_REQUIRE_NATIVE=1 VAEKERNELS_REQUIRE_INTEGRATIONS=1 \
 	  $(INTEGRATIONS)/bin/python -m pytest -m 'slow or not slow' tests/integrations \
 	  tests/build/test_docs.py::test_before_and_after
+
+# Without constraints.txt: the newest torch, whose build for Linux has CUDA where nothing else is asked for.
+$(CUDA_HOST)/environment.stamp:
+	$(PYTHON) -m venv --clear $(CUDA_HOST)
+	$(CUDA_HOST)/bin/python -m pip install --disable-pip-version-check -q torch numpy setuptools pytest pytest-timeout
+	touch $@
+
+test-cuda-host: $(CUDA_HOST)/environment.stamp
+	$(CUDA_HOST)/bin/python tests/cuda_host
 
 $(FUZZ)/environment.stamp: $(ENVIRONMENT)
 	$(call on-top,$(FUZZ),atheris) || \
@@ -167,6 +179,6 @@ gpu-bench: gpu-build
 	cp $(OUT)/gpu-bench.* benchmarks/results/
 
 clean:
-	rm -rf build dist *.egg-info $(VENV) $(INTEGRATIONS) $(FUZZ) .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info $(VENV) $(INTEGRATIONS) $(CUDA_HOST) $(FUZZ) .mypy_cache .pytest_cache .ruff_cache
 	rm -f vaekernels/_C*.so vaekernels/_build.json
 	find vaekernels tests benchmarks -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true

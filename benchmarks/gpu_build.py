@@ -3,9 +3,8 @@
     python benchmarks/gpu_build.py
 
 Downloads and installs nothing. The libraries go to build/gpu/cache, where the package finds them while
-XDG_CACHE_HOME names that folder; only where the package already holds libraries for this very torch are
-those replaced, since the package looks there first. Exit status: 0, 1 where a build failed, 77 where this
-machine has nothing to build for, with the reason in the last line.
+XDG_CACHE_HOME names that folder: of libraries for one torch it loads the newest. Exit status: 0, 1 where a
+build failed, 77 where this machine has nothing to build for, with the reason in the last line.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ for kind in ("cpu", "cuda"):
 """
 
 
-def environment() -> dict[str, str]:
+def environment(cache: Path = CACHE) -> dict[str, str]:
     """The variables with which a process uses the package of this tree and the libraries built here."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"XDG_CACHE_HOME": str(CACHE), "PYTHONPATH": path, "VAEKERNELS_REQUIRE_NATIVE": "1"}
+    return os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": path, "VAEKERNELS_REQUIRE_NATIVE": "1"}
 
 
 def build_rules() -> ModuleType:
@@ -60,7 +59,7 @@ def capability() -> str | None:
     return f"{major}.{minor}"
 
 
-def main() -> int:
+def main(cache: Path = CACHE) -> int:
     start = time.monotonic()
     rules = build_rules()
     try:
@@ -81,19 +80,17 @@ def main() -> int:
         print(f"nvcc was not found: put it on PATH, or set CUDA_HOME to the CUDA {in_use.cuda} toolkit")
         return NOT_POSSIBLE
 
-    os.environ["XDG_CACHE_HOME"] = str(CACHE)
-    target = PACKAGE
-    old = rules.Record.read(PACKAGE)
-    here = (in_use.version, in_use.cuda, rules.python_tag(), rules.VERSION)
-    if old is None or (old.torch, old.torch_cuda, old.python, old.package) != here:
-        target = rules.cache_dir(in_use.version, in_use.cuda)
+    os.environ["XDG_CACHE_HOME"] = str(cache)
+    target = rules.cache_dir(in_use.version, in_use.cuda)
     record = rules.build(target, ROOT / "build" / "gpu" / "objects", _say, in_use)
     for library in (record.cpu, record.cuda):
         if library.file is None:
             print(f"{library.log or ''}\n{library.problem}. {library.remedy}.")
             return 1
 
-    found = subprocess.run([sys.executable, "-c", LOADED], env=environment(), capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", LOADED], env=environment(cache), capture_output=True, text=True
+    )
     if found.returncode != 0 or Path(found.stdout.strip()) != target:
         print(f"{found.stdout}{found.stderr}the package does not load what was built into {target}")
         return 1

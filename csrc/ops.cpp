@@ -83,6 +83,14 @@ struct Meta {
     return at::empty_strided_symint(sizes, strides, mu.options());
   }
 
+  // What a call does not use is checked here: one tensor without memory brings the call here, and memory that
+  // is returned for tensors of another device is memory that nobody wrote.
+  static void check_unused(const char* name, const OptTensor& t, const Tensor& mu) {
+    if (!t) return;
+    TORCH_CHECK_VALUE(t->device() == mu.device(), name, " must be on the tensors' device, ", mu.device(),
+                      ", got ", t->device(), "; move it there");
+  }
+
   template <class Result, class Noise>
   static Result latent(const Options& o, const Tensor& first, const OptTensor& second, int64_t dim,
                        const Noise& noise, const OptTensor& prior_mu, const OptTensor& prior_logvar,
@@ -90,11 +98,14 @@ struct Meta {
                        const OptTensor& free_bits_per_group) {
     const Latent in = latent_of<c10::SymInt>(first, second, dim, prior_mu, prior_logvar, weight);
     const auto g = check_forward<c10::SymInt>(in, o, kl, num_samples, free_bits_per_group);
+    check_unused("weight", weight, in.mu);
+    check_unused("free_bits_per_group", free_bits_per_group, in.mu);
     const auto options = in.mu.options().dtype(compute_type(in.mu));
     const auto empty = [&](c10::SymIntArrayRef sizes) { return at::empty_symint(sizes, options); };
     Results out;
     if constexpr (std::is_same_v<Noise, OptTensor>) {
       if (sample) check_state(in.mu, noise);
+      check_unused("rng", noise, in.mu);
     } else {
       check_generator(in.mu, noise);
       out.rng = sample ? state(in.mu) : at::empty({0}, options.dtype(at::kLong));
@@ -127,6 +138,10 @@ struct Meta {
     const Latent in = latent_of<c10::SymInt>(first, second, dim, prior_mu, prior_logvar, weight);
     const Incoming grads{grad_z, grad_kl, grad_kl_per_group};
     check_backward<c10::SymInt>(in, o, grads, Saved{rng, gate, open}, prior_grads);
+    check_unused("rng", rng, in.mu);
+    check_unused("gate", gate, in.mu);
+    check_unused("open", open, in.mu);
+    check_unused("weight", weight, in.mu);
     const auto gradient = [&](bool wanted) { return wanted ? at::empty_like(in.mu) : Tensor(); };
     Tensor to_first = second ? gradient(!grad_mu_is_grad_z(grads, in.mu)) : at::empty_like(first);
     return {to_first, gradient(second.has_value()), gradient(prior_grads), gradient(prior_grads)};

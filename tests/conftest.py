@@ -85,9 +85,8 @@ def takes_device(item: pytest.Item) -> bool:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    for name in sorted(libraries.ABSENT):
-        why = f"{libraries.ABSENT[name]}; `make test-integrations` installs it"
-        terminalreporter.write_line(f"SKIPPED the integration of {name}: {why}", yellow=True)
+    for what, why in sorted(libraries.ABSENT.items()):
+        terminalreporter.write_line(f"SKIPPED {what}: {why}", yellow=True)
 
 
 def is_shim(item: pytest.Function) -> bool:

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -21,6 +21,13 @@ import vaekernels as vk
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ABSENT: dict[str, str] = {}
+"""What is skipped, and why."""
+
+
+def skip(what: str, why: str) -> NoReturn:
+    """Skips the whole module; the summary says so."""
+    ABSENT[what] = why
+    pytest.skip(why, allow_module_level=True)
 
 
 def need(name: str) -> Any:
@@ -30,8 +37,7 @@ def need(name: str) -> Any:
     except ModuleNotFoundError as error:
         if os.environ.get("VAEKERNELS_REQUIRE_INTEGRATIONS") == "1":
             raise
-        ABSENT[name] = str(error)
-        pytest.skip(f"{error}; `make test-integrations` installs it", allow_module_level=True)
+        skip(f"the integration of {name}", f"{error}; `make test-integrations` installs it")
 
 
 def noise_of_seed(seed: int, like: Tensor) -> Tensor:

@@ -21,6 +21,16 @@ def test_the_build_says_that_torch_has_no_cuda(capsys):
     assert capsys.readouterr().out.strip() == f"torch {torch.__version__} was built without CUDA"
 
 
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
+def test_the_tests_of_the_host_code_say_that_torch_has_no_cuda():
+    command = [sys.executable, str(Path(__file__).parents[1] / "cuda_host")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == (
+        f"make test-cuda-host: it needs a torch built with CUDA 13; {torch.__version__} has CUDA None"
+    )
+
+
 def test_torch_has_what_the_tools_use():
     """So that an upgrade of torch shows here, and not on a GPU."""
     assert {"pool", "stream"} <= set(inspect.signature(torch.cuda.graph.__init__).parameters)

@@ -51,7 +51,7 @@ def capture(
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         outputs = function()
-    # torch clears the generator's offset on the capture's stream, which a replay on another does not wait for.
+    # torch clears the generator's offset on the capture's stream, which no replay on another waits for.
     torch.cuda.synchronize()
     return graph, outputs
 

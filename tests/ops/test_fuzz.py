@@ -208,6 +208,28 @@ FOUND = {
         {"batch_dims": 1, "reduction": "batchmean", "parameterization": "log_std", "free_bits": 0.5},
         cotangents={"kl": torch.tensor(math.nan)},
     ),
+    # The judge took the normals from z - mu, where mu had swallowed them.
+    "a deviation that vanishes beside the mean": Problem(
+        "reparameterize",
+        [torch.full((8, 512), 1e4), torch.full((8, 512), -175.45)],
+        None,
+        {"parameterization": "logvar", "rng": torch.tensor([3, 0])},
+        cotangents={"z": torch.full((8, 512), -6.0)},
+    ),
+    # 0 * inf in the reference where a group is closed: sd^2 leaves the range of float64, its slope does not.
+    "a closed group of a large std": Problem(
+        "gaussian_kl",
+        [torch.ones(1, 2, dtype=torch.float64), torch.tensor([[1e308, -1.0]], dtype=torch.float64)],
+        None,
+        {
+            "batch_dims": 1,
+            "group_dims": [],
+            "reduction": "batchmean",
+            "parameterization": "std",
+            "free_bits": 0.5,
+        },
+        cotangents={"kl": torch.tensor(1.0), "kl_per_group": torch.tensor(0.0)},
+    ),
     # The clamp's branch for weights that sum to 0 said 0 without a look at the rows.
     "NaN of a row without weight": Problem(
         "gaussian_kl",

@@ -642,6 +642,43 @@ def test_one_tensor_without_memory_is_an_error_not_memory_that_nobody_wrote(kern
         torch.ops.vaekernels.latent(x, x.to("meta"), 1, rng, kl=False)
 
 
+def test_a_tensor_without_memory_is_an_error_where_it_is_not_used_too(kernels):
+    x, away = torch.randn(3, 4), {"device": "meta"}
+    rng, state = torch.tensor([1, 0]), torch.zeros(2, dtype=torch.int64, **away)
+    weight, bits, gate = torch.ones(3, **away), torch.ones(4, **away), torch.ones(1, **away)
+    is_open = torch.zeros(0, dtype=torch.uint8, **away)
+    ops = torch.ops.vaekernels
+    alone, kl = {"kl": False}, {"sample": False}
+    calls = {
+        "weight": lambda: ops.latent(x, x, 1, rng, weight=weight, **alone),
+        "free_bits_per_group": lambda: ops.latent_draw(x, x, 1, None, free_bits_per_group=bits, **alone),
+        "rng": lambda: ops.latent(x, x, 1, state, **kl),
+        "gate": lambda: ops.latent_backward(x, None, None, x, x, 1, rng, None, None, gate, None),
+        "open": lambda: ops.latent_backward(x, None, None, x, x, 1, rng, None, None, None, is_open),
+    }
+    for name, call_it in calls.items():
+        with pytest.raises(ValueError, match=f"{name} must be on the tensors' device, cpu, got meta"):
+            call_it()
+    ones = torch.ones(())
+    backward = [
+        None,
+        ones,
+        None,
+        x,
+        x,
+        1,
+        state,
+        None,
+        None,
+        torch.ones(1),
+        torch.zeros(0, dtype=torch.uint8),
+    ]
+    with pytest.raises(ValueError, match="rng must be on the tensors' device, cpu, got meta"):
+        ops.latent_backward(*backward)
+    with pytest.raises(ValueError, match="weight must be on the tensors' device, cpu, got meta"):
+        ops.latent_backward(x, None, None, x, x, 1, rng, None, None, None, None, weight=weight)
+
+
 def test_a_backward_that_is_differentiated_checks_too(kernels):
     """It is computed by the reference then, which takes its arguments as checked."""
     for name in (
