@@ -50,7 +50,7 @@ struct Args {
   int64_t columns, first;
   R base, own, next;
   bool weighted;
-  int log_dims;  // threads along the dimensions
+  int log_dims;  // threads along the dimensions, and dimensions of a slab that are loaded
   int slabs;
   R* scratch;
 
@@ -117,8 +117,8 @@ struct Components {
   }
   // Posteriors that do not exist add nothing; dimensions that do not add 0.
   __device__ __forceinline__ void load(const Args<R>& a, int64_t j0, int64_t d0) {
-    for (int i = threadIdx.x; i < Rows * kSlab; i += kThreads) {
-      const int row = i / kSlab, d = i % kSlab;
+    for (int i = threadIdx.x; i < Rows << a.log_dims; i += kThreads) {
+      const int row = i >> a.log_dims, d = i & ((1 << a.log_dims) - 1);
       Component<R> q = no_component<R>();
       if (d0 + d >= a.D)
         q.peak = R(0);
@@ -133,8 +133,8 @@ struct Components {
 
 template <class R, int Rows, int Pitch>
 __device__ __forceinline__ void load_samples(R (&to)[Rows][Pitch], const Args<R>& a, int64_t i0, int64_t d0) {
-  for (int i = threadIdx.x; i < Rows * kSlab; i += kThreads) {
-    const int row = i / kSlab, d = i % kSlab;
+  for (int i = threadIdx.x; i < Rows << a.log_dims; i += kThreads) {
+    const int row = i >> a.log_dims, d = i & ((1 << a.log_dims) - 1);
     const bool exists = i0 + row < a.N && d0 + d < a.D;
     to[row][d] = exists ? load_number(a.z, a.dtype, (i0 + row) * a.D + d0 + d, R()) : R(0);
   }
@@ -480,8 +480,8 @@ __device__ __forceinline__ void posterior_gradients_of(const Args<R>& a, unsigne
     if (a.slabs > 1 || i0 == 0) shared.q.load(a, j0, d0);
     load_samples(shared.z, a, i0, d0);
     if constexpr (Dims) {
-      for (int i = threadIdx.x; i < kOthers<R> * kSlab; i += kThreads) {
-        const int row = i / kSlab, d = i % kSlab;
+      for (int i = threadIdx.x; i < kOthers<R> << a.log_dims; i += kThreads) {
+        const int row = i >> a.log_dims, d = i & ((1 << a.log_dims) - 1);
         Share<R> one{R(0), -lowest<R>()};
         if (d0 + d < a.D) one = share_at(a, a.grad_dims, (i0 + row) * a.D + d0 + d, i0 + row, 1 + d0 + d);
         shared.share[row][d] = one.share;

@@ -70,14 +70,6 @@ def test_bounds_are_their_definition(n: int, dims: int) -> None:
         torch.testing.assert_close(bounds.upper_dims[:, d], upper, rtol=1e-10, atol=1e-10)
 
 
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    given_posterior = posterior(50, 3, seed=1)
-    whole = mi_bounds(*given_posterior)
-    monkeypatch.setattr(information, "_CELLS", 50 * 3 * 7)
-    for part, other in zip(mi_bounds(*given_posterior)[:4], whole[:4], strict=True):
-        torch.testing.assert_close(part, other)
-
-
 def test_fewer_codes_when_there_are_too_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     mu, logvar, z = channel(400, 2, 1.0, seed=3)
     monkeypatch.setattr(information, "_PAIRS", 400 * 2 * 100)

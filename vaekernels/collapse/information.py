@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from vaekernels import ops
+
 __all__ = ["InfoNCE", "MIBounds", "contrast_rows", "infonce", "mi_bounds"]
 
-_CELLS = 1 << 18  # log densities held at a time: 2 MiB, which a cache holds; 2^21 takes 1.8 times as long
-_PAIRS = 1 << 29  # log densities in all, about 4 s on one CPU core; beyond, fewer codes are compared
+_PAIRS = 1 << 31  # log densities in all, about 5 s on one CPU core; beyond, fewer codes are compared
 _LOG2_TAU = (-20.0, 10.0)
 
 
@@ -44,9 +45,9 @@ def mi_bounds(mu: Tensor, logvar: Tensor, z: Tensor, *, generator: torch.Generat
     The terms of different examples may be resampled as if they were independent. They share the mixture, but
     adding example k to it changes the others by E_z[q(z|x_k) / q(z)] - 1 = 0 on average.
 
-    ``mu``, ``logvar``, ``z``: [N, D]; float64 on mu's device (on the CPU where that has none), in chunks of 2
-    MiB (or N D numbers, where these are more). All N codes are compared with all N while that makes fewer
-    than 2^29 densities; beyond, with a random part of them and each with its own.
+    ``mu``, ``logvar``, ``z``: [N, D]; float64 on mu's device (on the CPU where that has none), by
+    `vaekernels.log_aggregate_posterior`. All N codes are compared with all N while that makes fewer than 2^31
+    densities; beyond, with a random part of them and each with its own.
     """
     device = torch.device("cpu") if mu.device.type == "mps" else mu.device
     mu, logvar, z = (part.to(device).double() for part in (mu, logvar, z))
@@ -54,35 +55,30 @@ def mi_bounds(mu: Tensor, logvar: Tensor, z: Tensor, *, generator: torch.Generat
     others = min(n, max(2, _PAIRS // max(n * dims, 1)))
     columns = torch.arange(n) if others == n else torch.randperm(n, generator=generator)[:others]
     columns = columns.to(device)
-    precision, centre, shift = torch.exp(-logvar[columns]), mu[columns], logvar[columns]
-    own = -0.5 * ((z - mu).square() * torch.exp(-logvar) + logvar)
-    parts: list[tuple[Tensor, ...]] = []
-    rows = max(1, _CELLS // (others * dims))
-    for a in range(0, n, rows):
-        b = min(a + rows, n)
-        each = z[a:b, None, :] - centre  # [rows, others, D]
-        each.square_().mul_(precision).add_(shift).mul_(-0.5)
-        itself = columns == torch.arange(a, b, device=device)[:, None]  # [rows, others]
-        joint = each.sum(dim=2)
-        rest = torch.logsumexp(joint.masked_fill_(itself, -torch.inf), dim=1)
-        each.masked_fill_(itself[..., None], -torch.inf)
-        rest_dims = torch.logsumexp(each, dim=1)
-        number = (others - itself.sum(dim=1)).double()  # of codes that are not its own
-        parts.append(
-            (
-                *_bounds(own[a:b].sum(dim=1), rest, number),
-                *_bounds(own[a:b], rest_dims, number[:, None]),
+    own = -0.5 * ((z - mu).square() * torch.exp(-logvar) + logvar + math.log(2 * math.pi))
+    # The codes that are compared with meet all of them but their own, the others meet them all.
+    rest, rest_dims, number = own.new_empty(n), torch.empty_like(own), own.new_full((n,), others)
+    compared = torch.zeros(n, dtype=torch.bool, device=device)
+    compared[columns] = True
+    number[columns] -= 1
+    remaining = (~compared).nonzero()[:, 0]
+    for rows, leave_one_out in ((columns, True), (remaining, False)):
+        if len(rows):
+            rest[rows], rest_dims[rows] = ops.log_aggregate_posterior(
+                z[rows], mu[columns], logvar[columns], leave_one_out=leave_one_out
             )
-        )
-    lower, upper, lower_dims, upper_dims = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    bounds = (
+        *_bounds(own.sum(dim=1), rest, number),
+        *_bounds(own, rest_dims, number[:, None]),
+    )
+    lower, upper, lower_dims, upper_dims = (column.cpu() for column in bounds)
     return MIBounds(lower, upper, lower_dims, upper_dims, cap=math.log(others))
 
 
 def _bounds(own: Tensor, rest: Tensor, number: Tensor) -> tuple[Tensor, Tensor]:
-    """Terms of the lower and the upper bound from log q(z_i|x_i) and the log of the sum over the others."""
-    upper = own - (rest - torch.log(number))
-    lower = own - (torch.logaddexp(rest, own) - torch.log(number + 1))
-    return lower, upper
+    """Terms of the lower and the upper bound from log q(z_i|x_i) and the log of the mean over the others."""
+    lower = own - (torch.logaddexp(rest + torch.log(number), own) - torch.log(number + 1))
+    return lower, own - rest
 
 
 def contrast_rows(n: int, k: int, *, generator: torch.Generator | None = None) -> Tensor:
