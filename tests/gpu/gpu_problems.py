@@ -34,6 +34,8 @@ LATENTS = {
     "whole": Latent((5, 9001), {"group_dims": (), "free_bits": 1.0}),
     "cells": Latent((70, 24), {"free_bits": 0.3, "clamp": "sample"}),
     "row_sets": Latent((9, 3, 500), {"group_dims": 1, "free_bits": 100.0, "clamp": "sample"}),
+    "row_cells": Latent((9, 160, 40), {"group_dims": 1, "free_bits": 15.0, "clamp": "sample"}),
+    "row_values": Latent((5, 200, 40), {"group_dims": 1, "reduction": "none"}),
     "per_row": Latent((40, 50), {"reduction": "none"}),
     "elementwise": Latent((40, 50), {"reduction": "elementwise"}),
     "channels_last": Latent((6, 8, 15, 15), {"group_dims": 1, "free_bits": 50.0}, channels_last=True),

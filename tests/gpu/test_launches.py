@@ -33,8 +33,7 @@ def test_one_kernel_each_way(name, dtype, cuda, seen):
 
 
 @pytest.mark.parametrize("name", gpu_problems.LATENTS)
-def test_at_most_three_while_capturing(name, cuda, seen):
-    """And one that writes the state, where a state is drawn."""
+def test_at_most_two_while_capturing(name, cuda, seen):
     latent = gpu_problems.on(gpu_problems.LATENTS[name], cuda)
     inputs = [t.detach() for t in gpu_problems.tensors(latent, torch.float32, cuda)]
     rng = torch.tensor([3, 4], device=cuda)
@@ -43,7 +42,7 @@ def test_at_most_three_while_capturing(name, cuda, seen):
     with torch.cuda.graph(graph):
         gpu_problems.call(latent, inputs, rng=rng)
     found = count_launches(graph.replay)
-    assert set(found) == {"kernel"} and found["kernel"] <= 3
+    assert set(found) == {"kernel"} and found["kernel"] <= 2
 
 
 @pytest.mark.parametrize("name", gpu_problems.LATENTS)

@@ -145,8 +145,8 @@ def test_word_zero_gives_the_largest_radius(dtype, device, backend):
     assert round(float(pair.norm()), 2) == 6.76
 
 
-# The CUDA kernels take -2 ln u for 2 w (1 + 0.375 * 2^-10) where w = 1 - u < 2^-10: the radius is right within
-# 2.7e-6, and the smallest ones within sqrt(1 + 0.375 * 2^-10) - 1 of themselves, 1.83e-4.
+# The CUDA kernels take 2 w (1 + 0.375 * 2^-10) for -2 ln u where w = 1 - u < 2^-10: the radius is right
+# within 2.7e-6, and the smallest ones within sqrt(1 + 0.375 * 2^-10) - 1 of themselves, 1.83e-4.
 NEAR_ONE = 2e-4
 
 
