@@ -21,7 +21,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-integrations test-cuda-host fuzz check-slow docs install-matrix bench
+.PHONY: help demo test test-ops test-others test-integrations test-cuda-host fuzz check-slow docs install-matrix bench
 .PHONY: instructions predicted-cycles lint types cuda-objects sass gpu-build gpu-check gpu-bench build clean
 
 PYTHON ?= python3
@@ -62,9 +62,18 @@ build: $(BUILT)
 demo: $(BUILT)
 	$(PY) -m vaekernels demo docstrings
 
+# The tests are two processes side by side, each of which takes one core; the output of each comes at its end.
 test: $(BUILT) lint types
 	if $(PY) vaekernels/_build.py nvcc; then $(MAKE) cuda-objects; else echo 'no nvcc: cuda-objects is left out'; fi
-	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest
+	$(MAKE) -k -j2 -O --no-print-directory test-ops test-others
+
+OPS := tests/ops tests/shim tests/gpu tests/integrations tests/cuda_host
+
+test-ops: $(BUILT)
+	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest $(OPS)
+
+test-others: $(BUILT)
+	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest $(addprefix --ignore=,$(OPS))
 
 # An environment that uses the packages of $(VENV), so that torch is not installed twice and $(VENV) stays
 # without these libraries.
