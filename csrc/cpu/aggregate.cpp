@@ -247,27 +247,28 @@ VK_CLONES void backward_tile(const Meeting<R>& a, const Shares<R>& shares, Dimen
 
 // ---- the posteriors --------------------------------------------------------------------------------------
 
+// Arrays over the dimensions are padded to whole lanes, so that no scalar loop is left for the last ones.
+inline size_t padded(int64_t D) { return static_cast<size_t>((D + kLane - 1) / kLane * kLane); }
+
 template <Param P, class R>
 VK_CLONES void components_of(const R* __restrict mu, const R* __restrict s, Bounds<R> bounds,
                              R* __restrict root, R* __restrict peak, int n) {
-#pragma GCC ivdep
-  for (int i = 0; i < n; ++i) {
+  in_lanes(n, [&](int i, int) VK_LAMBDA {
     const Component<R> c = component_of<P>(mu[i], s[i], bounds);
     root[i] = c.root;
     peak[i] = c.peak;
-  }
+  });
 }
 
 template <Param P, class R>
 VK_CLONES void gradients_of(const R* __restrict s, Bounds<R> bounds, const R* __restrict root,
                             R* __restrict weight, R* __restrict pull, const R* __restrict spread, int n) {
-#pragma GCC ivdep
-  for (int i = 0; i < n; ++i) {
+  in_lanes(n, [&](int i, int) VK_LAMBDA {
     const PosteriorGradients<R> g =
         posterior_gradients<P>(s[i], bounds, root[i], {weight[i], pull[i], spread[i]});
     pull[i] = g.mu;
     weight[i] = g.scale;
-  }
+  });
 }
 
 template <class R>
@@ -326,8 +327,8 @@ class Job {
 
   void prepare(Parallel parallel) {
     run(parallel, tiles_, kWidth * p_.D, [&](int64_t begin, int64_t end) {
-      const size_t D = static_cast<size_t>(p_.D);
-      std::vector<R> mu(D), s(D), root(D), peak(D);
+      const size_t all = padded(p_.D);
+      std::vector<R> mu(all), s(all), root(all), peak(all);
       for (int64_t tile = begin; tile < end; ++tile) {
         Dimension<R>* to = posteriors_ + tile * p_.D;
         for (int j = 0; j < width(tile); ++j) {
@@ -336,7 +337,7 @@ class Job {
             read_rows(p_, p_.scale, tile * kWidth + j, 1, s.data());
             with_param(p_.param, [&](auto param) {
               components_of<param.value>(static_cast<const R*>(mu.data()), static_cast<const R*>(s.data()),
-                                         bounds_, root.data(), peak.data(), static_cast<int>(p_.D));
+                                         bounds_, root.data(), peak.data(), static_cast<int>(all));
             });
           } else {
             const Component<R> none = no_component<R>();
@@ -533,7 +534,8 @@ class BackwardAggregate : Job<R> {
       add_to<R>(more->weight, sums->weight, 3 * kWidth * p_.D);
     }
     const size_t D = static_cast<size_t>(p_.D);
-    std::vector<R> s(D), root(D), weight(D), pull(D), spread(D);
+    const size_t all = padded(p_.D);
+    std::vector<R> s(all), root(all), weight(all), pull(all), spread(all);
     const Dimension<R>* q = this->posteriors(tile);
     for (int j = 0; j < this->held(tile); ++j) {
       const int64_t row = tile * kWidth + j;
@@ -547,7 +549,7 @@ class BackwardAggregate : Job<R> {
       with_param(p_.param, [&](auto param) {
         gradients_of<param.value>(static_cast<const R*>(s.data()), this->bounds_,
                                   static_cast<const R*>(root.data()), weight.data(), pull.data(),
-                                  static_cast<const R*>(spread.data()), static_cast<int>(p_.D));
+                                  static_cast<const R*>(spread.data()), static_cast<int>(all));
       });
       write_rows(p_, static_cast<const R*>(pull.data()), row, 1, call_.grad_mu);
       write_rows(p_, static_cast<const R*>(weight.data()), row, 1, call_.grad_scale);

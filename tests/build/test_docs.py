@@ -48,7 +48,7 @@ def blocks(name: str) -> list[tuple[str, str]]:
         "choose-free-bits.md",
         "free-bits.md",
         "is-my-vae-collapsed.md",
-        "aggregate_posterior.md",
+        "aggregate-posterior.md",
         "train.md",
     ],
 )
@@ -125,7 +125,8 @@ def test_several_processes(tmp_path: Path) -> None:
 def test_every_page_is_known_here_and_links_lead_somewhere() -> None:
     pages = {path.name for path in DOCS.glob("*.md")}
     assert pages == {
-        "index.md", "use-the-ops.md", "choose-free-bits.md", "free-bits.md", "is-my-vae-collapsed.md",
+        "index.md", "use-the-ops.md", "aggregate-posterior.md", "choose-free-bits.md", "free-bits.md",
+        "is-my-vae-collapsed.md",
         "train.md", "multi-gpu.md", "api.md", "install.md", "install-matrix.md", "migration.md",
         "performance.md", "architecture.md", "reliability.md",
     }  # fmt: skip
