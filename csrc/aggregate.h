@@ -73,7 +73,7 @@ template <Param P, class R>
 VK_FN Component<R> component_of(R mu, R s, const Bounds<R>& bounds) {
   const Scale<R> scale = scale_of<P>(s);
   const R x = bounds.clamp(scale.x);
-  const bool inside = !(scale.x < x || scale.x > x);
+  const bool inside = is_inside(scale.x, x);
   const R inverse = kHoldsSd<P> && inside ? scale.inverse : exp_of(-x);
   return {mu, R(0.8493218002880191) * inverse,        // sqrt(log2(e) / 2)
           R(-kLog2E) * (x + R(0.9189385332046727))};  // log(2 pi) / 2
@@ -232,7 +232,7 @@ VK_FN PosteriorGradients<R> posterior_gradients(R s, const Bounds<R>& bounds, R 
                                                 const PosteriorSums<R>& sums) {
   const Scale<R> scale = scale_of<P>(s);
   const R x = bounds.clamp(scale.x);
-  const bool inside = !(scale.x < x || scale.x > x);
+  const bool inside = is_inside(scale.x, x);
   const R twice = R(2 * kLn2) * root;
   return {twice * sums.pull, keep_if(inside, (twice * sums.spread - sums.weight) * scale.log_slope)};
 }

@@ -1,11 +1,10 @@
 // The aggregate posterior: schemas, the Meta and the Autograd kernels.
 #include <ATen/core/enum_tag.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
-#include <torch/version.h>
 
 #include "aggregate_launch.h"
+#include "node.h"
 
 namespace vk {
 namespace {
@@ -101,14 +100,6 @@ class AggregateNode final : public Node {
   }
 };
 
-#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
-std::shared_ptr<AggregateNode> new_node() {
-  return std::shared_ptr<AggregateNode>(new AggregateNode(), torch::autograd::deleteNode);
-}
-#else
-c10::intrusive_ptr<AggregateNode> new_node() { return c10::make_intrusive<AggregateNode>(); }
-#endif
-
 Tensors3 differentiable(const AggregateOptions& o, const Tensor& z, const Tensor& mu, const Tensor& logvar) {
   static const AggregateOperator<AggregateCall> kernel("vaekernels::aggregate");
   Tensors3 out = [&] {
@@ -116,7 +107,7 @@ Tensors3 differentiable(const AggregateOptions& o, const Tensor& z, const Tensor
     return kernel(o, z, mu, logvar);
   }();
   if (!compute_requires_grad(z, mu, logvar)) return out;
-  auto node = new_node();
+  auto node = new_node<AggregateNode>();
   node->set_next_edges(torch::autograd::collect_next_edges(z, mu, logvar));
   torch::autograd::set_history(std::get<0>(out), node);
   if (o.per_dim) torch::autograd::set_history(std::get<1>(out), node);

@@ -1,12 +1,11 @@
 // The Autograd kernels, with the one node that every call has.
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/autograd/saved_variable.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #include "checks.h"
+#include "node.h"
 
 namespace vk {
 namespace {
@@ -98,14 +97,6 @@ class LatentBackward final : public Node {
   std::vector<SavedVariable> saved_;
 };
 
-#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 13
-std::shared_ptr<LatentBackward> new_node() {
-  return std::shared_ptr<LatentBackward>(new LatentBackward(), torch::autograd::deleteNode);
-}
-#else
-c10::intrusive_ptr<LatentBackward> new_node() { return c10::make_intrusive<LatentBackward>(); }
-#endif
-
 template <class Result, class Noise>
 Result latent(const Options& o, const Tensor& first, const OptTensor& second, int64_t dim, const Noise& noise,
               const OptTensor& prior_mu, const OptTensor& prior_logvar, bool sample, bool kl,
@@ -121,7 +112,7 @@ Result latent(const Options& o, const Tensor& first, const OptTensor& second, in
   }();
   if (!posterior_grads && !prior_grads) return out;
 
-  auto node = new_node();
+  auto node = new_node<LatentBackward>();
   static const Tensor none;
   const Tensor& second_tensor = second ? *second : none;
   node->set_next_edges(torch::autograd::collect_next_edges(first, second_tensor, prior_mu, prior_logvar));

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "math.h"
 
@@ -17,6 +18,21 @@ namespace vk {
 
 // What the second tensor of a Gaussian holds.
 enum class Param : uint8_t { logvar, log_std, std, softplus };
+
+// f(param, as an integral constant).
+template <class F>
+VK_FN auto with_param(Param param, const F& f) {
+  switch (param) {
+    case Param::logvar:
+      return f(std::integral_constant<Param, Param::logvar>());
+    case Param::log_std:
+      return f(std::integral_constant<Param, Param::log_std>());
+    case Param::std:
+      return f(std::integral_constant<Param, Param::std>());
+    default:
+      return f(std::integral_constant<Param, Param::softplus>());
+  }
+}
 
 template <class R>
 struct Scale {
@@ -69,12 +85,17 @@ VK_FN Scale<R> scale_of(R s) {
   }
 }
 
-// Bounds on the log-variance, as bounds on x. NaN is inside, so that it comes out.
+// Bounds on the log-variance, as bounds on x.
 template <class R>
 struct Bounds {
   R lo, hi;
   VK_FN R clamp(R x) const { return clamp_of(x, lo, hi); }
 };
+// Whether x was within the bounds that made `clamped` of it. NaN is inside, so that it comes out.
+template <class R>
+VK_FN bool is_inside(R x, R clamped) {
+  return !(x < clamped || x > clamped);
+}
 template <class R>
 struct NoBounds {
   VK_FN R clamp(R x) const { return x; }
@@ -99,7 +120,7 @@ template <Param P, class R, class AnyBounds, class Range = AnyRange>
 VK_FN Posterior<R> posterior_of(const Scale<R>& scale, const AnyBounds& bounds, const Range& range = {}) {
   const R x = bounds.clamp(scale.x);
   const Exp<R> e = exp_parts(x, range);
-  const bool inside = !(scale.x < x || scale.x > x);
+  const bool inside = is_inside(scale.x, x);
   if constexpr (kHoldsSd<P>) return {x, inside ? scale.sd : e.exp, e.excess, e.growth, inside};
   return {x, e.exp, e.excess, e.growth, inside};
 }

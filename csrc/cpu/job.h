@@ -6,20 +6,6 @@
 
 namespace vk::cpu {
 
-template <class F>
-auto with_param(Param param, const F& f) {
-  switch (param) {
-    case Param::logvar:
-      return f(std::integral_constant<Param, Param::logvar>());
-    case Param::log_std:
-      return f(std::integral_constant<Param, Param::log_std>());
-    case Param::std:
-      return f(std::integral_constant<Param, Param::std>());
-    default:
-      return f(std::integral_constant<Param, Param::softplus>());
-  }
-}
-
 // Both kinds of the loop over a tile; `near` is null where it cannot be used.
 template <class Tile>
 struct Tiles {

@@ -85,20 +85,6 @@ __device__ __forceinline__ void store_number(float x, void* data, DType dtype, i
     static_cast<f16*>(data)[i] = __float2half_rn(x);
 }
 
-template <class F>
-__device__ __forceinline__ auto with_param(Param param, const F& f) {
-  switch (param) {
-    case Param::logvar:
-      return f(std::integral_constant<Param, Param::logvar>());
-    case Param::log_std:
-      return f(std::integral_constant<Param, Param::log_std>());
-    case Param::std:
-      return f(std::integral_constant<Param, Param::std>());
-    default:
-      return f(std::integral_constant<Param, Param::softplus>());
-  }
-}
-
 template <class R>
 __device__ __forceinline__ Component<R> component_at(const Args<R>& a, int64_t j, int64_t d) {
   const int64_t i = j * a.D + d;

@@ -88,7 +88,7 @@ __device__ __forceinline__ void adjust(const LogVariance& rule, float (&y)[4], b
   for (int j = 0; j < 4; ++j) {
     y[j] *= rule.slope;
     const float clamped = rule.bounds.clamp(y[j]);
-    inside[j] = !(clamped < y[j] || clamped > y[j]);  // one comparison; NaN is inside
+    inside[j] = is_inside(y[j], clamped);  // one comparison
     y[j] = clamped;
   }
 }
