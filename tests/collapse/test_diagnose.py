@@ -388,6 +388,16 @@ def test_verdicts(
         assert told.verdict == ("rate-only" if verdict == "rate-only" else "undetermined")
 
 
+def test_wide_intervals_are_not_nearly_collapsed() -> None:
+    """Delta_shuffle 0 +- 1.2 nats excludes nothing."""
+    metrics: dict[str, Estimate | None] = dict.fromkeys(("rate", "mi_lower", "mi_upper"), interval(0.25))
+    metrics |= {"delta_shuffle": interval(0.0, 1.2), "i_dec": interval(0.02), "svi_gain": interval(0.0)}
+    resampled = {name: torch.zeros(4) for name in metrics}
+    assert rule(metrics, [dim("active")], resampled).verdict == "undetermined"
+    metrics["delta_shuffle"] = interval(0.0, 0.4)
+    assert rule(metrics, [dim("active")], resampled).verdict == "near-collapsed"
+
+
 def test_confidence_is_the_share_of_resamples() -> None:
     metrics: dict[str, Estimate | None] = dict.fromkeys(
         ("rate", "mi_lower", "mi_upper", "delta_shuffle", "i_dec", "svi_gain"), interval(0.0)
@@ -445,3 +455,51 @@ def test_shedding_an_empty_rate_is_no_gain() -> None:
     rate, gain = report.metrics["rate"], report.metrics["svi_gain"]
     assert rate is not None and rate.value > 0.5
     assert gain is not None and -0.05 < gain.high < 0.01
+
+
+# --- units and signs ----------------------------------------------------------------------------------------
+
+
+def pixels(how: str) -> Any:
+    """The diagnosis of four factors in 64 pixels, with their log-likelihoods summed, averaged or negated."""
+    rng = generator(1)
+    weights = 0.2 * torch.randn(4, 64, generator=rng)
+    x = torch.randn(400, 4, generator=rng) @ weights + torch.randn(400, 64, generator=rng)
+    precision = torch.linalg.inv(weights @ weights.T + torch.eye(4))
+    logvar = torch.log(torch.diagonal(precision))
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ weights.T @ precision, logvar.expand(len(x), 4)
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        value = normal(x, z @ weights, 1.0)
+        return {"sum": value, "mean": value / 64, "negative": -value, "negative mean": -value / 64}[how]
+
+    return diagnose(encode, log_likelihood, x)
+
+
+def test_a_mean_over_pixels_is_named() -> None:
+    assert pixels("sum").verdict == "informative"
+    with pytest.raises(ValueError, match=r"too flat to be a sum over the 64 values.*I_dec .*not their mean"):
+        pixels("mean")
+
+
+@pytest.mark.parametrize("how", ["negative", "negative mean"])
+def test_a_negative_log_likelihood_is_named(how: str) -> None:
+    with pytest.raises(ValueError, match=r"wrong sign.*not the loss"):
+        pixels(how)
+
+
+def test_a_likelihood_of_0_under_other_codes_is_the_strongest_use() -> None:
+    x = torch.rand(400, 2, generator=generator(1)) * 2 - 1
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        return torch.where((x - z).abs() < 0.2, math.log(2.5), -math.inf).sum(dim=1)
+
+    report = diagnose(lambda x: (x, torch.full_like(x, 2 * math.log(0.02))), log_likelihood, x, train=x)
+    assert report.verdict == "informative" and [dim.state for dim in report.dims] == ["active", "active"]
+    shuffled = report.metrics["delta_shuffle"]
+    assert shuffled is not None and 60 < shuffled.low < shuffled.high < 100
+    assert report.checks["likelihood_zero"]["delta_shuffle"] == pytest.approx(0.97, abs=0.03)
+    assert any("likelihood 0" in reason for reason in report.reasons)
+    assert all(math.isfinite(each.value) for each in report.metrics.values() if each is not None)

@@ -150,10 +150,10 @@ def state_of(
 
 
 class Condition(NamedTuple):
-    """That one end of a measure's interval, or its value, lies on one side of a threshold."""
+    """That one end of a measure's interval lies on one side of a threshold."""
 
     metric: str
-    end: Literal["low", "value", "high"]
+    end: Literal["low", "high"]
     side: Literal["below", "at least"]
     threshold: float
 
@@ -168,12 +168,12 @@ class Condition(NamedTuple):
         estimate = metrics[self.metric]
         if estimate is None:
             return f"{_LABELS[self.metric]} was not measured"
-        part = {"low": "lower end", "value": "estimate", "high": "upper end"}[self.end]
+        part = {"low": "lower end", "high": "upper end"}[self.end]
         return f"{_LABELS[self.metric]} {ends(estimate)}: {part} {self.side} {self.threshold:g}"
 
 
 def _all(
-    metrics: Sequence[str], end: Literal["low", "value", "high"], side: Literal["below", "at least"], t: float
+    metrics: Sequence[str], end: Literal["low", "high"], side: Literal["below", "at least"], t: float
 ) -> list[Condition]:
     return [Condition(metric, end, side, t) for metric in metrics]
 
@@ -203,7 +203,7 @@ RULES: list[tuple[Verdict, list[Condition]]] = [
         ],
     ),
     ("informative", _all(["mi_lower", *_DECODER], "low", "at least", EPS_GLOBAL)),
-    ("near-collapsed", _all(["mi_lower", *_DECODER], "value", "below", NEAR)),
+    ("near-collapsed", _all(["mi_upper", *_DECODER], "high", "below", NEAR)),
 ]
 """The first whose conditions all hold. "collapsed" also asks that no dimension is used; "informative" is
 "partial" where fewer than half of the dimensions that cost rate are."""
@@ -265,7 +265,7 @@ def _undecided(metrics: Mapping[str, Estimate | None]) -> list[str]:
     return [
         *told,
         f"no rule holds: each asks on which side of {EPS_GLOBAL:g} an end of these intervals lies, or for "
-        f"estimates below {NEAR:g}",
+        f"upper ends below {NEAR:g}",
     ]
 
 
