@@ -370,21 +370,19 @@ def test_verdicts(
         "i_dec": interval(decoded),
         "svi_gain": interval(0.0),
     }
-    resampled = {
-        name: torch.tensor([each.low, each.value, each.high, each.value])
-        for name, each in metrics.items()
-        if each is not None
-    }
     dims = [dim(state, 0.0 if state == "pruned" else 0.5) for state in states]
-    ruling = rule(metrics, dims, resampled)
+    ruling = rule(metrics, dims, None)
     assert ruling.verdict == verdict
-    assert ruling.confidence == (None if verdict == "undetermined" else 1.0)
+    assert (
+        verdict in ("rate-only", "informative", "partial")
+        or rule(metrics, dims, interval(0.02)).verdict == "rare-use"
+    )
     if verdict == "collapsed":
         assert ruling.subtype == "model collapse"
-        assert rule({**metrics, "svi_gain": interval(0.06)}, dims, resampled).subtype == "inference lag"
-        assert rule({**metrics, "svi_gain": None}, dims, resampled).subtype is None
+        assert rule({**metrics, "svi_gain": interval(0.06)}, dims, None).subtype == "inference lag"
+        assert rule({**metrics, "svi_gain": None}, dims, None).subtype is None
     for missing in ("delta_shuffle", "i_dec"):
-        told = rule({**metrics, missing: None}, dims, resampled)
+        told = rule({**metrics, missing: None}, dims, None)
         assert told.verdict == ("rate-only" if verdict == "rate-only" else "undetermined")
 
 
@@ -392,19 +390,53 @@ def test_wide_intervals_are_not_nearly_collapsed() -> None:
     """Delta_shuffle 0 +- 1.2 nats excludes nothing."""
     metrics: dict[str, Estimate | None] = dict.fromkeys(("rate", "mi_lower", "mi_upper"), interval(0.25))
     metrics |= {"delta_shuffle": interval(0.0, 1.2), "i_dec": interval(0.02), "svi_gain": interval(0.0)}
-    resampled = {name: torch.zeros(4) for name in metrics}
-    assert rule(metrics, [dim("active")], resampled).verdict == "undetermined"
+    assert rule(metrics, [dim("active")], None).verdict == "undetermined"
     metrics["delta_shuffle"] = interval(0.0, 0.4)
-    assert rule(metrics, [dim("active")], resampled).verdict == "near-collapsed"
+    assert rule(metrics, [dim("active")], None).verdict == "near-collapsed"
 
 
-def test_confidence_is_the_share_of_resamples() -> None:
-    metrics: dict[str, Estimate | None] = dict.fromkeys(
-        ("rate", "mi_lower", "mi_upper", "delta_shuffle", "i_dec", "svi_gain"), interval(0.0)
+@pytest.mark.parametrize("n, share", [(30, 10), (2048, 0.15)])
+def test_what_was_not_excluded(n: int, share: float) -> None:
+    """Use by 3/n of the examples is in no one of n with probability (1 - 3/n)^n < 0.05."""
+    for said in ("collapsed", "rate-only", "encoder-only", "near-collapsed"):
+        told = verdict.excluded(said, n)  # type: ignore[arg-type]
+        assert told is not None and f"3/n = {share:g} %" in told
+    assert verdict.excluded("informative", n) is None
+    assert (1 - 3 / n) ** n < 0.05
+
+
+def rarely(share: float, n: int, seed: int, **settings: Any) -> collapse.Report:
+    """A flag marks few examples; for those alone the code holds x, and the decoder reads it."""
+    rng = generator(seed)
+    x = torch.cat(
+        [torch.randn(n, 1, generator=rng), (torch.rand(n, 1, generator=rng) < share).float()], dim=1
     )
-    resampled = {name: torch.zeros(4) for name in metrics}
-    resampled["i_dec"] = torch.tensor([0.0, 0.0, 0.2, 0.0])
-    assert rule(metrics, [dim("pruned", 0.0)], resampled).confidence == 0.75
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        rare = x[:, 1:] > 0
+        return torch.where(rare, 0.999 * x[:, :1], 0.0), torch.where(rare, math.log(1 - 0.998), 0.0)
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        return torch.where(
+            x[:, 1] > 0, normal(x[:, :1], z, 0.03), normal(x[:, :1], torch.zeros(()), 1.0)
+        ).clamp_min(-8)
+
+    return diagnose(encode, log_likelihood, x, **{"n": n, "k": 32, "seed": seed, **settings})
+
+
+def test_rare_use_is_found() -> None:
+    """Two of a hundred examples: I_dec cannot exceed 0.02 log 32 = 0.07 nats."""
+    for seed in range(3):
+        report = rarely(0.02, 2048, seed)
+        assert report.verdict == "rare-use", report.reasons
+        low, high = report.checks["picked_out"][1:]
+        assert low < 0.02 < high
+        assert report.checks["half_of_delta_shuffle"] < 0.02
+
+
+def test_no_use_is_not_rare_use() -> None:
+    for seed in range(3):
+        assert rarely(0.0, 512, seed).verdict == "collapsed"
 
 
 def test_every_state_has_its_row() -> None:

@@ -24,6 +24,8 @@ __all__ = [
 ]
 
 
+SURE = 0.95
+
 Floor: TypeAlias = Callable[[Tensor], Tensor]
 """Puts a finite NLL where it is inf, in [n, K] with the examples' own codes first."""
 
@@ -96,6 +98,16 @@ class Contrasts(NamedTuple):
     def infonce(self) -> InfoNCE:
         """The bound with the decoder as critic."""
         return infonce(self.likelihoods, self.rows)
+
+    def picked(self) -> Tensor:
+        """[n]: 1 where the own code has 95 % of the posterior over the K codes, p(x_i|z_k) / sum_l p(x_i|z_l),
+        less 1 / (K - 1) where another has. The mean is 0 where z says nothing, however sure the decoder is,
+        and otherwise the share of the examples whose code it picks out."""
+        found = []
+        for half in self.likelihoods:
+            best = torch.softmax(half, dim=1) >= SURE
+            found.append(best[:, 0].double() - best[:, 1:].sum(dim=1).double() / (half.shape[1] - 1))
+        return torch.cat(found)
 
     def negated(self) -> InfoNCE:
         """The bound with -log p(x|z) as critic: above 0 only where the likelihood has the wrong sign."""

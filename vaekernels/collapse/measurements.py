@@ -12,7 +12,7 @@ from torch import Tensor
 from vaekernels import ops
 from vaekernels.collapse import decoder
 from vaekernels.collapse.decoder import Codes
-from vaekernels.collapse.estimate import Bootstrap, Estimate, along_cycle
+from vaekernels.collapse.estimate import TAIL, Bootstrap, Estimate, along_cycle, binomial_tail
 from vaekernels.collapse.examples import Examples, count, take
 from vaekernels.collapse.extras import Samples
 from vaekernels.collapse.information import mi_bounds
@@ -176,11 +176,31 @@ class Measurements:
         name = "mi_lower" if name == "mi_upper" else name
         return name in self.caps and self.columns[name].mean().item() > self.caps[name] - 1
 
-    def resampled(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """The means of those columns that were measured, in every resample."""
-        known = [name for name in names if name in self.columns]
-        means = self.bootstrap.means(torch.stack([self.columns[name] for name in known], dim=1))
-        return dict(zip(known, means.unbind(dim=1), strict=True))
+    def picked(self) -> Estimate | None:
+        """The share of the examples whose own code the decoder picks out, see `decoder.Contrasts.picked`. Its
+        lower end is above 0 only where chance, which is right in 1 of K picks, gives so many with a
+        probability below 0.025."""
+        if self.contrasts is None:
+            return None
+        values = self.contrasts.picked()
+        found = self.subset(len(values)).estimate(values)
+        right = int((values > 0.5).sum())
+        wrong = round(-values[values < 0].sum().item() * (self.contrasts.likelihoods[0].shape[1] - 1))
+        chance = binomial_tail(right, right + wrong, 1 / self.contrasts.likelihoods[0].shape[1])
+        # Few examples: the bootstrap has lower ends of 0 for one or two. The test of the picks decides.
+        if chance >= TAIL:
+            return replace(found, low=min(found.low, 0.0))
+        return found if found.low > 0 else replace(found, low=min(found.value, 1 / self.n) / 2)
+
+    def concentration(self) -> float | None:
+        """The smallest share of the examples that bears half of all nats that a shuffled code costs."""
+        if "shuffled" not in self.nll:
+            return None
+        costs = (self.nll["shuffled"] - self.nll["own"]).clamp_min(0).sort(descending=True).values
+        total = costs.sum()
+        if total <= 0:
+            return None
+        return (int((costs.cumsum(0) < total / 2).sum()) + 1) / len(costs)
 
     def point(self) -> tuple[float, float]:
         """On the rate-distortion plane."""
