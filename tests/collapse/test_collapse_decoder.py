@@ -75,7 +75,7 @@ def test_infonce_codes_are_other_examples_of_the_same_half() -> None:
 def test_importance_weighting_of_an_exact_posterior_is_the_evidence(linear: tuple[Linear, Tensor]) -> None:
     model, x = linear
     behind = Model(model.encode, model.log_likelihood)
-    found = decoder.importance_nll(behind, x, codes_of(model, x), 3, generator(4))
+    found = decoder.importance(behind, x, codes_of(model, x), 3, generator(4)).nll
     torch.testing.assert_close(found, evidence(model, x), rtol=1e-4, atol=1e-4)
 
 
@@ -91,7 +91,7 @@ def test_importance_weighting_of_a_wrong_posterior_tends_to_the_evidence(
     behind = Model(wrong, model.log_likelihood)
     codes = Codes.draw(*wrong(x), generator(2))
     truth = evidence(model, x).mean().item()
-    few, many = (decoder.importance_nll(behind, x, codes, k, generator(4)).mean().item() for k in (1, 200))
+    few, many = (decoder.importance(behind, x, codes, k, generator(4)).nll.mean().item() for k in (1, 200))
     assert few > many + 0.1 and many == pytest.approx(truth, abs=0.03) and many > truth - 0.01
 
 

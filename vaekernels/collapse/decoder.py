@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
@@ -17,9 +18,9 @@ __all__ = [
     "Contrasts",
     "contrast",
     "contrasts",
+    "importance",
     "importance_columns",
     "importance_mean",
-    "importance_nll",
     "shuffled_nll",
 ]
 
@@ -100,9 +101,9 @@ class Contrasts(NamedTuple):
         return infonce(self.likelihoods, self.rows)
 
     def picked(self) -> Tensor:
-        """[n]: 1 where the own code has 95 % of the posterior over the K codes, p(x_i|z_k) / sum_l p(x_i|z_l),
-        less 1 / (K - 1) where another has. The mean is 0 where z says nothing, however sure the decoder is,
-        and otherwise the share of the examples whose code it picks out."""
+        """[n]: 1 where the own code has 95 % of p(x_i|z_k) / sum_l p(x_i|z_l), the posterior over the K codes;
+        -1 / (K - 1) where another has. The mean is 0 where z says nothing, however sure the decoder is, and
+        otherwise the share of the examples whose code it picks out, at most that of those it reads."""
         found = []
         for half in self.likelihoods:
             best = torch.softmax(half, dim=1) >= SURE
@@ -145,11 +146,23 @@ def contrasts(n: int, k: int) -> int:
     return min(k, n // 2)
 
 
-def importance_nll(
-    model: Model, x: Examples, codes: Codes, k: int, generator: torch.Generator | None
-) -> Tensor:
+class Importance(NamedTuple):
+    """float64 [N] each."""
+
+    nll: Tensor
     """-log 1/k sum_j p(x_i|z_ij) p(z_ij) / q(z_ij|x_i), z_ij ~ q(z|x_i): an upper bound on -log p(x_i) that
-    tightens with ``k`` (Burda et al. 2016), float64 [N]."""
+    tightens with k (Burda et al. 2016)"""
+    own: Tensor
+    """the mean of -log p(x_i|z_ij)"""
+    least: Tensor
+    """-beta log 1/k sum_j p(x_i|z_ij)^(1/beta) p(z_ij) / q(z_ij|x_i): an upper bound, in the same way, on the
+    least that any q of any form can make of E_q[-log p(x_i|z)] + beta KL(q || p)"""
+
+
+def importance(
+    model: Model, x: Examples, codes: Codes, k: int, generator: torch.Generator | None, beta: float = 1.0
+) -> Importance:
+    """What importance weighting with ``k`` codes of each example's own q gives."""
     n = len(codes.mu)
     ratios = torch.empty(n * k, dtype=torch.float64)
 
@@ -161,8 +174,15 @@ def importance_nll(
         ratios[a:b] = (0.5 * (eps.square() - z.square()) + torch.log(sd)).sum(dim=1)  # log p(z) / q(z|x)
         return z
 
-    terms = model.log_likelihoods(x, n * k, lambda a, b: torch.arange(a, b) // k, drawn) + ratios
-    return -(torch.logsumexp(terms.view(n, k), dim=1) - torch.log(torch.tensor(float(k))))
+    found = model.log_likelihoods(x, n * k, lambda a, b: torch.arange(a, b) // k, drawn).view(n, k)
+    ratios = ratios.view(n, k)
+
+    def weighted(beta: float) -> Tensor:
+        if beta == 0:
+            return -found.max(dim=1).values
+        return -beta * (torch.logsumexp(found / beta + ratios, dim=1) - math.log(k))
+
+    return Importance(weighted(1.0), -found.mean(dim=1), weighted(beta))
 
 
 def importance_columns(nelbo: Tensor, importance: Tensor) -> Tensor:

@@ -58,6 +58,7 @@ METRICS = (
     "delta_mean",
     "i_dec",
     "svi_gain",
+    "code_gap",
     "iwae_nll",
 )
 OF_TRAINING = ("beta", "effective_beta", "free_bits")
@@ -73,6 +74,7 @@ def diagnose(
     n: int = 2048,
     k: int = 32,
     seed: int = 0,
+    beta: float = 1.0,
     device: torch.device | str | None = None,
     budget_s: float | None = None,
     progress: bool = True,
@@ -98,6 +100,8 @@ def diagnose(
         k: contrast codes of I_dec, which sees at most log k nats, and samples of the importance-weighted
             likelihood.
         seed: of everything random. The same seed gives the same report on the same machine.
+        beta: the weight of the KL in training, with both terms as sums over their dimensions. Inference is
+            refined at it: at beta 5, codes that pay at beta 1 do not pay for the encoder.
         device: where batches of examples are moved (None: they stay where they are). Codes go where
             ``encode`` returns them.
         budget_s: seconds after which no more is measured. Decisions come before what is only reported; what
@@ -118,6 +122,8 @@ def diagnose(
     """
     _check("n", n, 4)
     _check("k", k, 2)
+    if not (isinstance(beta, int | float) and 0 <= beta < float("inf")):
+        raise ValueError(f"beta must be a number of at least 0, got {beta!r}")
     if budget_s is not None and not budget_s > 0:
         raise ValueError(f"budget_s must be positive, or None for no limit, got {budget_s!r}")
     with torch.inference_mode(False):
@@ -129,12 +135,13 @@ def diagnose(
             model = Model(encode, log_likelihood, device=device, batch_size=None, counted=budget.count)
             with budget.part("check"):
                 model.check(chosen)
-            held = Measurements("heldout", model, chosen, seed, 0)
+            held = Measurements("heldout", model, chosen, seed, 0, beta)
             trained = None if chosen_train is None else Measurements("train", model, chosen_train, seed, 1)
             settings = {
                 "n": n,
                 "k": k,
                 "seed": seed,
+                "refined_at_beta": beta,
                 "device": None if device is None else str(device),
                 "budget_s": budget_s,
             }
@@ -170,6 +177,7 @@ class _Diagnosis:
         self.use_train: dict[int, Answer] = {}
         self.train_only: set[int] = set()
         self.gradient: bool | None = None
+        self.refined: tuple[str, float, float] | None = None
 
     def run(self, settings: dict[str, Any]) -> Report:
         held, n = self.held, self.held.n
@@ -181,10 +189,11 @@ class _Diagnosis:
         self._part("contrast codes", ("i_dec",), n * contrasts(n, self.k), self._decoded)
         self._part("single dimensions", ("use",), held.use_n * dims, self._use)
         self._part("refined codes", ("svi_gain",), svi.evaluations(min(n, REFINED)), self._refine)
+        weighted = min(n, WEIGHTED) * self.k
+        self._part("importance weights", ("code_gap", "iwae_nll"), weighted, self._importance)
         self._redundancy()
         self._train()
         self._part("other codes", ("delta_prior", "delta_mean"), 2 * n, self._other_codes)
-        self._part("importance weights", ("iwae_nll",), min(n, WEIGHTED) * self.k, self._importance)
         return self._report(settings)
 
     def _part(
@@ -246,12 +255,19 @@ class _Diagnosis:
         self.gradient = found.differentiable
         columns = torch.stack([found.at_posterior, found.at_prior, found.after], dim=1)
         self.metrics["svi_gain"] = self.held.subset(len(columns)).of_means(columns, _gain)[0]
-        if "held out" in self.points:
-            # By the change: these few examples are nats from the mean over all, refined or not.
-            rate, nll = self.points["held out"]
-            paid = (found.rate_after - self.held.columns["rate"][: len(columns)]).mean().item()
-            gained = (found.at_posterior - found.after).mean().item()
-            self.points["refined by gradient"] = (rate + paid, nll - gained - paid)
+        n = len(columns)
+        before, nothing, after, paid = (
+            values.mean().item()
+            for values in (found.at_posterior, found.at_prior, found.after, found.rate_after)
+        )
+        # By the change from the better of q and the prior, as svi_gain has it: these few examples are nats
+        # from the mean over all, refined or not.
+        beta = self.held.beta
+        if before <= nothing:
+            paid -= self.held.columns["rate"][:n].mean().item()
+            self.refined = "held out", paid, before - after + beta * paid
+        else:
+            self.refined = "z from the prior", paid, nothing - after + beta * paid
 
     def _train(self) -> None:
         trained = self.trained
@@ -338,6 +354,11 @@ class _Diagnosis:
 
     def _importance(self) -> None:
         self.held.importance(self.k)
+        gap = self.held.columns["code_gap"]
+        self.metrics["code_gap"] = self.held.subset(len(gap)).estimate(gap)
+        if "nelbo" not in self.held.columns:
+            self.skipped["iwae_nll"] = "nelbo was not measured"
+            return
         columns = importance_columns(self.held.columns["nelbo"], self.held.nll["importance"])
         self.metrics["iwae_nll"] = self.held.bootstrap.of_means(columns, importance_mean)[0]
 
@@ -394,13 +415,20 @@ class _Diagnosis:
             train=None if self.trained is None else self.train_metrics,
             gaps=self.gaps,
             dims=dims,
-            rate_distortion=self.points,
+            rate_distortion=self._points(),
             settings=settings | self._settings(),
             checks=self._checks(picked),
             cost=self._cost(),
             skipped=self.skipped | dict.fromkeys(OF_TRAINING, "not known here; save(extras=) may tell"),
             samples=self.held.samples(),
         )
+
+    def _points(self) -> dict[str, tuple[float, float]]:
+        if self.refined is None or self.refined[0] not in self.points:
+            return self.points
+        start, paid, saved = self.refined
+        rate, nll = self.points[start]
+        return self.points | {"refined by gradient": (rate + paid, nll - saved)}
 
     def _impossible(self) -> list[str]:
         share = self.held.impossible.get("delta_shuffle")

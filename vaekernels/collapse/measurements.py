@@ -59,11 +59,14 @@ class Measurements:
     is the measure and which may be resampled as if the examples were independent. A measure of fewer examples
     has those of the first."""
 
-    def __init__(self, name: str, model: Model, x: Examples, seed: int, number: int) -> None:
+    def __init__(
+        self, name: str, model: Model, x: Examples, seed: int, number: int, beta: float = 1.0
+    ) -> None:
         self.name = name
         self.model = model
         self.x = x
         self.n = count(x)
+        self.beta = beta
         self._seed, self._number = seed, number
         self.columns: dict[str, Tensor] = {}
         self.nll: dict[str, Tensor] = {}  # under its own code, a shuffled one, one of the prior
@@ -147,7 +150,8 @@ class Measurements:
 
     def refine(self) -> Refinement:
         n = min(self.n, REFINED)
-        found = refine(self.model, self.first(n), self.mu[:n], self.logvar[:n], self._stream("refine"))
+        start = self.mu[:n], self.logvar[:n]
+        found = refine(self.model, self.first(n), *start, self._stream("refine"), self.beta)
         self._finite(found.at_posterior)
         at_prior = self._floored("svi_gain", found.at_prior, slice(0, n), found.at_posterior)
         return found._replace(at_prior=at_prior)
@@ -155,9 +159,10 @@ class Measurements:
     def importance(self, k: int) -> None:
         n = min(self.n, WEIGHTED)
         x, codes = self.first(n), self.codes.first(n)
-        self.nll["importance"] = self._finite(
-            decoder.importance_nll(self.model, x, codes, k, self._stream("importance"))
-        )
+        found = decoder.importance(self.model, x, codes, k, self._stream("importance"), self.beta)
+        self.nll["importance"] = self._finite(found.nll)
+        own = self._floored("code_gap", found.own, slice(0, n))
+        self.columns["code_gap"] = own + self.beta * self.columns["rate"][:n] - self._finite(found.least)
 
     def subset(self, n: int) -> Bootstrap:
         """For measures of the first ``n`` examples."""

@@ -34,7 +34,9 @@ class Report:
     ``mi_lower`` and ``mi_upper`` (bounds on I(x;z); each interval is that of the bound, so the truth lies
     between the lower end of the first and the upper end of the second), ``aggregate_kl`` (rate - I), ``nll``
     and ``nelbo`` (one sample of z), ``delta_shuffle``, ``delta_prior``, ``delta_mean`` (NLL with another
-    example's z, a z of the prior, or mu, less NLL with its own z), ``i_dec``, ``svi_gain``, ``iwae_nll``.
+    example's z, a z of the prior, or mu, less NLL with its own z), ``i_dec``, ``svi_gain`` (by how much NLL
+    + beta rate falls below the lower of its values at q and at the prior when every q(z|x) is refined by
+    gradient), ``code_gap`` (by how much it is above the least that importance weighting finds), ``iwae_nll``.
     ``train``: those measured on the train split. ``gaps``: by how much that split is better.
     ``rate_distortion``: (rate, NLL) of this model, and of it with other codes.
     ``skipped``: what was not measured -> why.
@@ -42,7 +44,8 @@ class Report:
 
     verdict: Verdict
     subtype: str | None
-    """"model collapse" or "inference lag" of a collapsed one; None where refinement was not measured"""
+    """"model collapse", "inference lag" or "cause unknown" of a collapsed one; None where refinement was not
+    measured"""
     overfit: bool | None
     """None without a train split"""
     excluded: str | None

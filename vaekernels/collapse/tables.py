@@ -37,6 +37,7 @@ LABELS = {
     "delta_mean": "Δ_mean: mu in place of z",
     "i_dec": "I_dec: what the decoder can read",
     "svi_gain": "gain of refining q by gradient",
+    "code_gap": "gain of the best codes found",
     "nll": "NLL (reconstruction)",
     "nelbo": "NELBO (NLL + rate)",
     "iwae_nll": "NLL, importance-weighted (IWAE)",

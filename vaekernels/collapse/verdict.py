@@ -232,12 +232,13 @@ RARE = frozenset({"collapsed", "encoder-only", "near-collapsed", "undetermined"}
 
 
 def rule(metrics: Mapping[str, Estimate | None], dims: Sequence[Dim], picked: Estimate | None) -> Ruling:
-    """The verdict on the model. ``picked``: the share of the examples whose own code the decoder picks out."""
+    """The verdict on the model. ``picked``: the share of the examples whose own code the decoder picks
+    out."""
     ruling = _by_rules(metrics, dims)
     if ruling.verdict in RARE and picked is not None and picked.low > 0:
         told = (
-            f"the decoder picks the own code out of the contrasts, with 95 % of the posterior, for a share of "
-            f"{ends(picked)} of the examples: lower end above 0"
+            f"the decoder picks the own code out of the contrasts, with 95 % of the posterior, for a share "
+            f"of {ends(picked)} of the examples: lower end above 0"
         )
         return Ruling("rare-use", None, [told, *ruling.reasons])
     return ruling
@@ -255,7 +256,7 @@ def _by_rules(metrics: Mapping[str, Estimate | None], dims: Sequence[Dim]) -> Ru
             if used:
                 notes = [f"not collapsed: {_listed(used)} active or low-rate"]
                 continue
-            subtype, why = _subtype(metrics["svi_gain"])
+            subtype, why = _subtype(metrics["svi_gain"], metrics["code_gap"])
             reasons.append(why)
         if verdict == "informative":
             share = _share_of_work(dims, used)
@@ -302,13 +303,25 @@ def excluded(verdict: Verdict, n: int) -> str | None:
     return f"use by fewer than 3/n = {300 / n:.2g} % of the examples is not excluded"
 
 
-def _subtype(gain: Estimate | None) -> tuple[str | None, str]:
+def _subtype(gain: Estimate | None, gap: Estimate | None) -> tuple[str | None, str]:
+    """By the intervals: which of the two is at fault, or that this cannot be told."""
     if gain is None:
         return None, "whether better inference would help was not measured"
     refined = f"refining every q(z|x) by gradient gains {ends(gain)}"
-    if gain.value < LAG:
-        return "model collapse", f"better inference finds nothing either: {refined}, below {LAG:g}"
-    return "inference lag", f"better inference finds what the encoder does not: {refined}, at least {LAG:g}"
+    if gain.low >= LAG:
+        return (
+            "inference lag",
+            f"better inference finds what the encoder does not: {refined}, lower end at least {LAG:g}",
+        )
+    if gap is None:
+        return "cause unknown", f"{refined}; whether better codes exist was not measured"
+    better = f"importance weighting finds codes that are better by {ends(gap)}"
+    if gain.high < LAG and gap.high < LAG:
+        return (
+            "model collapse",
+            f"better inference finds nothing either: {refined}, and {better}, upper ends below {LAG:g}",
+        )
+    return "cause unknown", f"{refined}; {better}; the intervals do not lie on one side of {LAG:g}"
 
 
 def advice(verdict: Verdict, subtype: str | None, overfit: bool | None, dims: Sequence[Dim]) -> list[str]:
@@ -332,7 +345,10 @@ _ADVICE: dict[str, str] = {
     "collapsed": "the decoder ignores z: keep the rate up (free bits, a delta-VAE) or weaken the decoder",
     "model collapse": "the decoder ignores z, and a better encoder would not help: keep the rate up from the "
     "start (free bits, a controller, a delta-VAE), weaken the decoder (word dropout, a smaller context), or "
-    "lower beta if it is above 1; annealing alone often falls back",
+    "lower beta if it is above 1: the gain was measured at the beta given; annealing alone often falls back",
+    "cause unknown": "the decoder gets nothing from z, and whether the encoder or the decoder is at fault is "
+    "open. Where better codes exist that gradients do not find (codes quantised, or read periodically), "
+    "train the encoder with samples, or smooth the decoder; otherwise raise n",
     "inference lag": "the decoder can use codes that the encoder does not find: train the encoder more "
     "(several encoder steps for one of the decoder, He et al. 2019), or start from a pretrained encoder",
     "rate-only": "there is a rate, but z says nothing about x: the aggregate posterior is not the prior. "

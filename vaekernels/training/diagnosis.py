@@ -30,7 +30,9 @@ def diagnose(
     progress: bool = True,
 ) -> Report:
     """:func:`vaekernels.collapse.diagnose` of the model of ``run`` on its held-out data, and, with ``train``,
-    on its training data as well."""
+    on its training data as well. Inference is refined at the run's effective beta, 1 where it has none."""
+    task = Task.of(run.config, run.data, run.model.latent_dim)
+    beta = objectives.build(run.config.objective, task).effective_beta
     return collapse.diagnose(
         run.model.encode,
         run.model.log_likelihood,
@@ -39,6 +41,7 @@ def diagnose(
         n=n,
         k=k,
         seed=seed,
+        beta=1.0 if beta is None else beta,
         device=run.device,
         budget_s=budget_s,
         progress=progress,
