@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -32,6 +33,26 @@ def _not_floating(name: str, t: Tensor) -> NoReturn:
 def _on_one_device(a: Tensor, b: Tensor) -> bool:
     # `is_cpu` costs a fraction of a comparison of devices.
     return (a.is_cpu and b.is_cpu) or a.device == b.device
+
+
+def autocast_dtype(*tensors: Any) -> torch.dtype | None:
+    """Under autocast, the dtype to which tensors of several floating dtypes are promoted, as in torch's own
+    arithmetic; None where they need no promotion, or something else is wrong with them."""
+    dtypes = {t.dtype for t in tensors if isinstance(t, Tensor)}
+    if len(dtypes) < 2 or not dtypes <= FLOATS:
+        return None
+    if not all(t is None or isinstance(t, Tensor) for t in tensors):
+        return None
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def promoted(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors, under autocast in one dtype; None stays None."""
+    widest = autocast_dtype(*tensors)
+    return tensors if widest is None else tuple(t if t is None else t.to(widest) for t in tensors)
 
 
 def check_pair(name: str, t: Tensor, other_name: str, other: Tensor | None) -> None:

@@ -78,6 +78,12 @@ def latent(
     `first` is mu and `second` the logvar; with PACKED in `want`, `first` holds both along `dim`. The options
     are those of the public ops.
     """
+    if _checks.autocast_dtype(first, second, prior_mu, prior_logvar):
+        first, second, prior_mu, prior_logvar = _checks.promoted(first, second, prior_mu, prior_logvar)
+        return entry()(
+            want, first, second, dim, prior_mu, prior_logvar, weight, num_samples, generator, rng,
+            process_group=process_group, **options,
+        )  # fmt: skip
     sample, kl = bool(want & SAMPLE), bool(want & KL)
     operator_options = check(
         want, first, second, dim, prior_mu, prior_logvar, weight, num_samples, generator, rng,
@@ -108,6 +114,8 @@ def checked(want: int, first: Any, /, *given: Any, **options: Any) -> dict[str, 
         return None
     device = "cpu" if first.is_cpu else first.device.type
     if not (_native.has_kernels(device) or device == "meta"):
+        return None
+    if _checks.autocast_dtype(first, given[0], *given[2:4]):
         return None
     return check(want, first, *given, **options)
 
@@ -256,6 +264,7 @@ def aggregate(
     process_group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """(log_qz, log_qz_dims) of `ops.log_aggregate_posterior`, whose arguments these are."""
+    z, mu, logvar = _checks.promoted(z, mu, logvar)
     kind, examples = _checks.log_weight_of(log_weight)
     if leave_one_out and kind != "uniform":
         raise ValueError(
