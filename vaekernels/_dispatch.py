@@ -85,6 +85,9 @@ def latent(
             process_group=process_group, **options,
         )  # fmt: skip
     sample, kl = bool(want & SAMPLE), bool(want & KL)
+    dim = _checks.index("dim", dim)
+    if num_samples is not None:
+        num_samples = _checks.check_num_samples(num_samples)
     operator_options = check(
         want, first, second, dim, prior_mu, prior_logvar, weight, num_samples, generator, rng,
         process_group=process_group, **options,
@@ -162,7 +165,7 @@ def check(
         return options
 
     ndim = len(shape)
-    _checks.check_batch_dims(ndim, batch_dims)
+    batch_dims = _checks.check_batch_dims(ndim, batch_dims)
     if batch_dims != 1:
         options["batch_dims"] = batch_dims
     if clamp != "batch":
@@ -184,6 +187,8 @@ def check(
         options["group_dims"] = _checks.group_axes(ndim, batch_dims, group_dims)
     if weight is not None:
         _checks.check_weight(weight, shape[:batch_dims], first)
+    if _checks.is_array(free_bits):
+        free_bits = torch.as_tensor(free_bits, device=first.device)
     if isinstance(free_bits, Tensor):
         axes = options.get("group_dims")
         group_shape = shape[batch_dims:] if axes is None else [shape[axis] for axis in axes]
