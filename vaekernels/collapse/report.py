@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vaekernels._files import write_atomically
+from vaekernels._files import open_regular, write_atomically
 from vaekernels.collapse import tables
 from vaekernels.collapse.decoder import importance_columns, importance_mean
 from vaekernels.collapse.estimate import Bootstrap, Estimate
@@ -107,6 +107,45 @@ class Report:
             ) from error
         write_atomically(folder / PAGE, html.render(self.to_json(extras), self.samples, extras or Extras()))
         return folder / PAGE
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """The report in a report.json, or in the one of the folder ``path``. What that file does not hold,
+        the values of single examples that some pictures show, is empty in ``samples``.
+
+        OSError if it cannot be read, ValueError if it is no report or one of another schema.
+        """
+        file = Path(path)
+        file = file / JSON if file.is_dir() else file
+        with open_regular(file) as opened:
+            content = opened.read()
+        try:
+            said = json.loads(content)
+            schema = said["schema"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{file} is no report.json of vaekernels: it has no schema") from error
+        if schema != SCHEMA:
+            raise ValueError(f"{file} has schema {schema!r}, this version reads {SCHEMA}: diagnose again")
+        try:
+            return cls._of(said)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _of(cls, said: Mapping[str, Any]) -> Report:
+        """What :meth:`to_json` gave, as a report."""
+        as_they_are = ["verdict", "subtype", "overfit", "confidence", "reasons", "advice"]
+        as_they_are += ["settings", "checks", "cost", "skipped"]
+        gaps = {name: gap for name, gap in tables.gaps_of(said).items() if gap is not None}
+        return cls(
+            **{name: said[name] for name in as_they_are},
+            metrics=tables.metrics_of(said),
+            train=None if said["train"] is None else tables.train_of(said),
+            gaps=gaps,
+            dims=tables.dims_of(said),
+            rate_distortion={name: (rate, nll) for name, (rate, nll) in said["rate_distortion"].items()},
+            samples=Samples({}, None, [], torch.empty(0, 0, dtype=torch.float64)),
+        )
 
     def iwae_difference(self, other: Report) -> Estimate:
         """The importance-weighted NLL of this model less that of ``other``, paired by example: below 0 where

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +20,7 @@ from vaekernels.training import diagnosis, display, engine, objectives, strategi
 from vaekernels.training.config import Config, EngineConfig, combinations, presets, settings
 from vaekernels.training.data import Data
 from vaekernels.training.errors import ConfigError, Interrupted, TrainingError, nearest
-from vaekernels.training.run import RunFolder, new_folder, open_run
+from vaekernels.training.run import RunFolder, new_run_folder, open_run
 from vaekernels.training.trainer import Trainer
 
 __all__ = ["app"]
@@ -177,7 +176,7 @@ def _train(chosen: Config, fabric: Fabric, resume: Path | None, run_dir: Path | 
     console = display.console(quiet=not fabric.is_global_zero)
     data = datasets.load(chosen.data, console.print)
     combinations.resolve(chosen, data)  # what it refuses leaves no empty folder
-    directory = resume or run_dir or engine.once(fabric, lambda: _new_run_dir(chosen.data.name))
+    directory = resume or run_dir or engine.once(fabric, lambda: new_run_folder(chosen.data.name))
     trainer = Trainer(chosen, data, directory, console, resume=resume is not None, fabric=fabric)
     _announce(trainer, data, console)
     evaluation = trainer.fit()
@@ -252,7 +251,7 @@ def demo(
         if epochs is not None:
             over["optim"] = {"epochs": epochs}
         _set_threads(EngineConfig(seed=seed, threads=threads))
-        demos.show(name, over, run_dir or _new_run_dir(f"demo-{name}"), display.console())
+        demos.show(name, over, run_dir or new_run_folder(f"demo-{name}"), display.console())
 
 
 def _announce(trainer: Trainer, data: Data, console: Console) -> None:
@@ -287,12 +286,6 @@ def _resumed(folder: RunFolder, preset: str | None, config: Path | None) -> Conf
     if preset is not None or config is not None:
         raise ConfigError("--resume takes the settings of the run; leave out the preset and --config")
     return folder.settings()
-
-
-def _new_run_dir(name: str) -> Path:
-    """A folder of its own for a run that was given none, and its name: two runs may begin in one second."""
-    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.rstrip("/").rpartition("/")[2])
-    return new_folder(Path("runs") / f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def _set_threads(engine: EngineConfig) -> None:
