@@ -21,6 +21,14 @@ __all__ = ["COMMANDS", "TRAIN_COMMANDS", "answered", "main"]
 TRAIN_COMMANDS = {
     "train": "train a VAE on a data set every machine has, or on your own",
     "diagnose": "is the latent of a trained run used, and if not, why",
+    "sample": "sentences or images that a run makes up",
+    "encode": "the codes of examples: mu, logvar and rate",
+    "decode": "what the decoder makes of codes",
+    "interpolate": "what lies between two examples",
+    "traverse": "what each dimension of z changes",
+    "compare": "runs side by side: is z used, and at what price",
+    "export": "encoder and decoder for torch.export",
+    "settings": "every setting of train, its default and meaning",
     "demo": "VAEs that collapse, and the same ones cured, side by side",
 }
 COMMANDS = {

@@ -63,7 +63,8 @@ class Report:
     def to_json(self, extras: Extras | None = None) -> dict[str, Any]:
         """What report.json holds: dicts, lists, strings and numbers. An estimate is [value, low, high]; one
         that is near its cap is named in ``saturated`` (of the train split ``train_saturated``, of a dimension
-        its own ``saturated``). null was not measured; ``skipped`` says why."""
+        its own ``saturated``). null was not measured; ``skipped`` says why. ``per_example``: the NELBO of
+        every example and the importance-weighted NLL of the first of them, for comparisons."""
         told = {} if extras is None else dict(extras.settings)
         return {
             "schema": SCHEMA,
@@ -84,7 +85,15 @@ class Report:
             "checks": self.checks,
             "cost": self.cost,
             "skipped": {name: why for name, why in self.skipped.items() if told.get(name) is None},
+            "per_example": self._per_example(),
         }
+
+    def _per_example(self) -> dict[str, list[float]] | None:
+        """What a paired comparison of two saved reports needs; None where it was not measured."""
+        samples = self.samples
+        if samples.nelbo is None or "importance" not in samples.nll:
+            return None
+        return {"nelbo": samples.nelbo.tolist(), "importance": samples.nll["importance"].tolist()}
 
     def save(self, folder: str | os.PathLike[str], extras: Extras | None = None) -> Path:
         """Write report.json and the self-contained report.html into ``folder``, made where it is missing;
@@ -110,8 +119,8 @@ class Report:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
-        """The report in a report.json, or in the one of the folder ``path``. What that file does not hold,
-        the values of single examples that some pictures show, is empty in ``samples``.
+        """The report in a report.json, or in the one of the folder ``path``. ``samples`` has
+        of it what :meth:`iwae_difference` needs, and is empty of what only pictures show.
 
         OSError if it cannot be read, ValueError if it is no report or one of another schema.
         """
@@ -136,6 +145,11 @@ class Report:
         """What :meth:`to_json` gave, as a report."""
         as_they_are = ["verdict", "subtype", "overfit", "confidence", "reasons", "advice"]
         as_they_are += ["settings", "checks", "cost", "skipped"]
+        each = {
+            name: torch.tensor(values, dtype=torch.float64)
+            for name, values in (said.get("per_example") or {}).items()
+        }
+        nll = {"importance": each["importance"]} if each else {}
         gaps = {name: gap for name, gap in tables.gaps_of(said).items() if gap is not None}
         return cls(
             **{name: said[name] for name in as_they_are},
@@ -144,7 +158,7 @@ class Report:
             gaps=gaps,
             dims=tables.dims_of(said),
             rate_distortion={name: (rate, nll) for name, (rate, nll) in said["rate_distortion"].items()},
-            samples=Samples({}, None, [], torch.empty(0, 0, dtype=torch.float64)),
+            samples=Samples(nll, each.get("nelbo"), [], torch.empty(0, 0, dtype=torch.float64)),
         )
 
     def iwae_difference(self, other: Report) -> Estimate:

@@ -81,6 +81,11 @@ class Run(run.Run):
         return diagnosis.diagnose(self, n=n, k=k, seed=seed, train=train, progress=progress)
 
     @property
+    def length(self) -> int:
+        """Tokens at most of a decoded sentence, its end included."""
+        return self._codec.length
+
+    @property
     def _codec(self) -> Codec:
         return Codec(self.model, self.data, self.device)
 

@@ -87,7 +87,7 @@ def show(name: str, over: Mapping[str, object], folder: Path, console: Console) 
     )  # with matplotlib: most of a second that other commands need not
 
     titled = [(part.title, found) for part, found in zip(parts, outcomes, strict=True)]
-    write_text(folder / PAGE, html.render(name, titled))
+    write_text(folder / PAGE, html.render(f"Posterior collapse and its cure: {name}", titled))
     for part, found in zip(parts, outcomes, strict=True):
         console.print(tables.table(part.title, found))
         if excerpt := tables.excerpt(found):
