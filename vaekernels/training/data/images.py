@@ -46,7 +46,7 @@ _COLOUR = ("RGB", "P", "RGBA", "CMYK", "YCbCr", "LA", "PA")  # become RGB
 
 
 def load_images(config: DataConfig, say: Callable[[str], None]) -> Data:
-    """``images:DIR``: the images in a folder and the folders below it, in the order of their paths, all of
+    """``images:PATH``: the images in a folder and the folders below it, in the order of their paths, all of
     one size, turned as their EXIF orientation says. Grey if all are, else RGB; transparency is dropped.
     Hidden files are left out and counted; with ``config.corrupt`` "skip", so are those that cannot be
     read."""
