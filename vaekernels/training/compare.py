@@ -12,7 +12,7 @@ from rich.console import Console
 from vaekernels.collapse import Report
 from vaekernels.collapse.report import JSON, PAGE
 from vaekernels.training import diagnosis, gallery
-from vaekernels.training.demo import html, tables
+from vaekernels.training.demo import tables
 from vaekernels.training.demo.outcome import Outcome
 from vaekernels.training.errors import CheckpointError
 from vaekernels.training.run import open_run
@@ -46,6 +46,8 @@ def show(outcomes: Sequence[Outcome], console: Console) -> None:
 
 def page(outcomes: Sequence[Outcome], folder: Path) -> str:
     """A page that lies in ``folder``, with links to the reports of the runs."""
+    from vaekernels.training.demo import html  # matplotlib takes seconds to import
+
     linked = [each.linked(os.path.relpath(each.page, folder)) for each in outcomes]
     return html.render("runs side by side", [(_TITLE, linked)])
 
