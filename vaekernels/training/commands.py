@@ -116,8 +116,10 @@ def encode(
 
 def interpolate(
     run: _Named,
-    a: Annotated[str, typer.Argument(help="A sentence, an image file, or heldout:0, number 0 held out.")],
-    b: Annotated[str, typer.Argument(help="The other end.")],
+    a: Annotated[
+        str, typer.Argument(metavar="A", help="A sentence, an image file, or heldout:0, number 0 held out.")
+    ],
+    b: Annotated[str, typer.Argument(metavar="B", help="The other end.")],
     steps: Annotated[int, typer.Option(help="Codes on the line, the ends included.")] = 7,
     as_json: _Json = False,
     out: _Picture = None,
@@ -236,7 +238,7 @@ def settings(
         return
     for table, about in tables.items():
         print(f"[{table}]\n")
-        for line in about["meaning"].replace("``", "").splitlines():
+        for line in about["meaning"].replace("``", "").split("\n"):
             print(f"  {line}".rstrip())
         print()
         for name, (default, takes) in about["settings"].items():
@@ -390,7 +392,7 @@ def _settings(word: str) -> dict[str, Any]:
         hints = typing.get_type_hints(kind, include_extras=True)
         rows = {
             each.name: (
-                "(needed)" if each.default is dataclasses.MISSING else str(each.default),
+                "(needed)" if each.default is dataclasses.MISSING else _written(each.default),
                 _takes(hints[each.name]),
             )
             for each in dataclasses.fields(kind)
@@ -399,6 +401,11 @@ def _settings(word: str) -> dict[str, Any]:
         if rows:
             tables[table.name] = {"meaning": inspect.cleandoc(kind.__doc__ or ""), "settings": rows}
     return tables
+
+
+def _written(default: object) -> str:
+    """As ``--set`` takes it."""
+    return str(default).lower() if default is None or isinstance(default, bool) else str(default)
 
 
 def _takes(hint: Any) -> str:

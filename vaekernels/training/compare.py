@@ -49,7 +49,7 @@ def page(outcomes: Sequence[Outcome], folder: Path) -> str:
     from vaekernels.training.demo import html  # matplotlib takes seconds to import
 
     linked = [each.linked(os.path.relpath(each.page, folder)) for each in outcomes]
-    return html.render("runs side by side", [(_TITLE, linked)])
+    return html.render(_TITLE, [(", ".join(each.title for each in outcomes), linked)])
 
 
 def to_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:

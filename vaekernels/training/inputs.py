@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def _array(path: Path) -> np.ndarray:
 
 def _table(text: str) -> np.ndarray:
     """[N, D]. With a header that names columns mu_0, mu_1, ... those alone."""
-    rows = [row for row in csv.reader(text.splitlines()) if row]
+    rows = [row for row in csv.reader(io.StringIO(text)) if row]
     try:
         [float(cell) for cell in rows[0]]
     except ValueError:
