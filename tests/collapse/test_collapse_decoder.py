@@ -64,7 +64,7 @@ def test_infonce_codes_are_other_examples_of_the_same_half() -> None:
 
     codes = Codes(x.double(), torch.zeros(n, 1).double(), torch.zeros(n, 1).double())
     behind = Model(lambda x: (x, x), log_likelihood, batch_size=5)
-    found = decoder.infonce_of(behind, x, codes, 4, generator(0))
+    found = decoder.contrast(behind, x, codes, 4, generator(0), lambda nll: nll).infonce()
     assert len(asked) == 4 * n and len(set(asked)) == 4 * n
     assert all((i < 6) == (k < 6) for i, k in asked)
     assert asked[::4] == [(i, i) for i in range(n)]

@@ -370,31 +370,73 @@ def test_verdicts(
         "i_dec": interval(decoded),
         "svi_gain": interval(0.0),
     }
-    resampled = {
-        name: torch.tensor([each.low, each.value, each.high, each.value])
-        for name, each in metrics.items()
-        if each is not None
-    }
     dims = [dim(state, 0.0 if state == "pruned" else 0.5) for state in states]
-    ruling = rule(metrics, dims, resampled)
+    ruling = rule(metrics, dims, None)
     assert ruling.verdict == verdict
-    assert ruling.confidence == (None if verdict == "undetermined" else 1.0)
+    assert (
+        verdict in ("rate-only", "informative", "partial")
+        or rule(metrics, dims, interval(0.02)).verdict == "rare-use"
+    )
     if verdict == "collapsed":
         assert ruling.subtype == "model collapse"
-        assert rule({**metrics, "svi_gain": interval(0.06)}, dims, resampled).subtype == "inference lag"
-        assert rule({**metrics, "svi_gain": None}, dims, resampled).subtype is None
+        assert rule({**metrics, "svi_gain": interval(0.06)}, dims, None).subtype == "inference lag"
+        assert rule({**metrics, "svi_gain": None}, dims, None).subtype is None
     for missing in ("delta_shuffle", "i_dec"):
-        told = rule({**metrics, missing: None}, dims, resampled)
+        told = rule({**metrics, missing: None}, dims, None)
         assert told.verdict == ("rate-only" if verdict == "rate-only" else "undetermined")
 
 
-def test_confidence_is_the_share_of_resamples() -> None:
-    metrics: dict[str, Estimate | None] = dict.fromkeys(
-        ("rate", "mi_lower", "mi_upper", "delta_shuffle", "i_dec", "svi_gain"), interval(0.0)
+def test_wide_intervals_are_not_nearly_collapsed() -> None:
+    """Delta_shuffle 0 +- 1.2 nats excludes nothing."""
+    metrics: dict[str, Estimate | None] = dict.fromkeys(("rate", "mi_lower", "mi_upper"), interval(0.25))
+    metrics |= {"delta_shuffle": interval(0.0, 1.2), "i_dec": interval(0.02), "svi_gain": interval(0.0)}
+    assert rule(metrics, [dim("active")], None).verdict == "undetermined"
+    metrics["delta_shuffle"] = interval(0.0, 0.4)
+    assert rule(metrics, [dim("active")], None).verdict == "near-collapsed"
+
+
+@pytest.mark.parametrize("n, share", [(30, 10), (2048, 0.15)])
+def test_what_was_not_excluded(n: int, share: float) -> None:
+    """Use by 3/n of the examples is in no one of n with probability (1 - 3/n)^n < 0.05."""
+    for said in ("collapsed", "rate-only", "encoder-only", "near-collapsed"):
+        told = verdict.excluded(said, n)  # type: ignore[arg-type]
+        assert told is not None and f"3/n = {share:g} %" in told
+    assert verdict.excluded("informative", n) is None
+    assert (1 - 3 / n) ** n < 0.05
+
+
+def rarely(share: float, n: int, seed: int, **settings: Any) -> collapse.Report:
+    """A flag marks few examples; for those alone the code holds x, and the decoder reads it."""
+    rng = generator(seed)
+    x = torch.cat(
+        [torch.randn(n, 1, generator=rng), (torch.rand(n, 1, generator=rng) < share).float()], dim=1
     )
-    resampled = {name: torch.zeros(4) for name in metrics}
-    resampled["i_dec"] = torch.tensor([0.0, 0.0, 0.2, 0.0])
-    assert rule(metrics, [dim("pruned", 0.0)], resampled).confidence == 0.75
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        rare = x[:, 1:] > 0
+        return torch.where(rare, 0.999 * x[:, :1], 0.0), torch.where(rare, math.log(1 - 0.998), 0.0)
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        return torch.where(
+            x[:, 1] > 0, normal(x[:, :1], z, 0.03), normal(x[:, :1], torch.zeros(()), 1.0)
+        ).clamp_min(-8)
+
+    return diagnose(encode, log_likelihood, x, **{"n": n, "k": 32, "seed": seed, **settings})
+
+
+def test_rare_use_is_found() -> None:
+    """Two of a hundred examples: I_dec cannot exceed 0.02 log 32 = 0.07 nats."""
+    for seed in range(3):
+        report = rarely(0.02, 2048, seed)
+        assert report.verdict == "rare-use", report.reasons
+        low, high = report.checks["picked_out"][1:]
+        assert low < 0.02 < high
+        assert report.checks["half_of_delta_shuffle"] < 0.02
+
+
+def test_no_use_is_not_rare_use() -> None:
+    for seed in range(3):
+        assert rarely(0.0, 512, seed).verdict == "collapsed"
 
 
 def test_every_state_has_its_row() -> None:
@@ -445,3 +487,51 @@ def test_shedding_an_empty_rate_is_no_gain() -> None:
     rate, gain = report.metrics["rate"], report.metrics["svi_gain"]
     assert rate is not None and rate.value > 0.5
     assert gain is not None and -0.05 < gain.high < 0.01
+
+
+# --- units and signs ----------------------------------------------------------------------------------------
+
+
+def pixels(how: str) -> Any:
+    """The diagnosis of four factors in 64 pixels, with their log-likelihoods summed, averaged or negated."""
+    rng = generator(1)
+    weights = 0.2 * torch.randn(4, 64, generator=rng)
+    x = torch.randn(400, 4, generator=rng) @ weights + torch.randn(400, 64, generator=rng)
+    precision = torch.linalg.inv(weights @ weights.T + torch.eye(4))
+    logvar = torch.log(torch.diagonal(precision))
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x @ weights.T @ precision, logvar.expand(len(x), 4)
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        value = normal(x, z @ weights, 1.0)
+        return {"sum": value, "mean": value / 64, "negative": -value, "negative mean": -value / 64}[how]
+
+    return diagnose(encode, log_likelihood, x)
+
+
+def test_a_mean_over_pixels_is_named() -> None:
+    assert pixels("sum").verdict == "informative"
+    with pytest.raises(ValueError, match=r"too flat to be a sum over the 64 values.*I_dec .*not their mean"):
+        pixels("mean")
+
+
+@pytest.mark.parametrize("how", ["negative", "negative mean"])
+def test_a_negative_log_likelihood_is_named(how: str) -> None:
+    with pytest.raises(ValueError, match=r"wrong sign.*not the loss"):
+        pixels(how)
+
+
+def test_a_likelihood_of_0_under_other_codes_is_the_strongest_use() -> None:
+    x = torch.rand(400, 2, generator=generator(1)) * 2 - 1
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        return torch.where((x - z).abs() < 0.2, math.log(2.5), -math.inf).sum(dim=1)
+
+    report = diagnose(lambda x: (x, torch.full_like(x, 2 * math.log(0.02))), log_likelihood, x, train=x)
+    assert report.verdict == "informative" and [dim.state for dim in report.dims] == ["active", "active"]
+    shuffled = report.metrics["delta_shuffle"]
+    assert shuffled is not None and 60 < shuffled.low < shuffled.high < 100
+    assert report.checks["likelihood_zero"]["delta_shuffle"] == pytest.approx(0.97, abs=0.03)
+    assert any("likelihood 0" in reason for reason in report.reasons)
+    assert all(math.isfinite(each.value) for each in report.metrics.values() if each is not None)

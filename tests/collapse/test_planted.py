@@ -43,7 +43,8 @@ def test_planted(name: str, seed: int) -> None:
     check_truths(case, report)
     # every number that decided is told
     assert all(any(c.isdigit() for c in reason) for reason in report.reasons)
-    assert report.confidence is not None and report.confidence > 0.9
+    used = report.verdict in ("informative", "partial")
+    assert report.excluded is None if used else "3/n = 0.15 %" in (report.excluded or "")
     if name.endswith("copy-prior"):  # exactly, though one of the decoders uses z
         for metric in ("delta_shuffle", "delta_prior"):
             estimate = report.metrics[metric]

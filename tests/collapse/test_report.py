@@ -56,7 +56,7 @@ def test_json(report: collapse.Report, tmp_path: Path) -> None:
     report.save(tmp_path)
     said = json.loads((tmp_path / JSON).read_text(encoding="utf-8"))
     assert said == json.loads(json.dumps(report.to_json()))
-    assert said["schema"] == 1 and said["verdict"] == report.verdict
+    assert said["schema"] == 2 and said["verdict"] == report.verdict
     assert said["metrics"]["rate"] == [
         getattr(report.metrics["rate"], end) for end in ("value", "low", "high")
     ]

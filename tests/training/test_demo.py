@@ -281,7 +281,7 @@ def outcome(title: str, verdict: str, figures: dict[str, Estimate], samples: lis
             change = mine.value - theirs.value
             return Estimate(change, change - 0.2, change + 0.2)
 
-    empty: dict[str, Any] = {name: None for name in ("overfit", "confidence", "train")}
+    empty: dict[str, Any] = {name: None for name in ("overfit", "excluded", "train")}
     subtype = "model collapse" if verdict == "collapsed" else None
     report = Fixed(
         verdict=verdict, subtype=subtype, reasons=[], advice=[], metrics=dict(figures), gaps={}, dims=[],

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,13 +14,20 @@ from vaekernels.collapse.model import Model
 
 __all__ = [
     "Codes",
+    "Contrasts",
+    "contrast",
     "contrasts",
     "importance_columns",
     "importance_mean",
     "importance_nll",
-    "infonce_of",
     "shuffled_nll",
 ]
+
+
+SURE = 0.95
+
+Floor: TypeAlias = Callable[[Tensor], Tensor]
+"""Puts a finite NLL where it is inf, in [n, K] with the examples' own codes first."""
 
 
 class Codes(NamedTuple):
@@ -81,8 +89,36 @@ def shuffled_nll(
     return -model.log_likelihoods(x, n * number, rows, disturbed).view(n, number)
 
 
-def infonce_of(model: Model, x: Examples, codes: Codes, k: int, generator: torch.Generator | None) -> InfoNCE:
-    """The InfoNCE bound with K = ``k`` codes, or as many as half of the examples are."""
+class Contrasts(NamedTuple):
+    """log p(x_i|z_k) of both halves of the examples, and whose codes those are: see `information.infonce`."""
+
+    likelihoods: tuple[Tensor, Tensor]
+    rows: tuple[Tensor, Tensor]
+
+    def infonce(self) -> InfoNCE:
+        """The bound with the decoder as critic."""
+        return infonce(self.likelihoods, self.rows)
+
+    def picked(self) -> Tensor:
+        """[n]: 1 where the own code has 95 % of the posterior over the K codes, p(x_i|z_k) / sum_l p(x_i|z_l),
+        less 1 / (K - 1) where another has. The mean is 0 where z says nothing, however sure the decoder is,
+        and otherwise the share of the examples whose code it picks out."""
+        found = []
+        for half in self.likelihoods:
+            best = torch.softmax(half, dim=1) >= SURE
+            found.append(best[:, 0].double() - best[:, 1:].sum(dim=1).double() / (half.shape[1] - 1))
+        return torch.cat(found)
+
+    def negated(self) -> InfoNCE:
+        """The bound with -log p(x|z) as critic: above 0 only where the likelihood has the wrong sign."""
+        first, second = self.likelihoods
+        return infonce((-first, -second), self.rows)
+
+
+def contrast(
+    model: Model, x: Examples, codes: Codes, k: int, generator: torch.Generator | None, floor: Floor
+) -> Contrasts:
+    """Likelihoods under K = ``k`` codes, or as many as half of the examples are."""
     n = len(codes.mu)
     k = contrasts(n, k)
     halves = (0, n // 2), (n // 2, n)
@@ -98,9 +134,10 @@ def infonce_of(model: Model, x: Examples, codes: Codes, k: int, generator: torch
             other = partners[i:j]
             return codes.mu[other] + codes.sd[other] * codes.eps[other]
 
-        likelihoods.append(model.log_likelihoods(x, len(partners), example, code).view(b - a, k))
+        found = model.log_likelihoods(x, len(partners), example, code).view(b - a, k)
+        likelihoods.append(-floor(-found))
         rows.append(others)
-    return infonce((likelihoods[0], likelihoods[1]), (rows[0], rows[1]))
+    return Contrasts((likelihoods[0], likelihoods[1]), (rows[0], rows[1]))
 
 
 def contrasts(n: int, k: int) -> int:

@@ -10,12 +10,20 @@ import torch
 from torch import Tensor
 
 from vaekernels import _build
-from vaekernels.collapse import svi
+from vaekernels.collapse import svi, units
 from vaekernels.collapse.budget import Budget, OutOfTime, progress_bar
 from vaekernels.collapse.decoder import contrasts, importance_columns, importance_mean
 from vaekernels.collapse.estimate import RESAMPLES, Estimate, difference, holm_low
 from vaekernels.collapse.examples import Encode, LogLikelihood, digest, select
-from vaekernels.collapse.measurements import CONTRASTED, REFINED, USE_PAIRS, WEIGHTED, Measurements, stream
+from vaekernels.collapse.measurements import (
+    CONTRASTED,
+    NEVER,
+    REFINED,
+    USE_PAIRS,
+    WEIGHTED,
+    Measurements,
+    stream,
+)
 from vaekernels.collapse.model import Model
 from vaekernels.collapse.redundancy import clusters, cost, find_redundant
 from vaekernels.collapse.report import Report
@@ -30,6 +38,7 @@ from vaekernels.collapse.verdict import (
     answers,
     empty_shares,
     ends,
+    excluded,
     rule,
     state_of,
 )
@@ -51,7 +60,6 @@ METRICS = (
     "svi_gain",
     "iwae_nll",
 )
-DECIDING = ("rate", "mi_lower", "mi_upper", "delta_shuffle", "i_dec")
 OF_TRAINING = ("beta", "effective_beta", "free_bits")
 ON_TRAIN = ("rate", "mi_lower", "mi_upper", "nll", "nelbo", "delta_shuffle", "i_dec")
 
@@ -206,6 +214,7 @@ class _Diagnosis:
     def _decoded(self) -> None:
         self.held.decode_information(self.k, self.held.n)
         self.metrics |= self.held.estimates(["i_dec"])
+        units.check(self.held, self.metrics["delta_shuffle"], self.metrics["i_dec"])
 
     def _use(self) -> None:
         held = self.held
@@ -365,7 +374,8 @@ class _Diagnosis:
 
     def _report(self, settings: dict[str, Any]) -> Report:
         dims = self._dims()
-        ruling = rule(self.metrics, dims, self.held.resampled(DECIDING))
+        picked = self.held.picked()
+        ruling = rule(self.metrics, dims, picked)
         better = [name for name, gap in self.gaps.items() if gap.low > 0 and gap.value >= EPS_GLOBAL]
         overfit = bool(better) if self.gaps else None
         on_train = [
@@ -377,8 +387,8 @@ class _Diagnosis:
             verdict=ruling.verdict,
             subtype=ruling.subtype,
             overfit=overfit,
-            confidence=ruling.confidence,
-            reasons=ruling.reasons + on_train,
+            excluded=excluded(ruling.verdict, self.held.n),
+            reasons=ruling.reasons + self._impossible() + on_train,
             advice=advice(ruling.verdict, ruling.subtype, overfit, dims),
             metrics=self.metrics,
             train=None if self.trained is None else self.train_metrics,
@@ -386,11 +396,20 @@ class _Diagnosis:
             dims=dims,
             rate_distortion=self.points,
             settings=settings | self._settings(),
-            checks=self._checks(),
+            checks=self._checks(picked),
             cost=self._cost(),
             skipped=self.skipped | dict.fromkeys(OF_TRAINING, "not known here; save(extras=) may tell"),
             samples=self.held.samples(),
         )
+
+    def _impossible(self) -> list[str]:
+        share = self.held.impossible.get("delta_shuffle")
+        if share is None:
+            return []
+        return [
+            f"for {100 * share:.3g} % of the examples another example's z has likelihood 0, which counts as "
+            f"{NEVER:g} nats more than their own"
+        ]
 
     def _settings(self) -> dict[str, Any]:
         splits = [split for split in (self.held, self.trained) if split is not None]
@@ -412,10 +431,13 @@ class _Diagnosis:
             "torch": str(torch.__version__),
         } | dict.fromkeys(OF_TRAINING)
 
-    def _checks(self) -> dict[str, Any]:
+    def _checks(self, picked: Estimate | None) -> dict[str, Any]:
         """What was checked, or came out on the way. ``likelihood_gradient``: whether log_likelihood has a
         gradient with respect to z; where it has none though it depends on z, svi_gain says nothing of the
-        decoder."""
+        decoder. ``likelihood_zero``: measure -> the share of its likelihoods under other codes that are 0.
+        ``picked_out``: the share of the examples whose own code the decoder picks out of the contrasts.
+        ``half_of_delta_shuffle``: the smallest share of the examples that bears half of the nats which
+        shuffling costs."""
         return {
             "deterministic": True,
             "finite": True,
@@ -423,6 +445,9 @@ class _Diagnosis:
             "information_cap": self.held.caps.get("mi_lower"),
             "i_dec_cap": self.held.caps.get("i_dec"),
             "i_dec_tau": self.held.tau,
+            "likelihood_zero": self.held.impossible,
+            "picked_out": None if picked is None else [picked.value, picked.low, picked.high],
+            "half_of_delta_shuffle": self.held.concentration(),
         }
 
     def _cost(self) -> dict[str, Any]:

@@ -12,7 +12,16 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-__all__ = ["Bootstrap", "Estimate", "along_cycle", "bootstrap_mean", "difference", "holm_high", "holm_low"]
+__all__ = [
+    "Bootstrap",
+    "Estimate",
+    "along_cycle",
+    "binomial_tail",
+    "bootstrap_mean",
+    "difference",
+    "holm_high",
+    "holm_low",
+]
 
 TAIL = 0.025
 """Probability left out at each end of an interval."""
@@ -175,6 +184,22 @@ def holm_high(estimates: Sequence[Estimate], n: int, null: float) -> list[float]
 def _half_widths(estimate: Estimate, null: float) -> float:
     above, width = estimate.value - null, estimate.value - estimate.low
     return above / width if width > 0 else math.copysign(math.inf, above) if above else 0.0
+
+
+def binomial_tail(least: int, trials: int, chance: float) -> float:
+    """P(at least ``least`` of ``trials`` succeed), each with probability ``chance``."""
+    if least <= 0:
+        return 1.0
+    log_odds = math.log(chance), math.log1p(-chance)
+    terms = (
+        math.lgamma(trials + 1)
+        - math.lgamma(k + 1)
+        - math.lgamma(trials - k + 1)
+        + k * log_odds[0]
+        + (trials - k) * log_odds[1]
+        for k in range(least, trials + 1)
+    )
+    return min(1.0, sum(map(math.exp, terms)))
 
 
 def z_quantile(tail: float) -> float:

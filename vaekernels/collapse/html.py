@@ -19,6 +19,7 @@ _SAMPLES_SHOWN = 24
 _TONES: dict[Verdict, str] = {
     "informative": "#0072B2",
     "partial": "#56B4E9",
+    "rare-use": "#E69F00",
     "near-collapsed": "#E69F00",
     "rate-only": "#E69F00",
     "encoder-only": "#D55E00",

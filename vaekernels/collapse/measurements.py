@@ -12,7 +12,7 @@ from torch import Tensor
 from vaekernels import ops
 from vaekernels.collapse import decoder
 from vaekernels.collapse.decoder import Codes
-from vaekernels.collapse.estimate import Bootstrap, Estimate, along_cycle
+from vaekernels.collapse.estimate import TAIL, Bootstrap, Estimate, along_cycle, binomial_tail
 from vaekernels.collapse.examples import Examples, count, take
 from vaekernels.collapse.extras import Samples
 from vaekernels.collapse.information import mi_bounds
@@ -24,6 +24,8 @@ __all__ = ["Encoded", "Measurements"]
 
 USE_PAIRS = 1 << 14  # evaluations for shuffling single dimensions: 1024 examples for 16 dims, 64 for 256
 _USE_LEAST = 64
+NEVER = 100.0
+"""Nats by which a likelihood of 0 under another code counts as worse than under the own one."""
 REFINED = 128
 """Examples on which inference is refined."""
 WEIGHTED = 512
@@ -69,6 +71,8 @@ class Measurements:
         self.use_n = self.n
         self.caps: dict[str, float] = {}
         self.tau: tuple[float, float] | None = None
+        self.contrasts: decoder.Contrasts | None = None
+        self.impossible: dict[str, float] = {}
 
     def _stream(self, name: str) -> torch.Generator:
         return stream(self._seed, name, self._number)
@@ -91,8 +95,11 @@ class Measurements:
     def shuffle(self) -> None:
         permutation = derangement(self.n, generator=self._stream("pairs"))
         own = self._finite(self.model.nll(self.x, self.codes.own))
-        shuffled = self._finite(self.model.nll(self.x, lambda a, b: self.codes.shuffled(permutation, a, b)))
-        self.nll |= {"own": own, "shuffled": shuffled}
+        self.nll["own"] = own
+        shuffled = self._floored(
+            "delta_shuffle", self.model.nll(self.x, lambda a, b: self.codes.shuffled(permutation, a, b))
+        )
+        self.nll["shuffled"] = shuffled
         self.columns |= {
             "nll": own,
             "nelbo": own + self.columns["rate"],
@@ -102,15 +109,23 @@ class Measurements:
     def decode_information(self, k: int, n: int) -> None:
         """I_dec on the first ``n`` examples."""
         x, codes = self.first(n), self.codes.first(n)
-        found = decoder.infonce_of(self.model, x, codes, k, self._stream("contrasts"))
+        self.contrasts = decoder.contrast(
+            self.model,
+            x,
+            codes,
+            k,
+            self._stream("contrasts"),
+            lambda nll: self._floored("i_dec", nll, own=nll[:, 0]),
+        )
+        found = self.contrasts.infonce()
         self.tau = found.tau
         self.caps["i_dec"] = math.log(decoder.contrasts(n, k))
         self.columns["i_dec"] = self._finite(found.resample)
 
     def other_codes(self) -> None:
         own = self.nll["own"]
-        self.nll["prior"] = self._finite(self.model.nll(self.x, self.codes.prior))
-        mean = self._finite(self.model.nll(self.x, self.codes.mean))
+        self.nll["prior"] = self._floored("delta_prior", self.model.nll(self.x, self.codes.prior))
+        mean = self._floored("delta_mean", self.model.nll(self.x, self.codes.mean))
         self.columns |= {"delta_prior": self.nll["prior"] - own, "delta_mean": mean - own}
 
     def lost(self, groups: list[Tensor]) -> Tensor:
@@ -118,7 +133,7 @@ class Measurements:
         [use_n, groups]."""
         x, codes = self.first(self.use_n), self.codes.first(self.use_n)
         nll = decoder.shuffled_nll(self.model, x, codes, self._use_pairs(), groups)
-        return self._finite(nll) - self.nll["own"][: self.use_n, None]
+        return self._floored("use", nll, slice(0, self.use_n)) - self.nll["own"][: self.use_n, None]
 
     def use_columns(self, lost: Tensor) -> Tensor:
         """``lost``, or differences of its columns, ready to resample by ``subset(use_n)``."""
@@ -133,9 +148,9 @@ class Measurements:
     def refine(self) -> Refinement:
         n = min(self.n, REFINED)
         found = refine(self.model, self.first(n), self.mu[:n], self.logvar[:n], self._stream("refine"))
-        for values in found[:3]:
-            self._finite(values)
-        return found
+        self._finite(found.at_posterior)
+        at_prior = self._floored("svi_gain", found.at_prior, slice(0, n), found.at_posterior)
+        return found._replace(at_prior=at_prior)
 
     def importance(self, k: int) -> None:
         n = min(self.n, WEIGHTED)
@@ -161,11 +176,31 @@ class Measurements:
         name = "mi_lower" if name == "mi_upper" else name
         return name in self.caps and self.columns[name].mean().item() > self.caps[name] - 1
 
-    def resampled(self, names: tuple[str, ...]) -> dict[str, Tensor]:
-        """The means of those columns that were measured, in every resample."""
-        known = [name for name in names if name in self.columns]
-        means = self.bootstrap.means(torch.stack([self.columns[name] for name in known], dim=1))
-        return dict(zip(known, means.unbind(dim=1), strict=True))
+    def picked(self) -> Estimate | None:
+        """The share of the examples whose own code the decoder picks out, see `decoder.Contrasts.picked`. Its
+        lower end is above 0 only where chance, which is right in 1 of K picks, gives so many with a
+        probability below 0.025."""
+        if self.contrasts is None:
+            return None
+        values = self.contrasts.picked()
+        found = self.subset(len(values)).estimate(values)
+        right = int((values > 0.5).sum())
+        wrong = round(-values[values < 0].sum().item() * (self.contrasts.likelihoods[0].shape[1] - 1))
+        chance = binomial_tail(right, right + wrong, 1 / self.contrasts.likelihoods[0].shape[1])
+        # Few examples: the bootstrap has lower ends of 0 for one or two. The test of the picks decides.
+        if chance >= TAIL:
+            return replace(found, low=min(found.low, 0.0))
+        return found if found.low > 0 else replace(found, low=min(found.value, 1 / self.n) / 2)
+
+    def concentration(self) -> float | None:
+        """The smallest share of the examples that bears half of all nats that a shuffled code costs."""
+        if "shuffled" not in self.nll:
+            return None
+        costs = (self.nll["shuffled"] - self.nll["own"]).clamp_min(0).sort(descending=True).values
+        total = costs.sum()
+        if total <= 0:
+            return None
+        return (int((costs.cumsum(0) < total / 2).sum()) + 1) / len(costs)
 
     def point(self) -> tuple[float, float]:
         """On the rate-distortion plane."""
@@ -222,6 +257,22 @@ class Measurements:
     def _by_columns(self, values: Tensor) -> list[Estimate]:
         parts = torch.split(values, _COLUMNS, dim=1)
         return [estimate for part in parts for estimate in self.bootstrap.estimates(part)]
+
+    def _floored(
+        self, name: str, nll: Tensor, rows: slice = slice(None), own: Tensor | None = None
+    ) -> Tensor:
+        """``nll`` under other codes than the examples' own, with a number where the likelihood is 0: 100 nats
+        more than under the own code, and no less than any that is finite. Their share is kept in
+        ``impossible``."""
+        impossible = nll == torch.inf
+        if not bool(impossible.any()):
+            return self._finite(nll)
+        own = self._finite(self.nll["own"][rows] if own is None else own)
+        self._finite(torch.where(impossible, 0.0, nll))
+        self.impossible[name] = impossible.double().mean().item()
+        highest = nll[~impossible].max().item() if not bool(impossible.all()) else -math.inf
+        worst = (own + NEVER).clamp_min(highest)
+        return torch.where(impossible, worst if nll.dim() == 1 else worst[:, None], nll)
 
     def _finite(self, values: Tensor) -> Tensor:
         require_finite(f"log_likelihood ({self.name})", values)

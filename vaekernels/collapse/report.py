@@ -22,7 +22,7 @@ from vaekernels.collapse.verdict import Dim, Verdict
 
 __all__ = ["JSON", "PAGE", "SCHEMA", "Report"]
 
-SCHEMA = 1
+SCHEMA = 2
 JSON, PAGE = "report.json", "report.html"
 
 
@@ -45,8 +45,8 @@ class Report:
     """"model collapse" or "inference lag" of a collapsed one; None where refinement was not measured"""
     overfit: bool | None
     """None without a train split"""
-    confidence: float | None
-    """share of the bootstrap resamples whose means meet the verdict's conditions; None for undetermined"""
+    excluded: str | None
+    """how rare a use of the latent the verdict does not rule out; None where it says that there is use"""
     reasons: list[str]
     advice: list[str]
     metrics: dict[str, Estimate | None]
@@ -71,7 +71,7 @@ class Report:
             "verdict": self.verdict,
             "subtype": self.subtype,
             "overfit": self.overfit,
-            "confidence": self.confidence,
+            "excluded": self.excluded,
             "reasons": self.reasons,
             "advice": self.advice,
             "settings": self.settings | told,

@@ -59,7 +59,10 @@ def refine(
         after = _descend(model, gradient_of, some, *before, generator)
         nothing = torch.zeros_like(before[0]), torch.zeros_like(before[1])
         values = [_nelbo(model, some, *moments, noises[:, a:b]) for moments in (before, nothing, after)]
-        parts.append((*values, _rate(*after)))
+        # Steps that led to where the likelihood is 0 are not taken.
+        lost = values[2] == torch.inf
+        values[2] = torch.where(lost, values[0], values[2])
+        parts.append((*values, torch.where(lost, _rate(*before), _rate(*after))))
     at_posterior, at_prior, end, rate = (torch.cat(column) for column in zip(*parts, strict=True))
     return Refinement(at_posterior, at_prior, end, rate, gradient_of.found)
 
@@ -112,7 +115,7 @@ class _Gradient:
         if gradient is None:
             return torch.zeros_like(z)
         self.found = True
-        return gradient.cpu().double()
+        return gradient.cpu().double().nan_to_num(0.0, 0.0, 0.0)  # likelihood 0: no direction is known
 
 
 @torch.no_grad()

@@ -47,7 +47,8 @@ LABELS = {
 def text(said: Mapping[str, Any]) -> str:
     """The whole report. ``said``: what `Report.to_json` gives."""
     lines = [headline(said)]
-    for label, texts in (("", said["reasons"]), ("advice: ", said["advice"])):
+    excluded = [said["excluded"]] if said["excluded"] is not None else []
+    for label, texts in (("", [*said["reasons"], *excluded]), ("advice: ", said["advice"])):
         for each in texts:
             lines += textwrap.wrap(label + each, WIDTH, initial_indent="  - ", subsequent_indent="    ")
     metrics, train = metrics_of(said), train_of(said)
@@ -79,8 +80,6 @@ def text(said: Mapping[str, Any]) -> str:
 def headline(said: Mapping[str, Any]) -> str:
     """The verdict in one line."""
     parts = [said["verdict"] + (f" ({said['subtype']})" if said["subtype"] else "")]
-    if said["confidence"] is not None:
-        parts.append(f"confidence {said['confidence']:.2f}")
     if said["overfit"] is not None:
         parts.append("overfit" if said["overfit"] else "not overfit")
     return ", ".join(parts)

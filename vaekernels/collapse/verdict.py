@@ -7,9 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
-import torch
-from torch import Tensor
-
 from vaekernels.collapse.estimate import Estimate, holm_high, holm_low
 
 __all__ = [
@@ -22,6 +19,7 @@ __all__ = [
     "answers",
     "empty_shares",
     "ends",
+    "excluded",
     "rule",
     "state_of",
 ]
@@ -30,7 +28,14 @@ State: TypeAlias = Literal[
     "active", "low-rate", "pruned", "rate-only", "encoder-only", "memorised", "undetermined"
 ]
 Verdict: TypeAlias = Literal[
-    "collapsed", "rate-only", "encoder-only", "informative", "partial", "near-collapsed", "undetermined"
+    "collapsed",
+    "rate-only",
+    "encoder-only",
+    "rare-use",
+    "informative",
+    "partial",
+    "near-collapsed",
+    "undetermined",
 ]
 
 EPS_INFO = 0.01
@@ -150,10 +155,10 @@ def state_of(
 
 
 class Condition(NamedTuple):
-    """That one end of a measure's interval, or its value, lies on one side of a threshold."""
+    """That one end of a measure's interval lies on one side of a threshold."""
 
     metric: str
-    end: Literal["low", "value", "high"]
+    end: Literal["low", "high"]
     side: Literal["below", "at least"]
     threshold: float
 
@@ -168,12 +173,12 @@ class Condition(NamedTuple):
         estimate = metrics[self.metric]
         if estimate is None:
             return f"{_LABELS[self.metric]} was not measured"
-        part = {"low": "lower end", "value": "estimate", "high": "upper end"}[self.end]
+        part = {"low": "lower end", "high": "upper end"}[self.end]
         return f"{_LABELS[self.metric]} {ends(estimate)}: {part} {self.side} {self.threshold:g}"
 
 
 def _all(
-    metrics: Sequence[str], end: Literal["low", "value", "high"], side: Literal["below", "at least"], t: float
+    metrics: Sequence[str], end: Literal["low", "high"], side: Literal["below", "at least"], t: float
 ) -> list[Condition]:
     return [Condition(metric, end, side, t) for metric in metrics]
 
@@ -203,7 +208,14 @@ RULES: list[tuple[Verdict, list[Condition]]] = [
         ],
     ),
     ("informative", _all(["mi_lower", *_DECODER], "low", "at least", EPS_GLOBAL)),
-    ("near-collapsed", _all(["mi_lower", *_DECODER], "value", "below", NEAR)),
+    (
+        "near-collapsed",
+        [
+            *_all(["mi_upper", *_DECODER], "high", "below", NEAR),
+            # No true cost is below 0: an interval that reaches below -0.5 is too wide to tell.
+            Condition("delta_shuffle", "low", "at least", -NEAR),
+        ],
+    ),
 ]
 """The first whose conditions all hold. "collapsed" also asks that no dimension is used; "informative" is
 "partial" where fewer than half of the dimensions that cost rate are."""
@@ -212,15 +224,26 @@ RULES: list[tuple[Verdict, list[Condition]]] = [
 class Ruling(NamedTuple):
     verdict: Verdict
     subtype: str | None
-    confidence: float | None
-    """share of the bootstrap resamples whose means meet the verdict's conditions; None for undetermined"""
     reasons: list[str]
 
 
-def rule(
-    metrics: Mapping[str, Estimate | None], dims: Sequence[Dim], resampled: Mapping[str, Tensor]
-) -> Ruling:
-    """The verdict on the model. ``resampled``: the means of the measures in every bootstrap resample."""
+RARE = frozenset({"collapsed", "encoder-only", "near-collapsed", "undetermined"})
+"""Verdicts that give way to "rare-use" where some examples were found whose codes the decoder picks out."""
+
+
+def rule(metrics: Mapping[str, Estimate | None], dims: Sequence[Dim], picked: Estimate | None) -> Ruling:
+    """The verdict on the model. ``picked``: the share of the examples whose own code the decoder picks out."""
+    ruling = _by_rules(metrics, dims)
+    if ruling.verdict in RARE and picked is not None and picked.low > 0:
+        told = (
+            f"the decoder picks the own code out of the contrasts, with 95 % of the posterior, for a share of "
+            f"{ends(picked)} of the examples: lower end above 0"
+        )
+        return Ruling("rare-use", None, [told, *ruling.reasons])
+    return ruling
+
+
+def _by_rules(metrics: Mapping[str, Estimate | None], dims: Sequence[Dim]) -> Ruling:
     used = [dim.index for dim in dims if dim.state in ("active", "low-rate")]
     notes: list[str] = []
     for verdict, conditions in RULES:
@@ -241,8 +264,8 @@ def rule(
                 break
             reasons.append(share[1])
             verdict = "informative" if share[0] else "partial"
-        return Ruling(verdict, subtype, _confidence(conditions, resampled), reasons + notes)
-    return Ruling("undetermined", None, None, notes or _undecided(metrics))
+        return Ruling(verdict, subtype, reasons + notes)
+    return Ruling("undetermined", None, notes or _undecided(metrics))
 
 
 def _share_of_work(dims: Sequence[Dim], used: Sequence[int]) -> tuple[bool, str] | None:
@@ -265,16 +288,18 @@ def _undecided(metrics: Mapping[str, Estimate | None]) -> list[str]:
     return [
         *told,
         f"no rule holds: each asks on which side of {EPS_GLOBAL:g} an end of these intervals lies, or for "
-        f"estimates below {NEAR:g}",
+        f"upper ends below {NEAR:g}",
     ]
 
 
-def _confidence(conditions: Sequence[Condition], resampled: Mapping[str, Tensor]) -> float:
-    met = torch.tensor(True)
-    for condition in conditions:
-        below = resampled[condition.metric] < condition.threshold
-        met = met & (below if condition.side == "below" else ~below)
-    return met.double().mean().item()
+def excluded(verdict: Verdict, n: int) -> str | None:
+    """What a verdict that the latent is not used rules out, on ``n`` independent examples; None of others.
+
+    Use by a share s of the examples is missed by all n with probability (1 - s)^n, which is 0.05 for s = 3/n
+    (the rule of three)."""
+    if verdict not in ("collapsed", "rate-only", "encoder-only", "near-collapsed"):
+        return None
+    return f"use by fewer than 3/n = {300 / n:.2g} % of the examples is not excluded"
 
 
 def _subtype(gain: Estimate | None) -> tuple[str | None, str]:
@@ -315,6 +340,8 @@ _ADVICE: dict[str, str] = {
     "weaken the decoder so that it needs z",
     "encoder-only": "z tells the examples apart, but the decoder does not use it: check that z reaches the "
     "decoder, and weaken the decoder",
+    "rare-use": "z is used for few of the examples and idle for the others: look at which they are; for the "
+    "others the advice for a collapsed latent holds (free bits, a weaker decoder)",
     "informative": "nothing to fix; compare models on the IWAE NLL, not on the ELBO",
     "partial": "z is used, by fewer than half of the dimensions that cost rate: fewer latent dimensions, or "
     "a floor for each dimension",
