@@ -196,7 +196,7 @@ def test_gradient_of_the_sample_by_any_std(second, backend):
 @pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_no_samples(dtype, parameterization, backend):
-    """Sums over no samples: 0, and NaN where the derivative that multiplies them is infinite, as PyTorch's."""
+    """Sums over no samples: 0, and NaN where they are multiplied by an infinite derivative, as PyTorch's."""
     second = torch.tensor([0.0, 0.7, math.inf, -math.inf, math.nan, 200.0], dtype=dtype).unsqueeze(0)
     options = {"parameterization": parameterization, "num_samples": 0, "rng": torch.tensor([3, 0])}
     found = []
