@@ -232,12 +232,12 @@ RARE = frozenset({"collapsed", "encoder-only", "near-collapsed", "undetermined"}
 
 
 def rule(metrics: Mapping[str, Estimate | None], dims: Sequence[Dim], picked: Estimate | None) -> Ruling:
-    """The verdict on the model. ``picked``: the share of the examples whose own code the decoder picks out."""
+    """The verdict. ``picked``: the share of the examples whose own code the decoder picks out."""
     ruling = _by_rules(metrics, dims)
     if ruling.verdict in RARE and picked is not None and picked.low > 0:
         told = (
-            f"the decoder picks the own code out of the contrasts, with 95 % of the posterior, for a share of "
-            f"{ends(picked)} of the examples: lower end above 0"
+            f"the decoder picks the own code out of the contrasts, with 95 % of the posterior, for a share "
+            f"of {ends(picked)} of the examples: lower end above 0"
         )
         return Ruling("rare-use", None, [told, *ruling.reasons])
     return ruling
