@@ -101,8 +101,8 @@ class Contrasts(NamedTuple):
 
     def picked(self) -> Tensor:
         """[n]: 1 where the own code has 95 % of the posterior over the K codes,
-        p(x_i|z_k) / sum_l p(x_i|z_l), less 1 / (K - 1) where another has. The mean is 0 where z says nothing, however sure the decoder
-        is, and otherwise the share of the examples whose code it picks out."""
+        p(x_i|z_k) / sum_l p(x_i|z_l), less 1 / (K - 1) where another has. The mean is 0 where z says nothing,
+        however sure the decoder is, and otherwise the share of the examples whose code it picks out."""
         found = []
         for half in self.likelihoods:
             best = torch.softmax(half, dim=1) >= SURE
