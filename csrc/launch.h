@@ -333,6 +333,7 @@ void backward(const Options& o, const Latent& in, const Incoming& grads, const S
   call.scale = binding.input(in.logvar);
   if (grads.z) {
     call.rng = state_of(*saved.rng, binding);
+    call.has_z = true;
     call.grad_z = binding.keep(dense_grad_z(*grads.z, mu, dense, call.K));
   }
   if (kl) bind_kl(call, in, grads, saved, g, dense, o, binding);

@@ -87,7 +87,10 @@ struct Forward : Problem {
 struct Backward : Problem {
   double posterior_share = 1, prior_share = 1;  // what KL balancing leaves of each gradient
 
-  const void* grad_z = nullptr;             // [K] dense blocks; null: z was not used
+  // z was used. Without samples its gradients are sums over nothing: 0, and NaN where sd is inf, as PyTorch's
+  // are.
+  bool has_z = false;
+  const void* grad_z = nullptr;             // [K] dense blocks
   const void* grad_kl = nullptr;            // like Forward::kl; null: not used
   const void* grad_kl_per_group = nullptr;  // [G]; null: not used
   const void* gate = nullptr;

@@ -14,7 +14,8 @@ both from one reading of the posterior; each has a `_packed` form for one tensor
 Everything is in nats.
 
 Imported when first used, as attributes: `distributions` (the interface of diffusers), `nn` (modules),
-`schedules`, `collapse` (diagnosis), `integrations` (diffusers, torch.distributions, Lightning, pythae).
+`schedules`, `collapse` (diagnosis), `integrations` (diffusers, torch.distributions, Lightning, pythae),
+`training` (the reference trainer, and its trained models to use).
 """
 
 from importlib import import_module
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from vaekernels import integrations as integrations
     from vaekernels import nn as nn
     from vaekernels import schedules as schedules
+    from vaekernels import training as training
 
 if _native.C is not None:
     from vaekernels import _double_backward
@@ -85,7 +87,7 @@ __all__ = [
     "sample_kl_packed",
 ]
 
-_SUBMODULES = ("collapse", "distributions", "integrations", "nn", "schedules")
+_SUBMODULES = ("collapse", "distributions", "integrations", "nn", "schedules", "training")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -282,9 +282,11 @@ def _build_cpu(torch: Torch, target: Path, scratch: Path, say: Callable[[str], N
 
 
 def cpu_jobs(torch: Torch, compiler: Sequence[str]) -> list[Job]:
-    """What the CPU library is compiled from, and how. The user's flags win, but for the standard: conda's
-    compilers come with a CXXFLAGS that names an older one."""
+    """What the CPU library is compiled from, and how. The user's flags win, but for the standard and the
+    architecture: conda's compilers come with a CXXFLAGS that names an older standard, and a -march."""
     flags = [*CXX_FLAGS, *OPENMP_FLAGS, *_torch_flags(torch), *_words("CXXFLAGS"), STANDARD]
+    if _chooses_instructions(compiler):
+        flags.append("-march=x86-64")
     sources = [p for p in _sources("*.cpp") if "cuda" not in p.parts[-2:-1]]
     return [(source, [*compiler, *flags]) for source in sources]
 
@@ -339,6 +341,16 @@ def _words(variable: str) -> list[str]:
         raise BuildProblem(
             f"{variable}={os.environ[variable]} is no command line: {error}", "Correct or unset it"
         ) from None
+
+
+def _chooses_instructions(compiler: Sequence[str]) -> bool:
+    """Whether the kernels are compiled for several instruction sets, as csrc/cpu/isa.h says: by GCC on x86-64
+    Linux. It inlines nothing of another -march into them."""
+    command = [*compiler, "-dM", "-E", "-x", "c++", os.devnull]
+    macros = subprocess.run(command, capture_output=True, text=True).stdout
+    return all(f"#define {name} " in macros for name in ("__x86_64__", "__gnu_linux__")) and (
+        "#define __clang__ " not in macros
+    )
 
 
 def find_compiler(scratch: Path) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -29,9 +31,43 @@ def _not_floating(name: str, t: Tensor) -> NoReturn:
     )
 
 
+def index(name: str, value: Any, takes: str = "an int") -> int:
+    """The int that `value` is: NumPy's integers are ints, as for torch. A symbolic size stays what it is."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, (bool, Tensor)) and hasattr(value, "__index__"):
+        return operator.index(value)
+    raise TypeError(f"{name} must be {takes}, got {type(value).__name__}")
+
+
+def is_array(value: Any) -> bool:
+    """Whether this is an array of NumPy, or of what has its interface, and no scalar of it."""
+    return not isinstance(value, Tensor) and hasattr(value, "__array__") and getattr(value, "ndim", 0) > 0
+
+
 def _on_one_device(a: Tensor, b: Tensor) -> bool:
     # `is_cpu` costs a fraction of a comparison of devices.
     return (a.is_cpu and b.is_cpu) or a.device == b.device
+
+
+def autocast_dtype(*tensors: Any) -> torch.dtype | None:
+    """Under autocast, the dtype to which tensors of several floating dtypes are promoted, as in torch's own
+    arithmetic; None where they need no promotion, or something else is wrong with them."""
+    dtypes = {t.dtype for t in tensors if isinstance(t, Tensor)}
+    if len(dtypes) < 2 or not dtypes <= FLOATS:
+        return None
+    if not all(t is None or isinstance(t, Tensor) for t in tensors):
+        return None
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return functools.reduce(torch.promote_types, dtypes)
+
+
+def promoted(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors, under autocast in one dtype; None stays None."""
+    widest = autocast_dtype(*tensors)
+    return tensors if widest is None else tuple(t if t is None else t.to(widest) for t in tensors)
 
 
 def check_pair(name: str, t: Tensor, other_name: str, other: Tensor | None) -> None:
@@ -72,8 +108,7 @@ def packed_shape(moments: Tensor, dim: int) -> tuple[int, ...]:
         _not_a_tensor("moments", moments)
     if moments.dtype not in FLOATS:
         _not_floating("moments", moments)
-    if not isinstance(dim, int):
-        raise TypeError(f"dim must be an int, got {type(dim).__name__}")
+    dim = index("dim", dim)
     shape = list(moments.shape)
     if not -len(shape) <= dim < len(shape):
         raise ValueError(f"dim must be an axis of moments, whose shape is {shape}, got {dim}")
@@ -141,11 +176,12 @@ def log_weight_of(log_weight: Any) -> tuple[str, int]:
     kind, examples = "minibatch", log_weight
     if isinstance(log_weight, (tuple, list)) and len(log_weight) == 2 and log_weight[0] == "stratified":
         kind, examples = log_weight
-    if isinstance(examples, bool) or not isinstance(examples, int):
+    if isinstance(examples, (bool, Tensor)) or not hasattr(examples, "__index__"):
         raise TypeError(
             "log_weight must be None, the number of examples of the data set, or ('stratified', that "
             f"number), got {log_weight!r}"
         )
+    examples = operator.index(examples)
     if examples < 1:
         raise ValueError(
             f"log_weight must have at least 1 example, got {examples}; give the number of examples of the "
@@ -206,11 +242,11 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
-def check_num_samples(num_samples: Any) -> None:
-    if isinstance(num_samples, bool) or not isinstance(num_samples, (int, torch.SymInt)):
-        raise TypeError(f"num_samples must be None or an int, got {type(num_samples).__name__}")
-    if num_samples < 0:
-        raise ValueError(f"num_samples must be at least 0, got {num_samples}; None gives z the shape of mu")
+def check_num_samples(num_samples: Any) -> int:
+    count = index("num_samples", num_samples, "None or an int")
+    if count < 0:
+        raise ValueError(f"num_samples must be at least 0, got {count}; None gives z the shape of mu")
+    return count
 
 
 def check_random(like: Tensor, rng: Tensor | None, generator: torch.Generator | None) -> None:
@@ -265,8 +301,9 @@ def group_axes(ndim: int, batch_dims: int, group_dims: int | Sequence[int]) -> l
     given = group_dims if isinstance(group_dims, (tuple, list)) else [group_dims]
     axes: list[int] = []
     for axis in given:
-        if not isinstance(axis, int) or isinstance(axis, bool):
+        if isinstance(axis, (bool, Tensor)) or not hasattr(axis, "__index__"):
             raise TypeError(f"group_dims must be None, an int or ints, got {group_dims!r}")
+        axis = operator.index(axis)
         if not -ndim <= axis < ndim:
             raise ValueError(f"group_dims must be axes of mu, which has {ndim}, got {axis} in {group_dims!r}")
         axes.append(axis % ndim)
@@ -280,13 +317,13 @@ def group_axes(ndim: int, batch_dims: int, group_dims: int | Sequence[int]) -> l
     return sorted(axes)
 
 
-def check_batch_dims(ndim: int, batch_dims: int) -> None:
-    if not isinstance(batch_dims, int) or isinstance(batch_dims, bool):
-        raise TypeError(f"batch_dims must be an int, got {type(batch_dims).__name__}")
+def check_batch_dims(ndim: int, batch_dims: int) -> int:
+    batch_dims = index("batch_dims", batch_dims)
     if not 0 <= batch_dims <= ndim:
         raise ValueError(
             f"batch_dims must be between 0 and {ndim}, the number of mu's axes, got {batch_dims}"
         )
+    return batch_dims
 
 
 def check_reduction(

@@ -78,7 +78,16 @@ def latent(
     `first` is mu and `second` the logvar; with PACKED in `want`, `first` holds both along `dim`. The options
     are those of the public ops.
     """
+    if _checks.autocast_dtype(first, second, prior_mu, prior_logvar):
+        first, second, prior_mu, prior_logvar = _checks.promoted(first, second, prior_mu, prior_logvar)
+        return entry()(
+            want, first, second, dim, prior_mu, prior_logvar, weight, num_samples, generator, rng,
+            process_group=process_group, **options,
+        )  # fmt: skip
     sample, kl = bool(want & SAMPLE), bool(want & KL)
+    dim = _checks.index("dim", dim)
+    if num_samples is not None:
+        num_samples = _checks.check_num_samples(num_samples)
     operator_options = check(
         want, first, second, dim, prior_mu, prior_logvar, weight, num_samples, generator, rng,
         process_group=process_group, **options,
@@ -108,6 +117,8 @@ def checked(want: int, first: Any, /, *given: Any, **options: Any) -> dict[str, 
         return None
     device = "cpu" if first.is_cpu else first.device.type
     if not (_native.has_kernels(device) or device == "meta"):
+        return None
+    if _checks.autocast_dtype(first, given[0], *given[2:4]):
         return None
     return check(want, first, *given, **options)
 
@@ -154,7 +165,7 @@ def check(
         return options
 
     ndim = len(shape)
-    _checks.check_batch_dims(ndim, batch_dims)
+    batch_dims = _checks.check_batch_dims(ndim, batch_dims)
     if batch_dims != 1:
         options["batch_dims"] = batch_dims
     if clamp != "batch":
@@ -176,6 +187,8 @@ def check(
         options["group_dims"] = _checks.group_axes(ndim, batch_dims, group_dims)
     if weight is not None:
         _checks.check_weight(weight, shape[:batch_dims], first)
+    if _checks.is_array(free_bits):
+        free_bits = torch.as_tensor(free_bits, device=first.device)
     if isinstance(free_bits, Tensor):
         axes = options.get("group_dims")
         group_shape = shape[batch_dims:] if axes is None else [shape[axis] for axis in axes]
@@ -256,6 +269,7 @@ def aggregate(
     process_group: ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """(log_qz, log_qz_dims) of `ops.log_aggregate_posterior`, whose arguments these are."""
+    z, mu, logvar = _checks.promoted(z, mu, logvar)
     kind, examples = _checks.log_weight_of(log_weight)
     if leave_one_out and kind != "uniform":
         raise ValueError(

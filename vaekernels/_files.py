@@ -36,14 +36,15 @@ def open_regular(path: Path) -> BinaryIO:
 _TEMPORARY = ".vaekernels.tmp"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Put ``text`` (UTF-8) at ``path``: at every moment the file there is the old one or the new one. OSError
-    if that fails, with the old one in place. What a killed process had begun to write in that folder goes."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Put ``content`` (text as UTF-8) at ``path``: at every moment the file there is the old one or the new
+    one. OSError if that fails, with the old one in place. What a killed process had begun to write in that
+    folder goes."""
     remove_dead(path.parent, ".", _TEMPORARY, lambda file: None)
     descriptor, name = claim(path.parent, f".{path.name}.", _TEMPORARY)
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(descriptor, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
             # `claim` makes files for the owner alone; this one has the permissions of any other.

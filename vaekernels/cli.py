@@ -5,7 +5,6 @@ The two matter most where something is missing, so they need nothing beyond torc
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import errno
 import itertools
@@ -24,6 +23,7 @@ from typing import Any
 
 import torch
 
+import _vaekernels_command
 from vaekernels import _build, _command, _native, _trust
 from vaekernels._leftovers import claim, remove_dead
 
@@ -43,11 +43,6 @@ TRAIN_MODULES = (
 )
 BUILDING = "building-"
 """How the names of the folders of builds in progress begin."""
-TRAIN_COMMANDS = {
-    "train": "train a VAE on a data set every machine has, or on your own",
-    "diagnose": "is the latent of a trained run used, and if not, why",
-    "demo": "VAEs that collapse, and the same ones cured, side by side",
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,46 +52,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    parser = _parser()
-    if given and given[0] == "bench":
+    if (status := _vaekernels_command.answered(given)) is not None:
+        return status
+    command, *options = given
+    if command == "doctor":
+        return _doctor(as_json="--json" in options)
+    if command == "build":
+        return _compile()
+    if command == "bench":
         with _command.importing():
             bench: Any = import_module("vaekernels.bench")
-        return int(bench.main(given[1:], prog="vaekernels bench"))
-    if given and not given[0].startswith("-") and given[0] not in ("doctor", "build"):
-        return _train(given)
-    chosen = parser.parse_args(given)
-    if chosen.command == "doctor":
-        return _doctor(as_json=chosen.json)
-    if chosen.command == "build":
-        return _compile()
-    parser.print_help()
-    return 2
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="vaekernels", description="The latent layer of a VAE as one operation, for PyTorch."
-    )
-    parser.add_argument("--version", action="version", version=f"vaekernels {_build.VERSION}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", title="commands")
-    doctor = commands.add_parser(
-        "doctor",
-        help="say which kernels run here, and how to get those that do not",
-        description="Says which kernels run here, and how to get those that do not. Exit status: 0 if all "
-        "kernels for this torch are there, 1 if some are missing.",
-    )
-    doctor.add_argument("--json", action="store_true", help="the same as one JSON object")
-    commands.add_parser(
-        "build",
-        help="compile the kernels against the torch in use",
-        description="Compiles the kernels against the torch in use, into the user's cache "
-        "(XDG_CACHE_HOME, else ~/.cache). Uses CXX, CXXFLAGS, LDFLAGS, MAX_JOBS, CUDA_HOME, "
-        "TORCH_CUDA_ARCH_LIST and VAEKERNELS_CUDA=0.",
-    )
-    commands.add_parser("bench", help="time the latent layer on this machine", add_help=False)
-    for name, meaning in TRAIN_COMMANDS.items():
-        commands.add_parser(name, help=f"{meaning} (needs vaekernels[train])", add_help=False)
-    return parser
+        return int(bench.main(options, prog="vaekernels bench"))
+    return _train(given)
 
 
 def _train(given: list[str]) -> int:

@@ -73,7 +73,7 @@ class DiagonalGaussian:
         self._shape = _checks.packed_shape(moments, dim)
         self.parameters = moments
         self.deterministic = deterministic
-        self.dim = dim
+        self.dim = _checks.index("dim", dim)
 
     def __repr__(self) -> str:
         kind = ", deterministic" if self.deterministic else ""
@@ -201,9 +201,9 @@ class DiagonalGaussian:
         ndim = len(self._shape)
         if dims is None:
             return list(range(self._batch_dims, ndim))
-        axes = [dims] if isinstance(dims, int) else list(dims)
+        axes = list(dims) if isinstance(dims, Sequence) else [dims]
         for axis in axes:
-            if not isinstance(axis, int) or not -ndim <= axis < ndim:
+            if not hasattr(axis, "__index__") or not -ndim <= axis < ndim:
                 raise ValueError(
                     f"dims must be axes of the mean, which has shape {list(self._shape)}, got {axis} in "
                     f"{dims!r}"

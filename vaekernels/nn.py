@@ -18,6 +18,7 @@ buffers of rank 0 to the others.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypedDict, cast
 
@@ -54,10 +55,12 @@ class _Number(nn.Module):
         super().__init__()
         self.schedule: Scheduled | None = None
         self.number: float | None = None
+        if _checks.is_array(given):
+            given = torch.as_tensor(given)
         if isinstance(given, Tensor):
             self.register_buffer("constant", given.detach().clone(), persistent=False)
-        elif isinstance(given, (int, float)) and not isinstance(given, bool):
-            self.number = float(given)
+        elif hasattr(given, "__float__") and not isinstance(given, bool):
+            self.number = float(cast(float, given))
         elif isinstance(getattr(given, "value", None), Tensor) and callable(getattr(given, "step", None)):
             if inspect.signature(cast(Scheduled, given).step).parameters:
                 raise TypeError(
@@ -163,8 +166,8 @@ class _Latent(nn.Module):
         momentum: float = 0.01,
     ) -> None:
         super().__init__()
-        shape = (groups,) if isinstance(groups, int) else tuple(groups)
-        if not all(isinstance(size, int) and size > 0 for size in shape):
+        shape = tuple(groups) if isinstance(groups, Sequence) else (groups,)
+        if not all(hasattr(size, "__index__") and size > 0 for size in shape):
             raise ValueError(f"groups must be a positive int or a shape of them, got {groups!r}")
         if not 0.0 < momentum <= 1.0:
             raise ValueError(f"momentum must be above 0 and at most 1, got {momentum}")
@@ -172,8 +175,8 @@ class _Latent(nn.Module):
         _checks.check_choice("penalty", penalty, _checks.PENALTIES)
         _checks.check_choice("reduction", reduction, _checks.REDUCTIONS)
         _checks.check_choice("parameterization", parameterization, _checks.PARAMETERIZATIONS)
-        self.dim = dim
-        self.batch_dims = batch_dims
+        self.dim = _checks.index("dim", dim)
+        self.batch_dims = _checks.index("batch_dims", batch_dims)
         self.group_dims = group_dims
         self.clamp = clamp
         self.penalty = penalty
@@ -182,10 +185,10 @@ class _Latent(nn.Module):
         self.logvar_bounds = logvar_bounds
         self.process_group = process_group
         self.deterministic_eval = deterministic_eval
-        self.momentum = momentum
+        self.momentum = float(momentum)
         self.beta = None if beta is None else _Number("beta", beta)
         self.free_bits = None if free_bits is None else _Number("free_bits", free_bits)
-        self.register_buffer("running_rate", torch.zeros(shape))
+        self.register_buffer("running_rate", torch.zeros([operator.index(size) for size in shape]))
         self.register_buffer("num_batches_tracked", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_batches_ignored", torch.zeros((), dtype=torch.int64))
 

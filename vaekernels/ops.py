@@ -103,7 +103,9 @@ def reparameterize(
 
     Args:
         mu, logvar: the posterior N(mu, diag exp(logvar)), of one shape, dtype (float32, bfloat16, float16 or
-            float64) and device. The arithmetic is in float32, for float64 in float64.
+            float64) and device. The arithmetic is in float32, for float64 in float64. Under `torch.autocast`
+            tensors of several dtypes are promoted to the widest, as in torch's arithmetic; outside it they
+            are an error. This holds for every op.
         num_samples: K, for z of shape ``[K, *mu.shape]`` from one reading of mu and logvar; None for the
             shape of mu.
         generator: the torch.Generator to draw from instead of the default one. Not while compiling.
@@ -579,6 +581,7 @@ def mutual_information(
     >>> mutual_information(mu, mu, torch.zeros(2, 1))  # two codes that cannot be confused: log 2
     tensor(0.6931)
     """
+    z, mu, logvar = _checks.promoted(z, mu, logvar)
     log_qzx = _own_log_density(z, mu, logvar, parameterization, logvar_bounds)
     log_qz, _ = _dispatch.aggregate(
         z, mu, logvar, log_weight=log_weight, leave_one_out=leave_one_out, per_dim=False,
@@ -626,6 +629,7 @@ def kl_decomposition(
     >>> parts.mutual_information, parts.total_correlation
     (tensor(0.6931), tensor(0.6931))
     """
+    z, mu, logvar = _checks.promoted(z, mu, logvar)
     log_qzx = _own_log_density(z, mu, logvar, parameterization, logvar_bounds)
     log_qz, log_qz_dims = _dispatch.aggregate(
         z, mu, logvar, log_weight=log_weight, leave_one_out=leave_one_out, per_dim=True,

@@ -52,6 +52,7 @@ void run(vk::DType dtype, bool sample, bool kl, bool prior, bool channels, bool 
   if (backward) {
     vk::Backward call;
     static_cast<vk::Problem&>(call) = p;
+    call.has_z = sample;
     call.grad_z = sample ? grad_z.data() : nullptr;
     call.grad_kl = kl ? &grad_kl : nullptr;
     call.gate = gate.data();

@@ -27,7 +27,7 @@ class BackwardJob {
         in_(call, m_),
         kl_used_(call.has_kl && (call.grad_kl || call.grad_kl_per_group)),
         mode_(!kl_used_ ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
-        draws_(call.grad_z != nullptr && call.K == 1),
+        draws_(call.has_z && call.K == 1),
         tiles_(backward_tiles<R>(call, mode_, draws_)),
         bounds_(bounds_of<R>(call)),
         weight_(static_cast<const R*>(call.weight)),
@@ -38,7 +38,7 @@ class BackwardJob {
         grad_prior_scale_(call.grad_prior_scale, call, m_),
         width_(std::min(in_.width(),
                         width_of<R>({&grad_mu_, &grad_scale_, &grad_prior_mu_, &grad_prior_scale_}))) {
-    if (call.grad_z != nullptr) normals_.emplace_back(call, call.numel());
+    if (call.has_z) normals_.emplace_back(call, call.numel());
     if (kl_used_ && call.numel() > 0) prepare_groups();
   }
 
@@ -50,7 +50,7 @@ class BackwardJob {
 
   void run(int64_t begin, int64_t end) {
     State state;
-    if (!p_.grad_z) {
+    if (!p_.has_z) {
       std::fill_n(state.sum, kTile, R(0));
       std::fill_n(state.noise, kTile, R(0));
     }
@@ -163,7 +163,7 @@ class BackwardJob {
     if (draws_) {
       sum = read_grad_z(begin, n, s.grad_z);
       noise = normals_[0](0, begin, n, s.normals);
-    } else if (p_.grad_z) {
+    } else if (p_.has_z) {
       std::fill_n(s.sum, kTile, R(0));
       std::fill_n(s.noise, kTile, R(0));
       for (int64_t k = 0; k < p_.K; ++k) {
@@ -180,7 +180,7 @@ class BackwardJob {
       if (!to[i].at) to[i] = {buffers[i], shape.width};
     }
     run_tile(tiles_, [&](auto tile) {
-      return tile(in, bounds_, sum, noise, c, p_.grad_z != nullptr, static_cast<R>(p_.posterior_share),
+      return tile(in, bounds_, sum, noise, c, p_.has_z, static_cast<R>(p_.posterior_share),
                   static_cast<R>(p_.prior_share), TileGradients<R>{to[0], to[1], to[2], to[3]}, shape);
     });
     for (int i = 0; i < 4; ++i)

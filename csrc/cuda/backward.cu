@@ -197,11 +197,11 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
   Axes out_prior_scale = axes_of_output(call.grad_prior_scale, call.grad_prior_mu, call);
   const bool out_prior =
       prior && (call.grad_prior_mu.data != nullptr || call.grad_prior_scale.data != nullptr);
-  a.K = call.grad_z != nullptr ? call.K : 0;
+  a.K = call.has_z ? call.K : 0;
   a.clamp = call.clamp;
   a.reduction = call.reduction;
   a.grad_kl = static_cast<const R*>(call.grad_kl);
-  const bool sample = !kl || call.grad_z != nullptr;
+  const bool sample = !kl || call.has_z;
   const bool by_cell =
       kl && (a.by_row() || (a.grad_kl != nullptr && call.reduction == Reduction::elementwise));
   const bool wanted = call.grad_scale.data != nullptr && (!kl || call.grad_mu.data != nullptr) &&
@@ -244,7 +244,7 @@ void launch_backward(const Backward& call, cudaStream_t stream) {
               (prior && (call.posterior_share != 1 || call.prior_share != 1));
   a.posterior_share = static_cast<R>(call.posterior_share);
   a.prior_share = static_cast<R>(call.prior_share);
-  if (call.grad_z != nullptr) a.keys = keys_of(call);
+  if (call.has_z) a.keys = keys_of(call);
   a.dtype = call.dtype;
   a.param = call.param;
   a.slope = log_slope<R>(call.param);

@@ -50,6 +50,8 @@ def blocks(name: str) -> list[tuple[str, str]]:
         "is-my-vae-collapsed.md",
         "aggregate-posterior.md",
         "train.md",
+        "use-a-model.md",
+        "collapse-in-your-text.md",
     ],
 )
 def test_a_tutorial_runs_from_its_first_line_to_its_last(name: str) -> None:
@@ -126,7 +128,7 @@ def test_every_page_is_known_here_and_links_lead_somewhere() -> None:
     pages = {path.name for path in DOCS.glob("*.md")}
     assert pages == {
         "index.md", "use-the-ops.md", "aggregate-posterior.md", "choose-free-bits.md", "free-bits.md",
-        "is-my-vae-collapsed.md",
+        "is-my-vae-collapsed.md", "use-a-model.md", "collapse-in-your-text.md",
         "train.md", "multi-gpu.md", "api.md", "install.md", "install-matrix.md", "migration.md",
         "performance.md", "architecture.md", "reliability.md",
     }  # fmt: skip

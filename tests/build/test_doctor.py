@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import _vaekernels_command
 import vaekernels
 from vaekernels import _build, _native, cli
 
@@ -124,7 +125,7 @@ def test_a_cache_that_cannot_be_written(
 
 
 def test_the_command_where_torch_is_missing_or_broken(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", "import sys, _vaekernels_command as c; sys.exit(c.main())"]
+    command = [sys.executable, "-c", "import sys, _vaekernels_command as c; sys.exit(c.main())", "doctor"]
     broken = tmp_path / "torch.py"
     for body, words in (
         ("raise ModuleNotFoundError(\"No module named 'torch'\", name='torch')", "`pip install torch`"),
@@ -187,6 +188,38 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert caught.value.code == 0
     shown = capsys.readouterr().out
     assert f"vaekernels {_build.VERSION}" in shown
-    for command in ("doctor", "build", *cli.TRAIN_COMMANDS):
+    for command in _vaekernels_command.COMMANDS:
         assert command in shown
     assert cli.main([]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--help"], 0, "diagnose"),
+        (["build", "--help"], 0, "XDG_CACHE_HOME"),
+        (["--version"], 0, f"vaekernels {_build.VERSION}"),
+        (["docter"], 2, "there is no command 'docter'; did you mean doctor?"),
+        (["xyzzy"], 2, "there is no command 'xyzzy'; commands: doctor, build, "),
+    ],
+)
+def test_what_needs_no_torch_is_answered_without_it(
+    arguments: list[str], status: int, words: str, tmp_path: Path
+) -> None:
+    """Nor the trainer's libraries: importing torch takes seconds."""
+    for name in ("torch", "typer", "matplotlib"):
+        (tmp_path / f"{name}.py").write_text("raise AssertionError('imported')")
+    command = [sys.executable, "-c", "import sys, _vaekernels_command as c; sys.exit(c.main())", *arguments]
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{Path(cli.__file__).parents[1]}"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == status and words in done.stdout + done.stderr and "Traceback" not in done.stderr
+    assert (done.stdout == "") is (status == 2)
+
+
+def test_the_command_line_of_the_trainer_imports_no_plots() -> None:
+    code = (
+        "import sys, vaekernels.training.cli; print(sorted({'matplotlib', 'sklearn'} & sys.modules.keys()))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr

@@ -178,6 +178,7 @@ void run(Random& random, DType dtype, int64_t most) {
   static_cast<vk::Problem&>(backward) = p;
   const auto grad_z = numbers(1.f, false, z.size());
   const auto grad_kl = factors(kl_size), grad_rate = factors(rate.size());
+  backward.has_z = sample;
   if (sample) backward.grad_z = grad_z.data();
   if (has_kl) {
     backward.grad_kl = grad_kl.data();

@@ -292,6 +292,67 @@ def test_autocast_does_not_cast(to, dtype, device, backend):
         assert torch.equal(a, b)
 
 
+MIXED = {
+    "sample_kl": lambda m, v, mp, lp: vk.sample_kl(m, v, rng=RNG.to(m.device), free_bits=0.3),
+    "reparameterize": lambda m, v, mp, lp: [vk.reparameterize(m, v, rng=RNG.to(m.device))],
+    "a prior": lambda m, v, mp, lp: vk.gaussian_kl(m, v, mp, lp, return_per_group=True),
+    "packed": lambda m, v, mp, lp: [vk.gaussian_kl_packed(m[:, :2], 1, mp[:, 1:2], lp[:, 1:2])],
+    "a prior of two dtypes": lambda m, v, mp, lp: [vk.gaussian_kl(v, mp, m, lp)],
+    "log_aggregate_posterior": lambda m, v, mp, lp: vk.log_aggregate_posterior(mp, m, v),
+    "mutual_information": lambda m, v, mp, lp: [vk.mutual_information(mp, m, v)],
+    "kl_decomposition": lambda m, v, mp, lp: vk.kl_decomposition(mp, m, v),
+}
+
+
+@pytest.mark.parametrize("call", MIXED)
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.bfloat16, torch.float16), (torch.half, torch.float64)]
+)
+def test_autocast_promotes_what_it_left_in_several_dtypes(dtypes, call, device, backend):
+    """A head that autocast runs in float32, a prior held as a float32 parameter."""
+    narrow, wide = dtypes
+    widest = torch.promote_types(narrow, wide)
+    m, v, mp, lp = (t.to(device) for t in leaves(6, 5, count=4, grad=False))
+    base = [t.to(d).requires_grad_() for t, d in zip((m, v, mp, lp), (narrow, wide, wide, wide), strict=True)]
+    with pytest.raises(TypeError, match="must have one dtype"):
+        MIXED[call](*base)
+    expected = MIXED[call](*(t.to(widest) for t in base))
+    for _ in range(2):
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            got = MIXED[call](*base)
+        for a, b in zip(got, expected, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+    grads = [
+        torch.autograd.grad(sum(o.sum() for o in out), base, allow_unused=True) for out in (got, expected)
+    ]
+    for a, b, leaf in zip(*grads, base, strict=True):
+        assert a is b is None or (torch.equal(a, b) and a.dtype == leaf.dtype)
+    with pytest.raises(TypeError, match="must have one dtype"):
+        MIXED[call](*base)
+
+
+def test_autocast_leaves_other_errors():
+    m = torch.zeros(2, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with pytest.raises(TypeError, match="logvar must be float32"):
+            vk.sample_kl(m, m.long())
+        with pytest.raises(ValueError, match="mu and logvar must have one shape"):
+            vk.sample_kl(m, m[:1].bfloat16())
+        with pytest.raises(TypeError, match=r"logvar must be a torch\.Tensor, got list"):
+            vk.gaussian_kl(m, [0.0], m.bfloat16(), m)
+
+
+def test_autocast_promotes_in_compiled_code():
+    m, v = torch.zeros(4, 3, dtype=torch.bfloat16), torch.rand(4, 3)
+
+    def f(m, v):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return vk.sample_kl(m, v, rng=RNG)[:2]
+
+    for a, b in zip(torch.compile(f, fullgraph=True, backend="aot_eager")(m, v), f(m, v), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_deterministic_algorithms_are_no_obstacle(device, backend):
     base = [t.to(device) for t in leaves(6, 5)]
     torch.use_deterministic_algorithms(True)

@@ -191,3 +191,31 @@ def test_gradient_of_the_sample_by_any_std(second, backend):
         (grad,) = torch.autograd.grad(z, std, torch.full_like(z, cotangent))
         assert z.isnan().all() == (second < 0)
         assert torch.equal(grad, eps.detach() * cotangent)
+
+
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_of_no_samples(dtype, parameterization, backend):
+    """Sums over no samples: 0, and NaN where they are multiplied by an infinite derivative, as PyTorch's."""
+    second = torch.tensor([0.0, 0.7, math.inf, -math.inf, math.nan, 200.0], dtype=dtype).unsqueeze(0)
+    options = {"parameterization": parameterization, "num_samples": 0, "rng": torch.tensor([3, 0])}
+    found = []
+    for entry in (vk, reference):
+        mu, s = torch.zeros_like(second).requires_grad_(), second.clone().requires_grad_()
+        if entry is vk:
+            z = vk.reparameterize(mu, s, **options)
+        else:
+            z, *_ = reference.latent(
+                mu,
+                s,
+                1,
+                options["rng"],
+                sample=True,
+                kl=False,
+                num_samples=0,
+                parameterization=parameterization,
+            )
+        assert z.shape == (0, 1, 6)
+        found.append(torch.autograd.grad(z, (mu, s), torch.zeros_like(z)))
+    for ours, plain in zip(*found, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=0, atol=0, equal_nan=True)

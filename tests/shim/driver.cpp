@@ -125,6 +125,7 @@ Outputs backward(const Case& c, const Inputs& in, const Outputs& forward, const 
   call.posterior_share = in.posterior_share;
   call.prior_share = in.prior_share;
   if (c.use_z) set_state(call, in, (c.state != Case::State::device) != run.other_state);
+  call.has_z = c.use_z;
   call.grad_z = in.grad_z.data();
   call.grad_kl = in.grad_kl.data();
   call.grad_kl_per_group = in.grad_rate.data();

@@ -91,7 +91,6 @@ def test_idx_of_real_numbers(kind: int, dtype: type, tmp_path: Path) -> None:
         (idx(GREY, 0x08) + b"??", "byte 1516: goes on behind its data"),
         (gzip.compress(idx(GREY, 0x08))[:-20], "damaged gzip file"),
         (idx(GREY[:, 0, 0], 0x08), "holds 50 single numbers (labels?); give the file of the images"),
-        (idx(GREY.astype(np.int32), 0x0C), "dtype int32; takes uint8, bool or floats"),
         (idx(GREY[:7], 0x08), "7 examples; at least 40 are needed, one in ten is held out"),
         (idx(GREY[:, None, None, :, :], 0x08), "byte 3: 5 dimensions; takes 2, [N, D] vectors, 3"),
         (struct.pack(">HBB200I", 0, 8, 200, *[1] * 200) + b"?", "byte 3: 200 dimensions; takes 2"),
@@ -369,9 +368,8 @@ def test_npz_with_an_array_of_another_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("array", "message"),
     [
-        (GREY.astype(np.int64), "dtype int64; takes uint8, bool or floats"),
-        (GREY.astype(str), "takes uint8, bool or floats"),
-        (GREY.astype(complex), "dtype complex128; takes uint8"),
+        (GREY.astype(str), "takes bool, integers or floats"),
+        (GREY.astype(complex), "dtype complex128; takes bool, integers or floats"),
         (np.array([object()] * 50), "not an npz file of plain arrays"),
         (GREY[:, 0, 0], "shape [50]; takes [N, D] vectors"),
         (GREY[:, :0], "shape [50, 0, 5]"),
@@ -531,3 +529,54 @@ def test_the_hash_is_of_the_data_and_not_of_its_place(tmp_path: Path) -> None:
     changed[3, 2, 1] ^= 1
     np.savez(tmp_path / "a.npz", x=changed)
     assert load(f"npz:{tmp_path / 'a.npz'}")[0].sha256 != one.sha256
+
+
+# --- two values, and whole numbers
+
+
+@pytest.mark.parametrize(
+    "dtype", ["uint8", "int8", "uint16", "int64", "uint64", "float16", "float32", ">f8", "bool"]
+)
+def test_zeros_and_ones_of_any_type_are_data_of_two_values(dtype: str, tmp_path: Path) -> None:
+    binary = GREY > 127
+    np.savez(tmp_path / "x.npz", x=binary.astype(dtype))
+    found, said = load(f"npz:{tmp_path / 'x.npz'}")
+    assert isinstance(found, Arrays) and found.levels == 2 and found.train.dtype == torch.uint8
+    assert rows(found) == {row.tobytes() for row in binary.astype(np.uint8)}
+    assert said == ([] if dtype == "bool" else ["all values are 0 or 1: data of two values"])
+    for how in ("threshold", "sample"):
+        assert rows(load(f"npz:{tmp_path / 'x.npz'}", binarize=how)[0]) == rows(found)
+
+
+def test_black_and_white_bytes_are_data_of_two_values(tmp_path: Path) -> None:
+    binary = (GREY > 127).astype(np.uint8)
+    (tmp_path / "x.idx").write_bytes(idx(255 * binary, 0x08))
+    found, said = load(f"idx:{tmp_path / 'x.idx'}")
+    assert (
+        isinstance(found, Arrays) and found.levels == 2 and rows(found) == {row.tobytes() for row in binary}
+    )
+    assert said == ["all values are 0 or 255: data of two values"]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int32", "int64"])
+def test_whole_numbers(dtype: str, tmp_path: Path) -> None:
+    """Images of 0 to 255 are levels; everything else is real numbers."""
+    np.savez(
+        tmp_path / "x.npz",
+        images=GREY.astype(dtype),
+        wide=4 * GREY.astype(dtype),
+        table=GREY[:, 0].astype(dtype),
+    )
+    images, wide, table = (
+        load(f"npz:{tmp_path / 'x.npz'}", array=each)[0] for each in ("images", "wide", "table")
+    )
+    assert isinstance(images, Arrays) and images.levels == 256
+    assert rows(images) == {row.tobytes() for row in GREY}
+    assert isinstance(wide, Arrays) and wide.levels is None and wide.train.max() == 4 * int(GREY.max())
+    assert isinstance(table, Arrays) and table.levels is None
+
+
+def test_one_value_alone_is_not_data_of_two(tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", x=np.zeros((50, 6, 5), np.uint8))
+    found, said = load(f"npz:{tmp_path / 'x.npz'}")
+    assert isinstance(found, Arrays) and found.levels == 256 and said == []

@@ -30,7 +30,7 @@ from vaekernels.training.config import presets
 from vaekernels.training.config import settings as texts
 from vaekernels.training.data import Arrays
 from vaekernels.training.data.base import digest
-from vaekernels.training.demo import DEMOS, Outcome, Variant, tables
+from vaekernels.training.demo import DEMOS, Outcome, tables
 from vaekernels.training.errors import CheckpointError
 from vaekernels.training.run import open_run
 
@@ -289,7 +289,7 @@ def outcome(title: str, verdict: str, figures: dict[str, Estimate], samples: lis
         samples=None, **empty,  # type: ignore[arg-type]
     )  # fmt: skip
     seen = gallery.Sentences([], [], samples, [])
-    return Outcome(Variant(title, "docstrings"), report, seen, 1.0, {})
+    return Outcome(title, "report.html", report, seen, {})
 
 
 def figures(rate: float, iwae: float) -> dict[str, Estimate]:

@@ -101,9 +101,10 @@ class Contrasts(NamedTuple):
         return infonce(self.likelihoods, self.rows)
 
     def picked(self) -> Tensor:
-        """[n]: 1 where the own code has 95 % of p(x_i|z_k) / sum_l p(x_i|z_l), the posterior over the K codes;
-        -1 / (K - 1) where another has. The mean is 0 where z says nothing, however sure the decoder is, and
-        otherwise the share of the examples whose code it picks out, at most that of those it reads."""
+        """[n]: 1 where the own code has 95 % of the posterior over the K codes,
+        p(x_i|z_k) / sum_l p(x_i|z_l), less 1 / (K - 1) where another has. The mean is 0 where z says nothing,
+        however sure the decoder is, and otherwise the share of the examples whose code it picks out, at most
+        that of the examples whose code it reads."""
         found = []
         for half in self.likelihoods:
             best = torch.softmax(half, dim=1) >= SURE

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from vaekernels._files import write_atomically
+from vaekernels._files import open_regular, write_atomically
 from vaekernels.collapse import tables
 from vaekernels.collapse.decoder import importance_columns, importance_mean
 from vaekernels.collapse.estimate import Bootstrap, Estimate
@@ -66,7 +66,8 @@ class Report:
     def to_json(self, extras: Extras | None = None) -> dict[str, Any]:
         """What report.json holds: dicts, lists, strings and numbers. An estimate is [value, low, high]; one
         that is near its cap is named in ``saturated`` (of the train split ``train_saturated``, of a dimension
-        its own ``saturated``). null was not measured; ``skipped`` says why."""
+        its own ``saturated``). null was not measured; ``skipped`` says why. ``per_example``: the NELBO of
+        every example and the importance-weighted NLL of the first of them, for comparisons."""
         told = {} if extras is None else dict(extras.settings)
         return {
             "schema": SCHEMA,
@@ -87,7 +88,15 @@ class Report:
             "checks": self.checks,
             "cost": self.cost,
             "skipped": {name: why for name, why in self.skipped.items() if told.get(name) is None},
+            "per_example": self._per_example(),
         }
+
+    def _per_example(self) -> dict[str, list[float]] | None:
+        """What a paired comparison of two saved reports needs; None where it was not measured."""
+        samples = self.samples
+        if samples.nelbo is None or "importance" not in samples.nll:
+            return None
+        return {"nelbo": samples.nelbo.tolist(), "importance": samples.nll["importance"].tolist()}
 
     def save(self, folder: str | os.PathLike[str], extras: Extras | None = None) -> Path:
         """Write report.json and the self-contained report.html into ``folder``, made where it is missing;
@@ -110,6 +119,50 @@ class Report:
             ) from error
         write_atomically(folder / PAGE, html.render(self.to_json(extras), self.samples, extras or Extras()))
         return folder / PAGE
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """The report in a report.json, or in the one of the folder ``path``. ``samples`` has
+        of it what :meth:`iwae_difference` needs, and is empty of what only pictures show.
+
+        OSError if it cannot be read, ValueError if it is no report or one of another schema.
+        """
+        file = Path(path)
+        file = file / JSON if file.is_dir() else file
+        with open_regular(file) as opened:
+            content = opened.read()
+        try:
+            said = json.loads(content)
+            schema = said["schema"]
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{file} is no report.json of vaekernels: it has no schema") from error
+        if schema != SCHEMA:
+            raise ValueError(f"{file} has schema {schema!r}, this version reads {SCHEMA}: diagnose again")
+        try:
+            return cls._of(said)
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{file} is damaged: {type(error).__name__}: {error}") from error
+
+    @classmethod
+    def _of(cls, said: Mapping[str, Any]) -> Report:
+        """What :meth:`to_json` gave, as a report."""
+        as_they_are = ["verdict", "subtype", "overfit", "confidence", "reasons", "advice"]
+        as_they_are += ["settings", "checks", "cost", "skipped"]
+        each = {
+            name: torch.tensor(values, dtype=torch.float64)
+            for name, values in (said.get("per_example") or {}).items()
+        }
+        nll = {"importance": each["importance"]} if each else {}
+        gaps = {name: gap for name, gap in tables.gaps_of(said).items() if gap is not None}
+        return cls(
+            **{name: said[name] for name in as_they_are},
+            metrics=tables.metrics_of(said),
+            train=None if said["train"] is None else tables.train_of(said),
+            gaps=gaps,
+            dims=tables.dims_of(said),
+            rate_distortion={name: (rate, nll) for name, (rate, nll) in said["rate_distortion"].items()},
+            samples=Samples(nll, each.get("nelbo"), [], torch.empty(0, 0, dtype=torch.float64)),
+        )
 
     def iwae_difference(self, other: Report) -> Estimate:
         """The importance-weighted NLL of this model less that of ``other``, paired by example: below 0 where

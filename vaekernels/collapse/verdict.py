@@ -232,8 +232,7 @@ RARE = frozenset({"collapsed", "encoder-only", "near-collapsed", "undetermined"}
 
 
 def rule(metrics: Mapping[str, Estimate | None], dims: Sequence[Dim], picked: Estimate | None) -> Ruling:
-    """The verdict on the model. ``picked``: the share of the examples whose own code the decoder picks
-    out."""
+    """The verdict. ``picked``: the share of the examples whose own code the decoder picks out."""
     ruling = _by_rules(metrics, dims)
     if ruling.verdict in RARE and picked is not None and picked.low > 0:
         told = (

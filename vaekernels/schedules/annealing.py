@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vaekernels.schedules._arguments import Device, at_least, finite, steps_of
+from vaekernels.schedules._arguments import Device, at_least, finite, steps_of, whole_number
 
 __all__ = [
     "Capacity",
@@ -51,8 +51,8 @@ class Schedule(ABC):
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Continue from ``state``. ValueError if it is not the state of a schedule."""
-        steps = state.get("steps")
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 0 or len(state) != 1:
+        steps = whole_number(state.get("steps"))
+        if steps is None or steps < 0 or len(state) != 1:
             raise ValueError(f"a schedule's state is {{'steps': n}} with n >= 0, got {dict(state)!r}")
         self._steps = steps
         self._write()

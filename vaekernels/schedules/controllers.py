@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from vaekernels.schedules._arguments import Device, at_least, finite
+from vaekernels.schedules._arguments import Device, at_least, finite, whole_number
 
 __all__ = ["GECO", "Controller", "PIController"]
 
@@ -57,21 +56,20 @@ class Controller(ABC):
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         """Continue from ``state``. ValueError if it is not the state of this kind of controller."""
         own = self._state()
-        ignored: Any = state.get("ignored")
-        valid = (
-            state.keys() == own.keys() | {"ignored"}
-            and all(isinstance(x, int | float) and math.isfinite(x) for x in state.values())
-            and isinstance(ignored, int)
-            and ignored >= 0
-        )
-        if not valid:
+        ignored = whole_number(state.get("ignored"))
+        if (
+            ignored is None
+            or ignored < 0
+            or state.keys() != own.keys() | {"ignored"}
+            or not all(hasattr(x, "__float__") and math.isfinite(x) for x in state.values())
+        ):
             raise ValueError(
                 f"the state of a {type(self).__name__} is finite numbers for {', '.join(own)}, and the count "
                 f"ignored; got {dict(state)!r}"
             )
         for name, tensor in own.items():
             tensor.fill_(state[name])
-        self.ignored.fill_(state["ignored"])
+        self.ignored.fill_(ignored)
 
     def __repr__(self) -> str:
         ignored = int(self.ignored)

@@ -2,14 +2,14 @@
 
 ::
 
-    from pathlib import Path
-    from rich.console import Console
-    from vaekernels.training import Trainer, data, open_run
-    from vaekernels.training.config import presets
+    import vaekernels as vk
 
-    config = presets.find("digits")  # a Config
-    Trainer(config, data.load(config.data, print), Path("runs/digits"), Console()).fit()
-    model = open_run("runs/digits").model
+    run = vk.training.train("text:slogans.txt", out="runs/slogans")  # a Run; also a Config, or a preset
+    run = vk.training.open_run("runs/slogans")
+    mu, logvar = run.encode("a sentence of mine")
+    run.decode(mu)
+    run.sample(20)
+    print(run.report())
 """
 
 from __future__ import annotations
@@ -18,14 +18,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from vaekernels.training.codec import Codes
     from vaekernels.training.config import Config
-    from vaekernels.training.run import open_run
     from vaekernels.training.trainer import Trainer
+    from vaekernels.training.use import Run, open_run, train
 
-__all__ = ["Config", "Trainer", "open_run"]
+__all__ = ["Codes", "Config", "Run", "Trainer", "open_run", "train"]
 
 # Imported when asked for: what needs one module of the trainer does not wait for all of them.
-_HOMES = {"Config": "config", "Trainer": "trainer", "open_run": "run"}
+_HOMES = {
+    "Codes": "codec",
+    "Config": "config",
+    "Run": "use",
+    "Trainer": "trainer",
+    "open_run": "use",
+    "train": "use",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,13 +15,13 @@ from lightning_fabric import Fabric
 from rich.console import Console
 
 from vaekernels._command import STOPPED
+from vaekernels.training import commands, diagnosis, display, engine, objectives, strategies
 from vaekernels.training import data as datasets
 from vaekernels.training import demo as demos
-from vaekernels.training import diagnosis, display, engine, objectives, strategies
 from vaekernels.training.config import Config, EngineConfig, combinations, presets, settings
 from vaekernels.training.data import Data
 from vaekernels.training.errors import ConfigError, Interrupted, TrainingError, nearest
-from vaekernels.training.run import RunFolder, new_folder, open_run
+from vaekernels.training.run import RunFolder, new_run_folder, newest_run, open_run
 from vaekernels.training.trainer import Trainer
 
 __all__ = ["app"]
@@ -139,7 +139,7 @@ def train(
     """Train a VAE and evaluate it on held-out data: is the latent used?
 
     PRESET and --config are read first, then the options, then --set. All settings:
-    docs/train.md.
+    `vaekernels settings`.
     """
     with _reported():
         if resume is not None and run_dir is not None:
@@ -177,7 +177,7 @@ def _train(chosen: Config, fabric: Fabric, resume: Path | None, run_dir: Path | 
     console = display.console(quiet=not fabric.is_global_zero)
     data = datasets.load(chosen.data, console.print)
     combinations.resolve(chosen, data)  # what it refuses leaves no empty folder
-    directory = resume or run_dir or engine.once(fabric, lambda: _new_run_dir(chosen.data.name))
+    directory = resume or run_dir or engine.once(fabric, lambda: new_run_folder(chosen.data.name))
     trainer = Trainer(chosen, data, directory, console, resume=resume is not None, fabric=fabric)
     _announce(trainer, data, console)
     evaluation = trainer.fit()
@@ -188,7 +188,12 @@ def _train(chosen: Config, fabric: Fabric, resume: Path | None, run_dir: Path | 
 
 @app.command()
 def diagnose(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a trained run.")],
+    run: Annotated[
+        _Path,
+        typer.Argument(
+            metavar="[RUN]", help="The folder of a run (default: the newest below runs/).", show_default=False
+        ),
+    ] = None,
     n: Annotated[int, typer.Option("-n", help="How many examples of each split are used.")] = 2048,
     k: Annotated[int, typer.Option("-k", help="Contrast codes of I_dec; samples of the IWAE bound.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of everything random in the diagnosis.")] = 0,
@@ -214,6 +219,9 @@ def diagnose(
         if budget is not None and not budget > 0:
             raise ConfigError(f"--budget must be greater than 0, got {budget:g}")
         _set_threads(EngineConfig(threads=threads))
+        if run is None:
+            run = newest_run()
+            print(f"the newest run: {run}", file=sys.stderr)
         opened = open_run(run, lambda text: print(text, file=sys.stderr), device=device)
         report = diagnosis.diagnose(opened, n=n, k=k, seed=seed, budget_s=budget, train=train)
         try:
@@ -252,7 +260,7 @@ def demo(
         if epochs is not None:
             over["optim"] = {"epochs": epochs}
         _set_threads(EngineConfig(seed=seed, threads=threads))
-        demos.show(name, over, run_dir or _new_run_dir(f"demo-{name}"), display.console())
+        demos.show(name, over, run_dir or new_run_folder(f"demo-{name}"), display.console())
 
 
 def _announce(trainer: Trainer, data: Data, console: Console) -> None:
@@ -289,12 +297,6 @@ def _resumed(folder: RunFolder, preset: str | None, config: Path | None) -> Conf
     return folder.settings()
 
 
-def _new_run_dir(name: str) -> Path:
-    """A folder of its own for a run that was given none, and its name: two runs may begin in one second."""
-    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.rstrip("/").rpartition("/")[2])
-    return new_folder(Path("runs") / f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}")
-
-
 def _set_threads(engine: EngineConfig) -> None:
     if engine.threads is not None:
         torch.set_num_threads(engine.threads)
@@ -321,3 +323,16 @@ def _reported() -> Iterator[None]:
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from error
+
+
+def _in_one_line(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def reported(*arguments: Any, **options: Any) -> None:
+        with _reported():
+            command(*arguments, **options)
+
+    return reported
+
+
+for _command in commands.COMMANDS:
+    app.command()(_in_one_line(_command))

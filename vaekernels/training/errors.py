@@ -9,6 +9,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "DataError",
+    "InputError",
     "Interrupted",
     "NonFiniteError",
     "TrainingError",
@@ -26,6 +27,10 @@ class ConfigError(TrainingError, ValueError):
 
 class DataError(TrainingError):
     """Data that is missing or cannot be read."""
+
+
+class InputError(TrainingError, ValueError):
+    """What a trained model was asked to encode or decode, and does not take."""
 
 
 class CheckpointError(TrainingError):

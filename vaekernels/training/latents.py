@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-import vaekernels as vk
+from vaekernels import ops
 from vaekernels.nn import GaussianLatent, LearnedPriorLatent, Options, Scheduled
 from vaekernels.training.models import VAE, LatentLayer, widened
 
@@ -56,7 +56,7 @@ class Drawn(NamedTuple):
     def kl_per_example(self) -> Tensor:
         """Unclamped, nats, [B]."""
         prior = () if self.prior is None else self.prior.chunk(2, dim=1)
-        kl: Tensor = vk.gaussian_kl_packed(self.moments, 1, *prior, reduction="none")
+        kl: Tensor = ops.gaussian_kl_packed(self.moments, 1, *prior, reduction="none")
         return kl
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -18,10 +19,25 @@ from vaekernels.training.data import Data
 from vaekernels.training.errors import CheckpointError, ConfigError
 from vaekernels.training.models import VAE, build
 
-__all__ = ["CHECKPOINT", "CONFIG", "LOCK", "LOG", "METRICS", "Run", "RunFolder", "new_folder", "open_run"]
+__all__ = [
+    "CHECKPOINT",
+    "CONFIG",
+    "LOCK",
+    "LOG",
+    "METRICS",
+    "RUNS",
+    "Run",
+    "RunFolder",
+    "new_folder",
+    "new_run_folder",
+    "newest_run",
+    "open_run",
+]
 
 CHECKPOINT, CONFIG, LOG, METRICS = "checkpoint.pt", "config.toml", "log.jsonl", "metrics.json"
 LOCK = "run.lock"
+RUNS = Path("runs")
+"""Where runs are that were given no folder."""
 
 # May differ between a run and its resumption: they do not change which run it is.
 _RESUMABLE = (
@@ -151,6 +167,20 @@ def open_run(path: Path | str, say: Callable[[str], None] = print, *, device: st
         raise checkpoint.misfit(folder.checkpoint, folder.config, error) from error
     where = engine.single_device(device or config.engine.device)
     return Run(folder, config, data, model.to(where).eval(), where, step)
+
+
+def new_run_folder(name: str) -> Path:
+    """A folder of its own for a run that was given none, runs/NAME-TIME: two runs may begin in one second."""
+    plain = "".join(c if c.isalnum() or c in "-_." else "-" for c in name.rstrip("/").rpartition("/")[2])
+    return new_folder(RUNS / f"{plain}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def newest_run() -> Path:
+    """The run below ``runs/`` of which a checkpoint was written last. CheckpointError if there is none."""
+    saved = [path for path in RUNS.rglob(CHECKPOINT) if path.is_file()]
+    if not saved:
+        raise CheckpointError(f"no run below {RUNS}/ in this folder; name the folder of one")
+    return max(saved, key=lambda path: path.stat().st_mtime_ns).parent
 
 
 def new_folder(path: Path) -> Path:

@@ -113,7 +113,7 @@ def _message(kind: type[Any], error: ErrorDetails) -> str:
 class DataConfig:
     """Which data.
 
-    ``name``: one of the named data sets, or the user's own: ``idx:PATH``, ``text:PATH``, ``images:DIR``,
+    ``name``: one of the named data sets, or the user's own: ``idx:PATH``, ``text:PATH``, ``images:PATH``,
     ``npz:PATH``. ``array``: which array of an npz file. ``binarize``: grey levels become 0 and 1, at half of
     the largest ("threshold"), or each once and for all with its grey as the probability of a 1 ("sample",
     Salakhutdinov & Murray 2008). Text only: ``vocabulary``, the words known, the four

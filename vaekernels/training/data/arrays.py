@@ -19,16 +19,19 @@ from vaekernels.training.config import DataConfig
 from vaekernels.training.data.base import Arrays, Data, Most, digest, opened, split
 from vaekernels.training.errors import DataError
 
-__all__ = ["as_arrays", "load_idx", "load_npz", "read_idx"]
+__all__ = ["as_arrays", "load_idx", "load_npz", "native", "read_idx"]
 
 _COLOURS = (1, 3)
 _CHANNELS = (1, 2, 3, 4)
 
 
-def as_arrays(name: str, x: Tensor, where: str) -> Arrays:
+def as_arrays(name: str, x: Tensor, where: str, say: Callable[[str], None]) -> Arrays:
     """[N, D] vectors, [N, H, W] grey images, [N, C, H, W] or [N, H, W, C] images: the last axis is the
-    channels if it is 1 or 3 and the second is neither, or if it alone is at most 4. bool becomes 2 levels,
-    uint8 256, floats stay real numbers; anything else is a DataError."""
+    channels if it is 1 or 3 and the second is neither, or if it alone is at most 4.
+
+    Values that are all 0 or 1, of any type, and bytes that are all 0 or 255 become 2 levels; other bytes, and
+    images of whole numbers from 0 to 255, become 256; everything else is real numbers. ``say`` is told where
+    that does not follow from the type."""
     if x.dim() not in (2, 3, 4) or 0 in x.shape[1:]:
         raise DataError(
             f"{where}: shape {list(x.shape)}; takes [N, D] vectors, [N, H, W], [N, C, H, W] or [N, H, W, C] "
@@ -38,19 +41,41 @@ def as_arrays(name: str, x: Tensor, where: str) -> Arrays:
         x = x.unsqueeze(1)
     elif x.dim() == 4 and _channels_last(x):
         x = x.permute(0, 3, 1, 2)
-    if x.dtype == torch.bool:
-        x, levels = x.to(torch.uint8), 2
-    elif x.dtype == torch.uint8:
-        levels = 256
-    elif x.dtype.is_floating_point:
-        x, levels = x.float(), None
-        if not bool(x.isfinite().all()):
-            first = (~x.flatten(1).isfinite().all(dim=1)).nonzero()[0].item()
-            raise DataError(f"{where}: example {first} holds NaN, inf or a value beyond float32")
-    else:
-        raise DataError(f"{where}: dtype {str(x.dtype).removeprefix('torch.')}; takes uint8, bool or floats")
+    x, levels = _levels(x, where, say)
     train, heldout = split(x.contiguous(), where)
     return Arrays(name, train, heldout, digest(x), levels=levels)
+
+
+def _levels(x: Tensor, where: str, say: Callable[[str], None]) -> tuple[Tensor, int | None]:
+    """``x`` as uint8 of 0 .. levels - 1, or as float32 and None."""
+    if x.dtype == torch.bool:
+        return x.to(torch.uint8), 2
+    largest = 255 if x.dtype == torch.uint8 and bool((x > 1).any()) else 1
+    if bool(((x == 0) | (x == largest)).all()) and bool((x != x.flatten()[0]).any()):
+        say(f"all values are 0 or {largest}: data of two values")
+        return (x == largest).to(torch.uint8), 2
+    if x.dtype == torch.uint8:
+        return x, 256
+    if not x.dtype.is_floating_point and x.dim() == 4 and bool(((x >= 0) & (x <= 255)).all()):
+        return x.to(torch.uint8), 256
+    x = x.float()
+    if not bool(x.isfinite().all()):
+        first = (~x.flatten(1).isfinite().all(dim=1)).nonzero()[0].item()
+        raise DataError(f"{where}: example {first} holds NaN, inf or a value beyond float32")
+    return x, None
+
+
+def native(array: np.ndarray, where: str) -> Tensor:
+    """A tensor of the same values, in the byte order of this machine; integers that are no bytes as int64.
+    DataError unless they are numbers."""
+    if array.dtype.kind not in "buif":
+        raise DataError(f"{where}: dtype {array.dtype}; takes bool, integers or floats")
+    dtype = array.dtype.newbyteorder("=")
+    if dtype.kind in "iu" and dtype != np.uint8:
+        dtype = np.dtype(np.float64 if dtype == np.uint64 else np.int64)
+    elif dtype.kind == "f" and dtype.itemsize > 8:  # long double, which torch has not
+        dtype = np.dtype(np.float64)
+    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -69,12 +94,12 @@ _MOST_DIMS = 4
 
 
 def load_idx(config: DataConfig, say: Callable[[str], None]) -> Data:
-    """``idx:PATH``: an idx file of images or vectors, plain or gzipped; unsigned bytes or real numbers."""
+    """``idx:PATH``: an idx file of images or vectors, plain or gzipped."""
     path = Path(config.name.partition(":")[2])
     array = read_idx(path, Most(config))
     if array.ndim == 1:
         raise DataError(f"{path} holds {len(array)} single numbers (labels?); give the file of the images")
-    return as_arrays(config.name, torch.from_numpy(array.astype(array.dtype.newbyteorder("="))), str(path))
+    return as_arrays(config.name, native(array, str(path)), str(path), say)
 
 
 def read_idx(path: Path, most: Most) -> np.ndarray:
@@ -131,12 +156,7 @@ def load_npz(config: DataConfig, say: Callable[[str], None]) -> Data:
     path = Path(config.name.partition(":")[2])
     array = _read_npz(path, config.array, Most(config))
     where = f"{path}, array {config.array!r}"
-    if array.dtype.kind not in "buif":
-        raise DataError(f"{where}: dtype {array.dtype}; takes uint8, bool or floats")
-    native = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
-    if native.dtype.kind == "f" and native.dtype.itemsize > 8:  # long double, which torch has not
-        native = native.astype(np.float64)
-    return as_arrays(config.name, torch.from_numpy(native), where)
+    return as_arrays(config.name, native(array, where), where, say)
 
 
 def _read_npz(path: Path, name: str, most: Most) -> np.ndarray:

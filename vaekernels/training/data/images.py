@@ -19,7 +19,7 @@ from vaekernels.training.data.arrays import as_arrays
 from vaekernels.training.data.base import Arrays, Data, Most, digest, split
 from vaekernels.training.errors import DataError
 
-__all__ = ["binarized", "load_digits", "load_images"]
+__all__ = ["SUFFIXES", "binarized", "image_paths", "load_digits", "load_images", "read_image"]
 
 
 def load_digits(config: DataConfig, say: Callable[[str], None]) -> Data:
@@ -39,19 +39,19 @@ def load_digits(config: DataConfig, say: Callable[[str], None]) -> Data:
 
 # By suffix; Pillow tries these formats and no other. Left to itself it goes by the content, and starts
 # Ghostscript for PostScript.
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 _GREY = ("1", "L")
 _COLOUR = ("RGB", "P", "RGBA", "CMYK", "YCbCr", "LA", "PA")  # become RGB
 
 
 def load_images(config: DataConfig, say: Callable[[str], None]) -> Data:
-    """``images:DIR``: the images in a folder and the folders below it, in the order of their paths, all of
+    """``images:PATH``: the images in a folder and the folders below it, in the order of their paths, all of
     one size, turned as their EXIF orientation says. Grey if all are, else RGB; transparency is dropped.
     Hidden files are left out and counted; with ``config.corrupt`` "skip", so are those that cannot be
     read."""
     root = Path(config.name.partition(":")[2])
-    paths = _paths(root, say)
+    paths = image_paths(root, say)
     say(f"reading {len(paths)} images under {root} ...")
     most = Most(config)
     read: list[tuple[Path, np.ndarray]] = []
@@ -59,7 +59,7 @@ def load_images(config: DataConfig, say: Callable[[str], None]) -> Data:
     colour = False
     for path in paths:
         try:
-            image = _read(path)
+            image = read_image(path)
         except DataError as error:
             if config.corrupt == "abort":
                 raise DataError(f"{error}; --set data.corrupt=skip leaves such files out") from error
@@ -82,23 +82,23 @@ def load_images(config: DataConfig, say: Callable[[str], None]) -> Data:
     images = [image for _, image in read]
     if colour:
         images = [image if image.ndim == 3 else np.stack([image] * 3, axis=2) for image in images]
-    return as_arrays(config.name, torch.from_numpy(np.stack(images)), str(root))
+    return as_arrays(config.name, torch.from_numpy(np.stack(images)), str(root), say)
 
 
-def _paths(root: Path, say: Callable[[str], None]) -> list[Path]:
+def image_paths(root: Path, say: Callable[[str], None]) -> list[Path]:
     try:
         if not stat.S_ISDIR(os.stat(root).st_mode):
             raise DataError(f"cannot read {root}: not a folder")
     except (OSError, ValueError) as error:  # ValueError: NUL in the path
         reason = error.strerror if isinstance(error, OSError) else error
         raise DataError(f"cannot read {root}: {reason}") from error
-    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    found = sorted(path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     hidden = [path for path in found if _is_hidden(path.relative_to(root))]
     paths = [path for path in found if not _is_hidden(path.relative_to(root))]
     if hidden:
         say(f"left out {len(hidden)} hidden files, the first of them {hidden[0]}")
     if not paths:
-        raise DataError(f"no images under {root}; known are {', '.join(_SUFFIXES)}")
+        raise DataError(f"no images under {root}; known are {', '.join(SUFFIXES)}")
     return paths
 
 
@@ -107,7 +107,7 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
-def _read(path: Path) -> np.ndarray:
+def read_image(path: Path) -> np.ndarray:
     """uint8 [H, W] or [H, W, 3]."""
     from PIL import Image, ImageOps
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 
 from vaekernels.training.checkpoint import write_text
-from vaekernels.training.demo import html, tables
+from vaekernels.training.demo import tables
 from vaekernels.training.demo.outcome import Outcome, Variant, run
 
 __all__ = ["DEMOS", "PAGE", "Part", "show"]
@@ -82,8 +82,12 @@ def show(name: str, over: Mapping[str, object], folder: Path, console: Console) 
             found.append(run(variant, over, folder / variant.folder, console))
             console.print()
         outcomes.append(found)
+    from vaekernels.training.demo import (
+        html,
+    )  # with matplotlib: most of a second that other commands need not
+
     titled = [(part.title, found) for part, found in zip(parts, outcomes, strict=True)]
-    write_text(folder / PAGE, html.render(name, titled))
+    write_text(folder / PAGE, html.render(f"Posterior collapse and its cure: {name}", titled))
     for part, found in zip(parts, outcomes, strict=True):
         console.print(tables.table(part.title, found))
         if excerpt := tables.excerpt(found):

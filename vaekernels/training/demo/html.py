@@ -31,12 +31,12 @@ class Section:
     conclusions: list[str]
     plane: str
     curves: str
-    likelihoods: list[str]
+    likelihoods: list[tuple[str, str]]
     sentences: list[gallery.Sentences]
     grids: list[dict[str, str]]
 
 
-def render(name: str, parts: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
+def render(heading: str, parts: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("vaekernels.training", "demo"),
         autoescape=True,
@@ -45,7 +45,7 @@ def render(name: str, parts: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
         lstrip_blocks=True,
     )
     sections = [_section(title, outcomes) for title, outcomes in parts]
-    return environment.get_template("demo.html.j2").render(name=name, sections=sections, shown=_SAMPLES)
+    return environment.get_template("demo.html.j2").render(heading=heading, sections=sections, shown=_SAMPLES)
 
 
 def _section(title: str, outcomes: Sequence[Outcome]) -> Section:
@@ -58,7 +58,11 @@ def _section(title: str, outcomes: Sequence[Outcome]) -> Section:
         tables.conclusions(outcomes),
         plots.plane(points, {}),
         plots.curves(_joined(outcomes)),
-        [plots.likelihoods(outcome.report.samples) for outcome in outcomes],
+        [
+            (outcome.title, plots.likelihoods(outcome.report.samples))
+            for outcome in outcomes
+            if "own" in outcome.report.samples.nll  # a saved report has them no more
+        ],
         [each for each in seen if isinstance(each, gallery.Sentences)],
         [_grids(each) for each in seen if isinstance(each, gallery.Images)],
     )

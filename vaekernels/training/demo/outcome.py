@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
 from vaekernels.collapse import Curve, Report
+from vaekernels.collapse.report import PAGE
 from vaekernels.training import data as datasets
 from vaekernels.training import diagnosis, gallery
 from vaekernels.training.config import Config, presets, settings
@@ -39,17 +40,17 @@ class Variant:
 
 @dataclass(frozen=True)
 class Outcome:
-    """``seconds``: of the training; ``curves``: of the training, by panel and line."""
+    """``page``: where its report is, as a link; ``seen``: None for vectors; ``curves``: of the training, by
+    panel and line."""
 
-    variant: Variant
+    title: str
+    page: str
     report: Report
-    seen: gallery.Sentences | gallery.Images
-    seconds: float
+    seen: gallery.Sentences | gallery.Images | None
     curves: dict[str, dict[str, Curve]]
 
-    @property
-    def title(self) -> str:
-        return self.variant.title
+    def linked(self, page: str) -> Outcome:
+        return replace(self, page=page)
 
     @property
     def verdict(self) -> str:
@@ -75,5 +76,4 @@ def run(variant: Variant, over: Mapping[str, object], folder: Path, console: Con
     diagnosis.save(report, folder, more)
     console.print(f"  {report.headline}", highlight=False)
     seen = gallery.look(opened.model, data, opened.device)
-    assert seen is not None, "the demos are of sentences and images"
-    return Outcome(variant, report, seen, trainer.progress.seconds, diagnosis.curves(opened))
+    return Outcome(variant.title, f"{variant.folder}/{PAGE}", report, seen, diagnosis.curves(opened))

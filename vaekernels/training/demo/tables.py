@@ -11,7 +11,7 @@ from vaekernels.collapse import Estimate
 from vaekernels.training import gallery
 from vaekernels.training.demo.outcome import Outcome
 
-__all__ = ["conclusions", "excerpt", "interval", "rows", "table"]
+__all__ = ["change", "conclusions", "excerpt", "interval", "rows", "table"]
 
 Cell = Callable[[Estimate, bool], str]
 
@@ -28,22 +28,26 @@ def rows(outcomes: Sequence[Outcome], cell: Cell) -> list[tuple[str, list[str]]]
     def difference(outcome: Outcome) -> str:
         if outcome is outcomes[0]:
             return ""
-        return cell(outcome.report.iwae_difference(outcomes[0].report), True)
+        found = change(outcome, outcomes[0])
+        return "not comparable" if isinstance(found, str) else cell(found, True)
 
-    dims, samples = len(outcomes[0].report.dims), len(outcomes[0].seen.samples)
     shown: list[tuple[str, Callable[[Outcome], str]]] = [
         ("verdict", lambda outcome: outcome.verdict),
         ("rate (KL, unclamped)", estimate("rate")),
         ("I(x;z), lower bound", estimate("mi_lower")),
         ("I_dec", estimate("i_dec")),
         ("Δ_shuffle", estimate("delta_shuffle")),
-        ("active units", lambda outcome: f"{_count(outcome.report.metrics['active_units'])} of {dims}"),
-        ("dims used", lambda outcome: f"{_used(outcome)} of {dims}"),
+        (
+            "active units",
+            lambda outcome: f"{_count(outcome.report.metrics['active_units'])} of {_dims(outcome)}",
+        ),
+        ("dims used", lambda outcome: f"{_used(outcome)} of {_dims(outcome)}"),
         ("NELBO", estimate("nelbo")),
         ("NLL (IWAE)", estimate("iwae_nll")),
         (f"  less {outcomes[0].title}'s", difference),
-        ("distinct samples", lambda outcome: f"{outcome.seen.distinct} of {samples}"),
     ]
+    if all(outcome.seen is not None for outcome in outcomes):
+        shown.append(("distinct samples", _distinct))
     return [(label, [write(outcome) for outcome in outcomes]) for label, write in shown]
 
 
@@ -95,15 +99,34 @@ def conclusions(outcomes: Sequence[Outcome]) -> list[str]:
         f"another example's z an example is explained {_measured(shuffle, interval)} nats worse."
     ]
     for other in others:
-        change = other.report.iwae_difference(first.report)
         state = "alive" if other.alive else "not alive"
         if other.alive == first.alive:
             state = f"{state} either" if not other.alive else "alive as well"
-        said.append(
-            f"{other.title}: {state} ({other.verdict}); {_likelihood(change)}; "
-            f"{other.seen.distinct} distinct prior samples, not {first.seen.distinct}."
-        )
+        found = change(other, first)
+        price = f"likelihoods not compared: {found}" if isinstance(found, str) else _likelihood(found)
+        line = f"{other.title}: {state} ({other.verdict}); {price}"
+        if other.seen is not None and first.seen is not None:
+            line += f"; {other.seen.distinct} distinct prior samples, not {first.seen.distinct}"
+        said.append(f"{line}.")
     return said
+
+
+def change(outcome: Outcome, first: Outcome) -> Estimate | str:
+    """The importance-weighted NLL less that of ``first``, paired by example; a sentence where that cannot be
+    said."""
+    try:
+        return outcome.report.iwae_difference(first.report)
+    except ValueError as error:
+        return str(error)
+
+
+def _dims(outcome: Outcome) -> int:
+    return len(outcome.report.dims)
+
+
+def _distinct(outcome: Outcome) -> str:
+    assert outcome.seen is not None
+    return f"{outcome.seen.distinct} of {len(outcome.seen.samples)}"
 
 
 def _likelihood(change: Estimate) -> str:

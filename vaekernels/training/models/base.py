@@ -78,7 +78,7 @@ class ArrayDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         said: Tensor = self.net(z)
-        return said.view(len(z), self.likelihood.width, *self.shape)
+        return said.view(z.shape[0], self.likelihood.width, *self.shape)
 
 
 class ArrayVAE(VAE):

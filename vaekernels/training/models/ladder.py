@@ -53,7 +53,7 @@ class _Down(nn.Module):
 
     def said(self, z1: Tensor) -> Tensor:
         said: Tensor = self.net(z1)
-        return said.view(len(z1), self.likelihood.width, *self.shape)
+        return said.view(z1.shape[0], self.likelihood.width, *self.shape)
 
 
 class LadderVAE(VAE):

@@ -61,7 +61,7 @@ class RowGRUVAE(ArrayVAE):
         """The likeliest row under those already drawn, row by row."""
         channels, height, width = self.decoder.shape
         gru, likelihood = self._gru, self.decoder.likelihood
-        row, state = z.new_zeros(len(z), 1, channels * width), gru.start(z)
+        row, state = z.new_zeros(z.shape[0], 1, channels * width), gru.start(z)
         rows: list[Tensor] = []
         for _ in range(height):
             said, state = gru(row, z, state)

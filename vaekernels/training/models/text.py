@@ -30,7 +30,9 @@ class _Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         states, _ = self.rnn(self.embed(x))
         last = (x != PAD).sum(dim=1) - 1
-        moments: Tensor = self.posterior(self.to_moments(states[torch.arange(len(x), device=x.device), last]))
+        moments: Tensor = self.posterior(
+            self.to_moments(states[torch.arange(x.shape[0], device=x.device), last])
+        )
         return moments
 
 
@@ -103,7 +105,7 @@ class TextVAE(VAE):
     def generate(self, z: Tensor, *, length: int = 24) -> Tensor:
         """The most likely token at every position given those before it, int64 [B, <= length]; EOS, then
         PAD."""
-        token = torch.full((len(z), 1), BOS, device=z.device)
+        token = torch.full((z.shape[0], 1), BOS, device=z.device)
         state = self.decoder.start(z)
         ended = torch.zeros_like(token, dtype=torch.bool)
         tokens: list[Tensor] = []
