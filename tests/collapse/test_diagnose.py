@@ -572,9 +572,9 @@ def test_better_codes_that_no_gradient_finds(name: str) -> None:
         assert gap is not None and gap.low > 0.5
 
 
-@pytest.mark.parametrize("beta, subtype", [(1.0, "inference lag"), (8.0, "model collapse")])
+@pytest.mark.parametrize("beta, subtype", [(1.0, "inference lag"), (40.0, "model collapse")])
 def test_inference_is_refined_at_the_beta_of_the_training(beta: float, subtype: str) -> None:
-    """At beta 8 no dimension of 0.2 nats is worth its rate: w^2 + sd^2 = 1.49 sd^2 < beta sd^2."""
+    """The best codes gain about 1 / beta: 0.1 nats at beta 8, 0.02 at 40."""
     model = Linear.worth([0.2, 0.2], generator(0))
     x = model.sample(600, generator(1))
 

@@ -177,7 +177,7 @@ def test_a_saved_report_is_loaded(tmp_path: Path) -> None:
         ("[1]", "it has no schema"),
         ("no", "it has no schema"),
         ('{"schema": 99}', "has schema 99, this version reads"),
-        ('{"schema": 1}', "is damaged"),
+        ('{"schema": 2}', "is damaged"),
     ):
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(ValueError, match=message):
