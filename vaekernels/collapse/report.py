@@ -143,7 +143,7 @@ class Report:
     @classmethod
     def _of(cls, said: Mapping[str, Any]) -> Report:
         """What :meth:`to_json` gave, as a report."""
-        as_they_are = ["verdict", "subtype", "overfit", "confidence", "reasons", "advice"]
+        as_they_are = ["verdict", "subtype", "overfit", "excluded", "reasons", "advice"]
         as_they_are += ["settings", "checks", "cost", "skipped"]
         each = {
             name: torch.tensor(values, dtype=torch.float64)
