@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import json
 import math
 import os
@@ -42,11 +43,9 @@ from torch import Tensor
 
 from vaekernels import training
 from vaekernels.training import checkpoint
-from vaekernels.training.config import presets
 from vaekernels.training.config import settings as texts
 from vaekernels.training.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from vaekernels.training.evaluate import Evaluation, evaluate, monitor
-from vaekernels.training.models import VAE
 from vaekernels.training.run import CHECKPOINT, CONFIG, LOCK, LOG, METRICS, RunFolder, new_folder
 from vaekernels.training.trainer import Trainer
 
@@ -59,14 +58,16 @@ pytestmark = [
 # --- from Python
 
 
-def test_the_lines_of_the_docstring_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(presets.PRESETS, "digits", settings("digits"))
+def test_the_lines_of_the_docstring_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("a", "sentence", "of", "mine", "here")
+    lines = [" ".join(some) for some in itertools.permutations(words, 4)]
+    Path("slogans.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert training.__doc__ is not None
-    lines = textwrap.dedent(training.__doc__.partition("::\n")[2])
     space: dict[str, Any] = {}
-    exec(lines, space)
-    assert isinstance(space["config"], training.Config) and isinstance(space["model"], VAE)
-    assert set(training.__all__) == {"Config", "Trainer", "open_run"}
+    exec(textwrap.dedent(training.__doc__.partition("::\n")[2]), space)
+    assert isinstance(space["run"], training.Run) and space["mu"].shape == (1, space["run"].model.latent_dim)
+    assert set(training.__all__) == {"Codes", "Config", "Run", "Trainer", "open_run", "train"}
     with pytest.raises(AttributeError, match=r"'vaekernels\.training' has no attribute 'Trainers'"):
         training.Trainers  # noqa: B018
 

@@ -21,6 +21,7 @@ from tiny_runs import (
 
 import vaekernels as vk
 from vaekernels.collapse import Report
+from vaekernels.collapse.report import SCHEMA
 from vaekernels.training import data as datasets
 from vaekernels.training.data import Arrays
 from vaekernels.training.data.base import digest
@@ -177,7 +178,7 @@ def test_a_saved_report_is_loaded(tmp_path: Path) -> None:
         ("[1]", "it has no schema"),
         ("no", "it has no schema"),
         ('{"schema": 99}', "has schema 99, this version reads"),
-        ('{"schema": 1}', "is damaged"),
+        (f'{{"schema": {SCHEMA}}}', "is damaged"),
     ):
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(ValueError, match=message):
