@@ -16,6 +16,7 @@ import torch
 from tiny_runs import (
     settings,
     tiny_data,  # noqa: F401 (the fixture)
+    trained,
     trainer,
 )
 
@@ -31,11 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning"),
     pytest.mark.usefixtures("tiny_data"),
 ]
-
-
-def trained(name: str = "digits", given: str = "") -> Any:
-    trainer(settings(name, given), Path("run")).fit()
-    return vk.training.open_run("run", say=lambda text: None)
 
 
 def test_sentences_go_in_and_come_out() -> None:
