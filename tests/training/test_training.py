@@ -46,6 +46,7 @@ from vaekernels.training import checkpoint
 from vaekernels.training.config import settings as texts
 from vaekernels.training.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from vaekernels.training.evaluate import Evaluation, evaluate, monitor
+from vaekernels.training.models import VAE
 from vaekernels.training.run import CHECKPOINT, CONFIG, LOCK, LOG, METRICS, RunFolder, new_folder
 from vaekernels.training.trainer import Trainer
 
@@ -66,7 +67,9 @@ def test_the_lines_of_the_docstring_run(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert training.__doc__ is not None
     space: dict[str, Any] = {}
     exec(textwrap.dedent(training.__doc__.partition("::\n")[2]), space)
-    assert isinstance(space["run"], training.Run) and space["mu"].shape == (1, space["run"].model.latent_dim)
+    run = space["run"]
+    assert isinstance(run, training.Run) and space["mu"].shape == (1, run.model.latent_dim)
+    assert isinstance(run.config, training.Config) and isinstance(run.model, VAE)
     assert set(training.__all__) == {"Codes", "Config", "Run", "Trainer", "open_run", "train"}
     with pytest.raises(AttributeError, match=r"'vaekernels\.training' has no attribute 'Trainers'"):
         training.Trainers  # noqa: B018
