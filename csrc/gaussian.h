@@ -190,12 +190,6 @@ VK_FN R kl_slope_standard(const Scale<R>& scale, const Posterior<R>& q) {
   return q.growth;
 }
 
-// The same against a Gaussian prior, given the growth of t.
-template <Param P, class R>
-VK_FN R kl_slope_prior(const Scale<R>& scale, R growth) {
-  return kHoldsSd<P> ? growth * scale.log_slope : growth;
-}
-
 // What comes to an element through its samples: the sums over them of grad_z, and of grad_z * eps, which is
 // the gradient with respect to sd. Where z was not used both are 0.
 template <class R>
@@ -207,13 +201,12 @@ struct SampleGradients {
   VK_FN R log_sd(R sd) const { return noise * keep_if(used, sd); }
 };
 
-// The gradient with respect to s: `c` is the gradient of the loss with respect to the element's KL,
-// `kl_slope` as above.
+// The gradient with respect to s. `of_kl` comes through the KL, and is that by s where the tensor holds sd, by
+// x otherwise.
 template <Param P, class R>
-VK_FN R scale_gradient(const Scale<R>& scale, const Posterior<R>& q, const SampleGradients<R>& z, R c,
-                       R kl_slope) {
+VK_FN R scale_gradient(const Scale<R>& scale, const Posterior<R>& q, const SampleGradients<R>& z, R of_kl) {
   const R gradient =
-      kHoldsSd<P> ? z.noise * scale.slope + c * kl_slope : (z.log_sd(q.sd) + c * kl_slope) * scale.log_slope;
+      kHoldsSd<P> ? z.noise * scale.slope + of_kl : (z.log_sd(q.sd) + of_kl) * scale.log_slope;
   return keep_if(q.inside, gradient);
 }
 
@@ -237,10 +230,11 @@ VK_FN ElementGradients<R> gradients_sample(R s, const AnyBounds& bounds, const S
   return gradients_sample<P>(scale, posterior_of<P>(scale, bounds, range), z);
 }
 
+// `c`, here and below: the gradient of the loss with respect to the element's KL.
 template <Param P, class R>
 VK_FN ElementGradients<R> gradients_standard(const Scale<R>& scale, const Posterior<R>& q, R mu,
                                              const SampleGradients<R>& z, R c) {
-  return {z.sum + c * mu, scale_gradient<P>(scale, q, z, c, kl_slope_standard<P>(scale, q)), R(0), R(0)};
+  return {z.sum + c * mu, scale_gradient<P>(scale, q, z, c * kl_slope_standard<P>(scale, q)), R(0), R(0)};
 }
 
 template <Param P, class R, class AnyBounds, class Range = AnyRange>
@@ -250,15 +244,17 @@ VK_FN ElementGradients<R> gradients_standard(R mu, R s, const AnyBounds& bounds,
   return gradients_standard<P>(scale, posterior_of<P>(scale, bounds, range), mu, z, c);
 }
 
-// cq and cp: c for the posterior and for the prior, which differ under KL balancing.
+// cq and cp: c for the posterior and for the prior, which differ under KL balancing. They come before the slope
+// of the logarithm, 1 / sd, which may leave float32's range where the gradient does not.
 template <Param P, class R>
 VK_FN ElementGradients<R> gradients_prior(const Scale<R>& scale, const Scale<R>& prior_scale,
                                           const Posterior<R>& q, const Prior<R>& p,
                                           const SampleGradients<R>& z, R cq, R cp) {
   const R pull = p.distance * p.precision_root;
   const R growth = prior_growth<P>(q, prior_scale, p);
-  return {z.sum + cq * pull, scale_gradient<P>(scale, q, z, cq, kl_slope_prior<P>(scale, growth)),
-          -(cp * pull), -(cp * ((growth + p.distance * p.distance) * prior_scale.log_slope))};
+  const R of_kl = kHoldsSd<P> ? cq * growth * scale.log_slope : cq * growth;
+  return {z.sum + cq * pull, scale_gradient<P>(scale, q, z, of_kl), -(cp * pull),
+          -(cp * (growth + p.distance * p.distance) * prior_scale.log_slope)};
 }
 
 template <Param P, class R, class AnyBounds, class Range = AnyRange>

@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+import vaekernels as vk
 from vaekernels.training import data as datasets
 from vaekernels.training.config import (
     Config,
@@ -72,6 +73,12 @@ def settings(name: str = "docstrings", given: str = "", **objective: Any) -> Con
 def trainer(config: Config, run: Path, *, resume: bool = False) -> Trainer:
     data = datasets.load(config.data, lambda text: None)
     return Trainer(config, data, run, Console(file=StringIO(), width=80), resume=resume)
+
+
+def trained(name: str, given: str = "", folder: str = "run") -> vk.training.Run:
+    """A run in ``folder``, trained and opened."""
+    trainer(settings(name, given), Path(folder)).fit()
+    return vk.training.open_run(folder, say=lambda text: None)
 
 
 def stop_at(run: Trainer, step: int, stop: Callable[[], None] | None = None) -> None:

@@ -31,13 +31,20 @@ def _not_floating(name: str, t: Tensor) -> NoReturn:
     )
 
 
+def whole_number(value: Any) -> int | None:
+    """The int that `value` is, NumPy's integers included; None for anything else."""
+    if isinstance(value, (bool, Tensor)) or not hasattr(value, "__index__"):
+        return None
+    return operator.index(value)
+
+
 def index(name: str, value: Any, takes: str = "an int") -> int:
     """The int that `value` is: NumPy's integers are ints, as for torch. A symbolic size stays what it is."""
     if type(value) is int or isinstance(value, torch.SymInt):
         return value  # type: ignore[return-value]
-    if not isinstance(value, (bool, Tensor)) and hasattr(value, "__index__"):
-        return operator.index(value)
-    raise TypeError(f"{name} must be {takes}, got {type(value).__name__}")
+    if (whole := whole_number(value)) is None:
+        raise TypeError(f"{name} must be {takes}, got {type(value).__name__}")
+    return whole
 
 
 def is_array(value: Any) -> bool:
@@ -176,12 +183,12 @@ def log_weight_of(log_weight: Any) -> tuple[str, int]:
     kind, examples = "minibatch", log_weight
     if isinstance(log_weight, (tuple, list)) and len(log_weight) == 2 and log_weight[0] == "stratified":
         kind, examples = log_weight
-    if isinstance(examples, (bool, Tensor)) or not hasattr(examples, "__index__"):
+    examples = whole_number(examples)
+    if examples is None:
         raise TypeError(
             "log_weight must be None, the number of examples of the data set, or ('stratified', that "
             f"number), got {log_weight!r}"
         )
-    examples = operator.index(examples)
     if examples < 1:
         raise ValueError(
             f"log_weight must have at least 1 example, got {examples}; give the number of examples of the "
@@ -301,9 +308,9 @@ def group_axes(ndim: int, batch_dims: int, group_dims: int | Sequence[int]) -> l
     given = group_dims if isinstance(group_dims, (tuple, list)) else [group_dims]
     axes: list[int] = []
     for axis in given:
-        if isinstance(axis, (bool, Tensor)) or not hasattr(axis, "__index__"):
+        axis = whole_number(axis)
+        if axis is None:
             raise TypeError(f"group_dims must be None, an int or ints, got {group_dims!r}")
-        axis = operator.index(axis)
         if not -ndim <= axis < ndim:
             raise ValueError(f"group_dims must be axes of mu, which has {ndim}, got {axis} in {group_dims!r}")
         axes.append(axis % ndim)

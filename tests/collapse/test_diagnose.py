@@ -439,7 +439,7 @@ def test_rare_use_is_found() -> None:
         report = rarely(0.02, 2048, seed)
         assert report.verdict == "rare-use", report.reasons
         low, high = report.checks["picked_out"][1:]
-        assert 0 < low < high < 0.03
+        assert 0 < low < high < 0.03  # fewer than use it: some contrast codes lie as near
         assert report.checks["half_of_delta_shuffle"] < 0.02
 
 

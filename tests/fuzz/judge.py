@@ -242,23 +242,30 @@ class Errors:
         kl, _ = self._reduced(self.kl + of_clamp)
         return kl, d_rate, undecided
 
+    def weightless(self) -> bool:
+        """Whether a row has the weight 0."""
+        weight = self.exact.options.get("weight")
+        return weight is not None and bool((weight == 0).any())
+
     def total_peak(self) -> Tensor:
         """The largest number on the way to a sum over all elements."""
         weight = self.exact.options.get("weight")
         most = 1.0 if weight is None or weight.numel() == 0 else max(1.0, float(weight.max()))
         return self.peak.sum() * most
 
-    def shares(self) -> Tensor:
-        """|d loss / d KL| of each element, without the clamp; 0 where nothing of the KL has a cotangent."""
+    def shares(self) -> tuple[Tensor, Tensor]:
+        """|d loss / d KL| of each element, without the clamp, for the posterior and for the prior; 0 where
+        nothing of the KL has a cotangent."""
         weights = self.exact.cotangents
         if self.exact.op == "reparameterize" or not {"kl", "kl_per_group"} & set(weights):
-            return torch.zeros_like(self.mu)
+            return torch.zeros_like(self.mu), torch.zeros_like(self.mu)
         of_each = torch.full(self.mu.shape, 0.5, dtype=torch.float64, requires_grad=True)
         with torch.enable_grad():
             outputs = dict(zip(("kl", "kl_per_group"), self._reduced(of_each), strict=True))
         used = [name for name in outputs if name in weights]
-        gradients = torch.autograd.grad([outputs[n] for n in used], of_each, [weights[n].abs() for n in used])
-        return gradients[0]
+        (share,) = torch.autograd.grad([outputs[n] for n in used], of_each, [weights[n].abs() for n in used])
+        balance = self.exact.options.get("balance")
+        return (share, share) if balance is None else ((1.0 - balance) * share, balance * share)
 
     # --- z and the gradients
 
@@ -266,7 +273,7 @@ class Errors:
         of_sd = self.normals * (self.sd * (self.unit + self.dx) + self.tiny) + self.normal * self.sd
         return of_sd + self.unit * (z.abs() + self.mu.abs())
 
-    def gradients(self, share: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    def gradients(self, share: Tensor, prior_share: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Of mu, the second tensor, prior_mu and the prior's second tensor: the errors of the gradients, and
         the largest number on the way to each."""
         grad_z = noise = torch.zeros_like(self.mu)
@@ -285,16 +292,17 @@ class Errors:
         )
         size, prior_size = (
             noise * self.sd + share * self.growth.abs(),
-            share * (self.growth.abs() + self.a**2),
+            prior_share * (self.growth.abs() + self.a**2),
         )
         # A subnormal share is off by more than a rounding.
         blur = 8 * self.smallest
         d_mu = self.unit * grad_z + share * d_pull + blur * pull
-        d_prior = share * (d_growth + self._of_square()) + blur * (self.growth.abs() + self.a**2)
+        d_prior_mu = prior_share * d_pull + blur * pull
+        d_prior = prior_share * (d_growth + self._of_square()) + blur * (self.growth.abs() + self.a**2)
         errors = [
             d_mu,
             self.slope * (of_sample + share * d_growth + blur * self.growth.abs() + self.eps * size),
-            d_mu,
+            d_prior_mu,
             self.prior_slope * (d_prior + self.eps * prior_size),
         ]
         peak = torch.stack([self.peak, share, grad_z, noise, noise * self.sd]).amax(0)
@@ -430,7 +438,10 @@ def _compare_all(
         d_kl = d_kl + errors.eps * exact.outputs["kl"].abs().nan_to_num()
         by_element = problem.options["reduction"] == "elementwise"
         allowed["kl"] = Allowed(
-            d_kl, errors.peak if by_element else errors.total_peak(), either=errors.vanishes
+            d_kl,
+            errors.peak if by_element else errors.total_peak(),
+            lost=torch.tensor(errors.weightless()),
+            either=errors.vanishes,
         )
         allowed["kl_per_group"] = Allowed(d_rate, errors.total_peak(), either=errors.vanishes)
         # A rate that left the range of float32 closes its group, or opens it.
@@ -456,11 +467,12 @@ def _check_form_of_z(z: Tensor, problem: Problem) -> None:
 def _compare_gradients(
     problem: Problem, ours: Outcome, exact: Outcome, single: Outcome, errors: Errors, undecided: Tensor
 ) -> None:
-    share = errors.shares()
-    bounds, peaks = errors.gradients(share)
+    share, prior_share = errors.shares()
+    bounds, peaks = errors.gradients(share, prior_share)
     of_kl = any(name in problem.cotangents for name in ("kl", "kl_per_group"))
-    lost = ((share == 0) & of_kl) | (problem.options.get("num_samples") is not None)
-    each = [Allowed(*pair, undecided, lost, either=True) for pair in zip(bounds, peaks, strict=True)]
+    summed = problem.options.get("num_samples") is not None
+    lost = [((of_each == 0) & of_kl) | summed for of_each in (share, share, prior_share, prior_share)]
+    each = [Allowed(*three[:2], undecided, three[2], True) for three in zip(bounds, peaks, lost, strict=True)]
     if problem.packed is not None:
         names = ("bound", "peak", "undecided", "lost")
         halves = {name: torch.cat([getattr(one, name) for one in each[:2]], problem.packed) for name in names}

@@ -243,6 +243,28 @@ FOUND = {
             "weight": torch.zeros(1),
         },
     ),
+    # The sum of a row is over float32's range, and its weight is 0: 0 * inf, as in PyTorch.
+    "a sum out of range without weight": Problem(
+        "gaussian_kl",
+        [torch.full((1, 65), 1.8e19), torch.zeros(1, 65)],
+        None,
+        {
+            "batch_dims": 1,
+            "reduction": "sum",
+            "parameterization": "logvar",
+            "clamp": "sample",
+            "free_bits": 1e30,
+            "weight": torch.zeros(1),
+        },
+    ),
+    # The same with a gradient that balance=0 keeps from the prior.
+    "a slope out of range that the balance leaves out": Problem(
+        "gaussian_kl",
+        [torch.full((1, 3), 100.0), torch.ones(1, 3), torch.zeros(1, 3), torch.full((1, 3), 1e-20)],
+        None,
+        {"batch_dims": 0, "reduction": "elementwise", "parameterization": "std", "balance": 0.0},
+        cotangents={"kl": torch.ones(1, 3)},
+    ),
 }
 
 

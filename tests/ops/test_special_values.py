@@ -219,3 +219,27 @@ def test_gradients_of_no_samples(dtype, parameterization, backend):
         found.append(torch.autograd.grad(z, (mu, s), torch.zeros_like(z)))
     for ours, plain in zip(*found, strict=True):
         torch.testing.assert_close(ours, plain, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("balance", [None, 0.0, 1.0])
+@pytest.mark.parametrize("parameterization", ["std", "softplus"])
+def test_gradients_in_range_whose_slopes_are_not(parameterization, balance, backend):
+    """1 / sd of the prior or the posterior, times the square of a distance or of a ratio, is over float32's
+    range; times the weight of a row, 1e-6 or 0, it is not. In float64 nothing overflows."""
+    if parameterization == "std":
+        second, prior_second = [2e-6, 1e-7, 1.0], [2e-13, 1e-25, 1.0]
+    else:
+        second, prior_second = [-13.1, -16.1, 0.5], [-29.2, -57.6, 0.5]
+    columns = [7.3, 0.0, 0.1], second, [-88.5, 0.0, 0.2], prior_second
+    leaves = [torch.tensor([column] * 2) for column in columns]
+    weight = torch.tensor([1e-6, 0.0])
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        args = [t.to(dtype).requires_grad_() for t in leaves]
+        kl = vk.gaussian_kl(
+            *args, parameterization=parameterization, balance=balance, weight=weight, reduction="sum"
+        )
+        found.append(torch.autograd.grad(kl, args))
+    for ours, exact in zip(*found, strict=True):
+        assert (exact[1] == 0).all()
+        torch.testing.assert_close(ours, exact.float(), rtol=1e-5, atol=1e-30)

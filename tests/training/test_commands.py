@@ -22,7 +22,7 @@ from PIL import Image
 from tiny_runs import (
     settings,
     tiny_data,  # noqa: F401 (the fixture)
-    trainer,
+    trained,
 )
 from typer.testing import CliRunner
 
@@ -46,11 +46,6 @@ def call(*arguments: str, status: int = 0) -> tuple[str, str]:
     result = CliRunner().invoke(app, arguments, env={"COLUMNS": "100"})
     assert result.exit_code == status, result.output
     return result.stdout, result.stderr
-
-
-def trained(name: str, given: str = "", folder: str = "run") -> vk.training.Run:
-    trainer(settings(name, given), Path(folder)).fit()
-    return vk.training.open_run(folder, say=lambda text: None)
 
 
 def test_every_command_is_listed_without_torch_too() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import json
 import math
 import os
@@ -42,7 +43,6 @@ from torch import Tensor
 
 from vaekernels import training
 from vaekernels.training import checkpoint
-from vaekernels.training.config import presets
 from vaekernels.training.config import settings as texts
 from vaekernels.training.errors import CheckpointError, ConfigError, Interrupted, NonFiniteError
 from vaekernels.training.evaluate import Evaluation, evaluate, monitor
@@ -59,14 +59,18 @@ pytestmark = [
 # --- from Python
 
 
-def test_the_lines_of_the_docstring_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(presets.PRESETS, "digits", settings("digits"))
+def test_the_lines_of_the_docstring_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("a", "sentence", "of", "mine", "here")
+    lines = [" ".join(some) for some in itertools.permutations(words, 4)]
+    Path("slogans.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     assert training.__doc__ is not None
-    lines = textwrap.dedent(training.__doc__.partition("::\n")[2])
     space: dict[str, Any] = {}
-    exec(lines, space)
-    assert isinstance(space["config"], training.Config) and isinstance(space["model"], VAE)
-    assert set(training.__all__) == {"Config", "Trainer", "open_run"}
+    exec(textwrap.dedent(training.__doc__.partition("::\n")[2]), space)
+    run = space["run"]
+    assert isinstance(run, training.Run) and space["mu"].shape == (1, run.model.latent_dim)
+    assert isinstance(run.config, training.Config) and isinstance(run.model, VAE)
+    assert set(training.__all__) == {"Codes", "Config", "Run", "Trainer", "open_run", "train"}
     with pytest.raises(AttributeError, match=r"'vaekernels\.training' has no attribute 'Trainers'"):
         training.Trainers  # noqa: B018
 
@@ -196,6 +200,10 @@ def test_an_epoch_whose_checkpoint_was_not_written_is_logged_once(
     epoch: int, every: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """14 steps an epoch: the last checkpoint is that of the epoch's last step, or is earlier."""
+    # TensorBoard reads event files in the order of their names: the second, the host, the process, and the
+    # process's count of writers as plain digits, so that within one second the tenth comes before the ninth.
+    writer = pytest.importorskip("tensorboard.summary.writer.event_file_writer")
+    monkeypatch.setattr(writer, "_global_uid", writer.AtomicCounter(0))
     config = settings(given=f"engine.checkpoint_steps={every} engine.log_steps=7 engine.tensorboard=true")
     trainer(config, tmp_path / "whole").fit()
     run = trainer(config, tmp_path / "killed")

@@ -16,11 +16,13 @@ import torch
 from tiny_runs import (
     settings,
     tiny_data,  # noqa: F401 (the fixture)
+    trained,
     trainer,
 )
 
 import vaekernels as vk
 from vaekernels.collapse import Report
+from vaekernels.collapse.report import SCHEMA
 from vaekernels.training import data as datasets
 from vaekernels.training.data import Arrays
 from vaekernels.training.data.base import digest
@@ -30,11 +32,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning"),
     pytest.mark.usefixtures("tiny_data"),
 ]
-
-
-def trained(name: str = "digits", given: str = "") -> Any:
-    trainer(settings(name, given), Path("run")).fit()
-    return vk.training.open_run("run", say=lambda text: None)
 
 
 def test_sentences_go_in_and_come_out() -> None:
@@ -177,7 +174,7 @@ def test_a_saved_report_is_loaded(tmp_path: Path) -> None:
         ("[1]", "it has no schema"),
         ("no", "it has no schema"),
         ('{"schema": 99}', "has schema 99, this version reads"),
-        ('{"schema": 2}', "is damaged"),
+        (f'{{"schema": {SCHEMA}}}', "is damaged"),
     ):
         (tmp_path / "report.json").write_text(text)
         with pytest.raises(ValueError, match=message):

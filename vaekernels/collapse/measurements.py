@@ -187,11 +187,11 @@ class Measurements:
         probability below 0.025."""
         if self.contrasts is None:
             return None
-        values = self.contrasts.picked()
+        values, k = self.contrasts.picked(), self.contrasts.likelihoods[0].shape[1]
         found = self.subset(len(values)).estimate(values)
         right = int((values > 0.5).sum())
-        wrong = round(-values[values < 0].sum().item() * (self.contrasts.likelihoods[0].shape[1] - 1))
-        chance = binomial_tail(right, right + wrong, 1 / self.contrasts.likelihoods[0].shape[1])
+        wrong = round(-values[values < 0].sum().item() * (k - 1))
+        chance = binomial_tail(right, right + wrong, 1 / k)
         # Few examples: the bootstrap has lower ends of 0 for one or two. The test of the picks decides.
         if chance >= TAIL:
             return replace(found, low=min(found.low, 0.0))

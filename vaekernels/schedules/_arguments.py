@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-import operator
-from typing import Any
 
 import torch
 
-__all__ = ["Device", "at_least", "finite", "steps_of", "whole_number"]
+from vaekernels._checks import whole_number
+
+__all__ = ["Device", "at_least", "finite", "steps_of"]
 
 Device = torch.device | str | None
 
@@ -23,13 +23,6 @@ def at_least(name: str, value: float, least: float) -> float:
     if finite(name, value) < least:
         raise ValueError(f"{name} must be at least {least:g}, got {value}")
     return float(value)
-
-
-def whole_number(value: Any) -> int | None:
-    """The int that `value` is, NumPy's integers included; None for anything else."""
-    if isinstance(value, (bool, torch.Tensor)) or not hasattr(value, "__index__"):
-        return None
-    return operator.index(value)
 
 
 def steps_of(name: str, value: int, *, least: int = 1) -> int:

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vaekernels.schedules._arguments import Device, at_least, finite, steps_of, whole_number
+from vaekernels._checks import whole_number
+from vaekernels.schedules._arguments import Device, at_least, finite, steps_of
 
 __all__ = [
     "Capacity",

@@ -21,7 +21,7 @@ from vaekernels.training import demo as demos
 from vaekernels.training.config import Config, EngineConfig, combinations, presets, settings
 from vaekernels.training.data import Data
 from vaekernels.training.errors import ConfigError, Interrupted, TrainingError, nearest
-from vaekernels.training.run import RunFolder, new_run_folder, newest_run, open_run
+from vaekernels.training.run import RunFolder, new_run_folder, open_run
 from vaekernels.training.trainer import Trainer
 
 __all__ = ["app"]
@@ -167,7 +167,7 @@ def train(
         if resume is not None:
             RunFolder(resume).require_same(base, chosen)
         combinations.check(chosen)
-        _set_threads(chosen.engine)
+        engine.set_threads(chosen.engine)
         fabric = engine.launch(chosen.engine)
         _train(chosen, fabric, resume, run_dir)
         engine.leave(fabric)
@@ -188,12 +188,7 @@ def _train(chosen: Config, fabric: Fabric, resume: Path | None, run_dir: Path | 
 
 @app.command()
 def diagnose(
-    run: Annotated[
-        _Path,
-        typer.Argument(
-            metavar="[RUN]", help="The folder of a run (default: the newest below runs/).", show_default=False
-        ),
-    ] = None,
+    run: commands.Newest = None,
     n: Annotated[int, typer.Option("-n", help="How many examples of each split are used.")] = 2048,
     k: Annotated[int, typer.Option("-k", help="Contrast codes of I_dec; samples of the IWAE bound.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of everything random in the diagnosis.")] = 0,
@@ -218,10 +213,8 @@ def diagnose(
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
         if budget is not None and not budget > 0:
             raise ConfigError(f"--budget must be greater than 0, got {budget:g}")
-        _set_threads(EngineConfig(threads=threads))
-        if run is None:
-            run = newest_run()
-            print(f"the newest run: {run}", file=sys.stderr)
+        engine.set_threads(EngineConfig(threads=threads))
+        run = commands.or_newest(run)
         opened = open_run(run, lambda text: print(text, file=sys.stderr), device=device)
         report = diagnosis.diagnose(opened, n=n, k=k, seed=seed, budget_s=budget, train=train)
         try:
@@ -259,7 +252,7 @@ def demo(
         over: dict[str, dict[str, Any]] = {"engine": {"seed": seed, "threads": threads, "tensorboard": False}}
         if epochs is not None:
             over["optim"] = {"epochs": epochs}
-        _set_threads(EngineConfig(seed=seed, threads=threads))
+        engine.set_threads(EngineConfig(seed=seed, threads=threads))
         demos.show(name, over, run_dir or new_run_folder(f"demo-{name}"), display.console())
 
 
@@ -295,11 +288,6 @@ def _resumed(folder: RunFolder, preset: str | None, config: Path | None) -> Conf
     if preset is not None or config is not None:
         raise ConfigError("--resume takes the settings of the run; leave out the preset and --config")
     return folder.settings()
-
-
-def _set_threads(engine: EngineConfig) -> None:
-    if engine.threads is not None:
-        torch.set_num_threads(engine.threads)
 
 
 @contextmanager

@@ -28,12 +28,12 @@ from vaekernels.training.errors import CheckpointError, ConfigError, InputError
 from vaekernels.training.run import newest_run
 from vaekernels.training.use import TRAVERSED, Run, open_run
 
-__all__ = ["COMMANDS"]
+__all__ = ["COMMANDS", "Newest", "or_newest"]
 
 _Path = Path | None
 _Str = str | None
 
-_Newest = Annotated[
+Newest = Annotated[
     _Path,
     typer.Argument(
         metavar="[RUN]", help="The folder of a run (default: the newest below runs/).", show_default=False
@@ -51,7 +51,7 @@ _Picture = Annotated[_Path, typer.Option(help="The picture, a .png (default: in 
 
 
 def sample(
-    run: _Newest = None,
+    run: Newest = None,
     n: Annotated[int, typer.Option("-n", help="How many.")] = 20,
     temperature: Annotated[float, typer.Option(help="Standard deviation of z; the prior's is 1.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of z.")] = 0,
@@ -78,7 +78,7 @@ def decode(
 
 
 def encode(
-    run: _Newest = None,
+    run: Newest = None,
     data: Annotated[
         _Str,
         typer.Option(
@@ -142,7 +142,7 @@ def interpolate(
 
 
 def traverse(
-    run: _Newest = None,
+    run: Newest = None,
     dims: Annotated[
         list[int] | None,
         typer.Option(
@@ -214,7 +214,7 @@ def compare(
 
 
 def export(
-    run: _Newest = None,
+    run: Newest = None,
     out: Annotated[
         _Path, typer.Option(help="Such as model.pt2 (default: RUN/model.pt2).", show_default=False)
     ] = None,
@@ -263,11 +263,16 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def _opened(path: Path | None) -> Run:
+def or_newest(path: Path | None) -> Path:
+    """``path``, or the newest run below runs/, which is said."""
     if path is None:
         path = newest_run()
         _say(f"the newest run: {path}")
-    return open_run(path, say=_say)
+    return path
+
+
+def _opened(path: Path | None) -> Run:
+    return open_run(or_newest(path), say=_say)
 
 
 def _show(run: Run, decoded: Decoded, name: str, as_json: bool, out: Path | None) -> None:

@@ -20,7 +20,7 @@ from vaekernels.training.errors import ConfigError, TrainingError
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["launch", "leave", "once", "process_group", "single_device"]
+__all__ = ["launch", "leave", "once", "process_group", "set_threads", "single_device"]
 
 T = TypeVar("T")
 
@@ -36,6 +36,11 @@ class SavesInPlace(TorchCheckpointIO):
         content = io.BytesIO()
         torch.save(checkpoint, content)
         Path(path).write_bytes(content.getbuffer())
+
+
+def set_threads(config: EngineConfig) -> None:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
 
 
 def launch(config: EngineConfig) -> Fabric:

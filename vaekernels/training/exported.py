@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from vaekernels.training.data import Arrays, Text
-from vaekernels.training.data.base import BOS, EOS, PAD
 from vaekernels.training.errors import CheckpointError, InputError
 from vaekernels.training.models import VAE
 from vaekernels.training.models.text import TextVAE
@@ -85,19 +84,8 @@ class _Words(nn.Module):
 
     def __init__(self, model: TextVAE, length: int) -> None:
         super().__init__()
-        self.decoder = model.decoder
+        self.model = model
         self.length = length
 
     def forward(self, z: Tensor) -> Tensor:
-        token = torch.full((z.shape[0], 1), BOS, device=z.device)
-        state = self.decoder.start(z)
-        ended = torch.zeros_like(token, dtype=torch.bool)
-        never = torch.zeros(self.decoder.to_logits.out_features, device=z.device)
-        never[[PAD, BOS]] = -torch.inf
-        tokens = []
-        for _ in range(self.length):
-            logits, state = self.decoder(token, z, state)
-            token = (logits + never).argmax(dim=2).masked_fill(ended, PAD)
-            tokens.append(token)
-            ended = ended | (token == EOS)
-        return torch.cat(tokens, dim=1)
+        return torch.cat([token for token, _ in self.model.greedy(z, self.length)], dim=1)

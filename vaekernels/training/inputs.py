@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vaekernels._files import lines_of
 from vaekernels.training.data import OWN, Arrays, Data, Text
+from vaekernels.training.data.arrays import native
 from vaekernels.training.data.base import opened
 from vaekernels.training.data.images import SUFFIXES, image_paths, read_image
 from vaekernels.training.errors import DataError, InputError
@@ -65,9 +66,7 @@ def codes(path: Path) -> Tensor:
         if "mu" not in array.dtype.names:
             raise DataError(f"{path} has no mu, it has {', '.join(array.dtype.names)}")
         array = array["mu"]
-    if array.dtype.kind not in "buif":
-        raise DataError(f"{path}: dtype {array.dtype}; takes numbers")
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32))
+    return native(array, str(path)).float()
 
 
 def _array(path: Path) -> np.ndarray:

@@ -82,9 +82,7 @@ def show(name: str, over: Mapping[str, object], folder: Path, console: Console) 
             found.append(run(variant, over, folder / variant.folder, console))
             console.print()
         outcomes.append(found)
-    from vaekernels.training.demo import (
-        html,
-    )  # with matplotlib: most of a second that other commands need not
+    from vaekernels.training.demo import html  # matplotlib takes seconds to import
 
     titled = [(part.title, found) for part, found in zip(parts, outcomes, strict=True)]
     write_text(folder / PAGE, html.render(f"Posterior collapse and its cure: {name}", titled))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -105,16 +107,23 @@ class TextVAE(VAE):
     def generate(self, z: Tensor, *, length: int = 24) -> Tensor:
         """The most likely token at every position given those before it, int64 [B, <= length]; EOS, then
         PAD."""
-        token = torch.full((z.shape[0], 1), BOS, device=z.device)
-        state = self.decoder.start(z)
-        ended = torch.zeros_like(token, dtype=torch.bool)
         tokens: list[Tensor] = []
-        for _ in range(length):
-            logits, state = self.decoder(token, z, state)
-            logits[..., [PAD, BOS]] = -torch.inf  # never targets, so never learned
-            token = logits.argmax(dim=2).masked_fill(ended, PAD)
+        for token, ended in self.greedy(z, length):
             tokens.append(token)
-            ended |= token == EOS
             if bool(ended.all()):
                 break
         return torch.cat(tokens, dim=1)
+
+    def greedy(self, z: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Of every position up to ``length`` the most likely token, int64 [B, 1], and whether the sentence
+        has ended, bool [B, 1]."""
+        token = torch.full((z.shape[0], 1), BOS, device=z.device)
+        state = self.decoder.start(z)
+        ended = torch.zeros_like(token, dtype=torch.bool)
+        never = torch.zeros(self.decoder.to_logits.out_features, device=z.device)
+        never[[PAD, BOS]] = -torch.inf  # never targets, so never learned
+        for _ in range(length):
+            logits, state = self.decoder(token, z, state)
+            token = (logits + never).argmax(dim=2).masked_fill(ended, PAD)
+            ended = ended | (token == EOS)
+            yield token, ended
