@@ -596,3 +596,78 @@ def test_the_refined_point_lies_the_gain_below_the_better_start() -> None:
     gain = found.metrics["svi_gain"]
     assert gain is not None
     assert nelbo["z from the prior"] - nelbo["refined by gradient"] == pytest.approx(gain.value, abs=1e-9)
+
+
+# --- what is wrong with a latent that is used ---------------------------------------------------------------
+
+
+def ring() -> collapse.Report:
+    """mu on a circle of radius 6, sd e^-2: I = log(12 pi / sqrt(2 pi e) e^-2) = 4.21, the rate 21.02 nats."""
+    angle = 2 * math.pi * torch.rand(1024, 1, generator=generator(1))
+
+    def circle(angle: Tensor) -> Tensor:
+        return 6 * torch.cat([angle.cos(), angle.sin()], dim=1)
+
+    return diagnose(
+        lambda angle: (circle(angle), torch.full((len(angle), 2), -4.0)),
+        lambda angle, z: normal(circle(angle), z, 0.05**0.5),
+        angle,
+        n=1024,
+    )
+
+
+def test_a_rate_without_information_qualifies_informative() -> None:
+    report = ring()
+    assert report.verdict == "informative" and set(report.findings) == {"information_share", "aggregate_kl"}
+    share, distance = report.metrics["information_share"], report.metrics["aggregate_kl"]
+    assert share is not None and share.low < 4.21 / 21.02 < share.high < 0.21
+    assert distance is not None and distance.low < 21.02 - 4.21 < distance.high
+    assert "samples from the prior will be off" in report.headline
+    assert not any("nothing to fix" in each for each in report.advice)
+    assert "but of the rate, a share of 0.2" in str(report)
+
+
+def autoencoder() -> collapse.Report:
+    """Codes so far apart that the bounds of I(x;z) are saturated: the moments of q(z) tell how far off it is.
+    The decoder's variance is large, which is no mean over data dimensions."""
+    rng = generator(0)
+    x, weights = torch.randn(512, 8, generator=rng), torch.randn(8, 32, generator=rng)
+    back = torch.linalg.pinv(weights)
+    return diagnose(
+        lambda x: (4 * x @ weights / 8**0.5, torch.full((len(x), 32), -4.0)),
+        lambda x, z: normal(x, z @ back * 8**0.5 / 4, 0.3**0.5),
+        x,
+        n=512,
+    )
+
+
+def test_an_autoencoder_is_off_the_prior() -> None:
+    report = autoencoder()
+    assert report.verdict == "informative"
+    assert set(report.findings) == {"information_share", "aggregate_kl", "z_free_gain"}
+    distance, rate = report.metrics["aggregate_kl"], report.metrics["rate"]
+    assert rate is not None and distance is not None and distance.saturated
+    # second moments of 16 a dimension: about 1/2 (16 - 1 - log 16) nats each, 6.1 * 32 in all
+    assert 0.5 * 6.1 * 32 < distance.low < distance.high < rate.high
+
+
+def test_a_good_model_has_no_findings(report: collapse.Report) -> None:
+    assert report.findings == {}
+    assert any("nothing to fix was found" in each for each in report.advice)
+    gain, nelbo = report.metrics["z_free_gain"], report.metrics["nelbo"]
+    assert gain is not None and nelbo is not None and gain.low > 0
+    best = min(report.samples.nll[name].mean().item() for name in ("prior", "zero", "shuffled"))
+    assert gain.value == pytest.approx(best - nelbo.value)
+
+
+def test_what_is_not_measured_is_no_clean_bill() -> None:
+    told = verdict.advice("informative", None, None, [], {}, ["svi_gain"])
+    assert told[-1] == "not measured, so it may be bad: svi_gain"
+
+
+def test_whole_numbers_of_numpy() -> None:
+    numpy = pytest.importorskip("numpy")
+    settings = {"n": numpy.int64(50), "k": numpy.int32(4), "seed": numpy.int64(3)}
+    assert numbers(diagnose(MODEL.encode, MODEL.log_likelihood, X, **settings)) == numbers(
+        diagnose(MODEL.encode, MODEL.log_likelihood, X, n=50, k=4, seed=3)
+    )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from vaekernels import _files, collapse
 from vaekernels.collapse import Curve, Extras, TextTable, tables
-from vaekernels.collapse.report import JSON, PAGE
+from vaekernels.collapse.report import JSON, PAGE, SCHEMA
 
 MODEL = Linear.worth([0.8, 0.3, 0.04, 0.0], generator(0))
 X = MODEL.sample(600, generator(1))
@@ -56,7 +56,7 @@ def test_json(report: collapse.Report, tmp_path: Path) -> None:
     report.save(tmp_path)
     said = json.loads((tmp_path / JSON).read_text(encoding="utf-8"))
     assert said == json.loads(json.dumps(report.to_json()))
-    assert said["schema"] == 2 and said["verdict"] == report.verdict
+    assert said["schema"] == SCHEMA and said["verdict"] == report.verdict
     assert said["metrics"]["rate"] == [
         getattr(report.metrics["rate"], end) for end in ("value", "low", "high")
     ]

@@ -62,6 +62,9 @@ class Codes(NamedTuple):
     def mean(self, a: int, b: int) -> Tensor:
         return self.mu[a:b]
 
+    def zero(self, a: int, b: int) -> Tensor:
+        return torch.zeros_like(self.mu[a:b])
+
     def first(self, n: int) -> Codes:
         return Codes(self.mu[:n], self.sd[:n], self.eps[:n])
 

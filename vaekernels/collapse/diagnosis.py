@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vaekernels import _build
+from vaekernels._checks import whole_number
 from vaekernels.collapse import svi, units
 from vaekernels.collapse.budget import Budget, OutOfTime, progress_bar
 from vaekernels.collapse.decoder import contrasts, importance_columns, importance_mean
@@ -31,6 +32,7 @@ from vaekernels.collapse.verdict import (
     EPS_GLOBAL,
     EPS_INFO,
     EPS_USE,
+    FINDINGS,
     THRESHOLDS,
     Answer,
     Dim,
@@ -39,6 +41,7 @@ from vaekernels.collapse.verdict import (
     empty_shares,
     ends,
     excluded,
+    findings,
     rule,
     state_of,
 )
@@ -51,11 +54,13 @@ METRICS = (
     "mi_lower",
     "mi_upper",
     "aggregate_kl",
+    "information_share",
     "nll",
     "nelbo",
     "delta_shuffle",
     "delta_prior",
     "delta_mean",
+    "z_free_gain",
     "i_dec",
     "svi_gain",
     "code_gap",
@@ -109,7 +114,7 @@ def diagnose(
             measured.
         progress: a bar on standard error, where that is a terminal and rich is installed.
 
-    ``log_likelihood`` is evaluated about 128,000 times at the defaults: n (4 + k), then 16,384 times for
+    ``log_likelihood`` is evaluated about 130,000 times at the defaults: n (5 + k), then 16,384 times for
     single dimensions (on 16384 / D examples, 64 at least), 512 k for the importance weights, 21,504 for the
     refinement of 128 examples, where a gradient counts as 3; and 2 n + 512 k times for a train split. 128
     examples at a time on a CPU, 512 elsewhere. Memory: the examples chosen, about 12 float64 arrays [n, D] a
@@ -120,8 +125,7 @@ def diagnose(
             same question (dropout, batch norm or sampling left on).
         TypeError: inputs or outputs of another kind.
     """
-    _check("n", n, 4)
-    _check("k", k, 2)
+    n, k, seed = _check("n", n, 4), _check("k", k, 2), _check("seed", seed, None)
     if not (isinstance(beta, int | float) and 0 <= beta < float("inf")):
         raise ValueError(f"beta must be a number of at least 0, got {beta!r}")
     if budget_s is not None and not budget_s > 0:
@@ -148,15 +152,18 @@ def diagnose(
             return _Diagnosis(model, budget, held, trained, k).run(settings)
 
 
-def _check(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+def _check(name: str, value: Any, least: int | None) -> int:
+    whole = whole_number(value)
+    if whole is None or (least is not None and whole < least):
+        takes = "an integer" if least is None else f"an integer of at least {least}"
+        raise ValueError(f"{name} must be {takes}, got {value!r}")
+    return whole
 
 
 def _evaluations(n: int, k: int, splits: int) -> int:
     """About as many as a diagnosis makes, for the progress bar."""
     trained = (2 * n + min(n, CONTRASTED) * k) if splits > 1 else 0
-    return trained + n * (4 + k) + USE_PAIRS + min(n, WEIGHTED) * k + svi.evaluations(min(n, REFINED))
+    return trained + n * (5 + k) + USE_PAIRS + min(n, WEIGHTED) * k + svi.evaluations(min(n, REFINED))
 
 
 class _Diagnosis:
@@ -191,9 +198,9 @@ class _Diagnosis:
         self._part("refined codes", ("svi_gain",), svi.evaluations(min(n, REFINED)), self._refine)
         weighted = min(n, WEIGHTED) * self.k
         self._part("importance weights", ("code_gap", "iwae_nll"), weighted, self._importance)
+        self._part("other codes", ("delta_prior", "delta_mean", "z_free_gain"), 3 * n, self._other_codes)
         self._redundancy()
         self._train()
-        self._part("other codes", ("delta_prior", "delta_mean"), 2 * n, self._other_codes)
         return self._report(settings)
 
     def _part(
@@ -210,7 +217,8 @@ class _Diagnosis:
         held = self.held
         held.encode()
         self.metrics |= held.estimates(["rate", "mi_lower", "mi_upper"])
-        self.metrics |= {"active_units": held.active_units(), "aggregate_kl": held.aggregate_kl()}
+        self.metrics["active_units"] = held.active_units()
+        self.metrics["aggregate_kl"], self.metrics["information_share"] = held.aggregate_kl()
         self.per_dim = held.per_dim()
         self.information = answers(self.per_dim.lower, self.per_dim.upper, held.n, EPS_INFO)
         self.shares = empty_shares(self.per_dim.rate, held.shares, held.n)
@@ -350,6 +358,7 @@ class _Diagnosis:
     def _other_codes(self) -> None:
         self.held.other_codes()
         self.metrics |= self.held.estimates(["delta_prior", "delta_mean"])
+        self.metrics["z_free_gain"] = self.held.z_free_gain()
         self.points["z from the prior"] = (0.0, self.held.nll["prior"].mean().item())
 
     def _importance(self) -> None:
@@ -404,13 +413,16 @@ class _Diagnosis:
             f"at least {EPS_GLOBAL:g}"
             for name in better
         ]
+        found = findings(ruling.verdict, self.metrics)
+        unmeasured = [name for name in FINDINGS if self.metrics[name] is None]
         return Report(
             verdict=ruling.verdict,
             subtype=ruling.subtype,
             overfit=overfit,
             excluded=excluded(ruling.verdict, self.held.n),
             reasons=ruling.reasons + self._impossible() + on_train,
-            advice=advice(ruling.verdict, ruling.subtype, overfit, dims),
+            findings={name: each.told for name, each in found.items()},
+            advice=advice(ruling.verdict, ruling.subtype, overfit, dims, found, unmeasured),
             metrics=self.metrics,
             train=None if self.trained is None else self.train_metrics,
             gaps=self.gaps,

@@ -129,7 +129,15 @@ class Measurements:
         own = self.nll["own"]
         self.nll["prior"] = self._floored("delta_prior", self.model.nll(self.x, self.codes.prior))
         mean = self._floored("delta_mean", self.model.nll(self.x, self.codes.mean))
+        self.nll["zero"] = self._floored("z_free_gain", self.model.nll(self.x, self.codes.zero))
         self.columns |= {"delta_prior": self.nll["prior"] - own, "delta_mean": mean - own}
+
+    def z_free_gain(self) -> Estimate:
+        """The NLL of the best of three models that the same decoder makes without an encoder (z of the prior,
+        z = 0, z of another example), less the NELBO."""
+        baselines = torch.stack([self.nll[name] for name in ("prior", "zero", "shuffled")], dim=1)
+        gains = baselines - self.columns["nelbo"][:, None]
+        return self.bootstrap.of_means(gains, lambda means: means.min(dim=-1, keepdim=True).values)[0]
 
     def lost(self, groups: list[Tensor]) -> Tensor:
         """Nats lost when each group of dimensions is shuffled, on the first ``use_n`` examples:
@@ -211,14 +219,40 @@ class Measurements:
         """On the rate-distortion plane."""
         return self.columns["rate"].mean().item(), self.columns["nll"].mean().item()
 
-    def aggregate_kl(self) -> Estimate:
-        """rate - I, between its bounds."""
-        upper, lower = self.bootstrap.estimates(
-            torch.stack(
-                [self.columns["rate"] - self.columns[name] for name in ("mi_lower", "mi_upper")], dim=1
-            )
-        )
-        return bracket(lower, upper) if not self._saturated("mi_lower") else at_most(upper)
+    def aggregate_kl(self) -> tuple[Estimate, Estimate]:
+        """KL(q(z) || p(z)) = rate - I between its bounds, and the share I / rate, which is 1 less that over
+        the rate.
+
+        Where the upper bound of I is lost to saturation, the lower one of the KL is that of the moments: of
+        all distributions with these means and variances, the one nearest to N(0, I) is the Gaussian with
+        independent dimensions.
+        """
+        saturated = self._saturated("mi_lower")
+        values = torch.stack([self.columns[name] for name in ("rate", "mi_lower", "mi_upper")], dim=1)
+        centre, resampled = values.mean(dim=0, keepdim=True), self.bootstrap.means(values)
+        nearest = self._moment_kl() if saturated else (torch.zeros(1), torch.zeros(1))
+        ends: list[Tensor] = []
+        for means, least in ((centre, nearest[0]), (resampled, nearest[1])):
+            rate, lower, upper = means.unbind(dim=1)
+            most, low = rate - lower, least if saturated else rate - upper
+            shares = [torch.where(rate > 0, kl / rate, 0.0) for kl in (low, most)]
+            ends.append(torch.stack([low, most, 1 - shares[1], 1 - shares[0]], dim=1))
+        found = [replace(each, saturated=saturated) for each in self.bootstrap.interval(ends[0][0], ends[1])]
+        return bracket(*found[:2]), bracket(*found[2:])
+
+    def _moment_kl(self) -> tuple[Tensor, Tensor]:
+        """sum_d KL(N(m_d, s_d^2) || N(0, 1)) with the moments of the aggregate posterior: [1], and of the
+        resamples [resamples]."""
+        centre = torch.zeros(1, dtype=torch.float64)
+        resampled = torch.zeros(self.bootstrap.resamples, dtype=torch.float64)
+        second = self.mu.square() + torch.exp(self.logvar)
+        for first, squares in zip(
+            torch.split(self.mu, _COLUMNS, dim=1), torch.split(second, _COLUMNS, dim=1), strict=True
+        ):
+            values = torch.cat([first, squares], dim=1)
+            centre += _gaussian_kl_of(values.mean(dim=0, keepdim=True))
+            resampled += _gaussian_kl_of(self.bootstrap.means(values))
+        return centre, resampled
 
     def active_units(self) -> Estimate:
         total, resampled = 0.0, torch.zeros(self.bootstrap.resamples, dtype=torch.float64)
@@ -292,6 +326,12 @@ def bracket(lower: Estimate, upper: Estimate) -> Estimate:
 def at_most(upper: Estimate) -> Estimate:
     """Of a divergence whose lower bound is lost to saturation: from 0, which is one as well."""
     return Estimate(max(upper.value, 0.0) / 2, 0.0, max(upper.high, 0.0), saturated=True)
+
+
+def _gaussian_kl_of(means: Tensor) -> Tensor:
+    """From the means of z and z^2, [..., 2 D]: sum_d KL(N(m_d, s_d^2) || N(0, 1)), [...]."""
+    first, second = means.chunk(2, dim=-1)
+    return 0.5 * (second - 1 - torch.log(second - first.square())).sum(dim=-1)
 
 
 def _ratio(means: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from vaekernels.collapse.verdict import Dim, Verdict
 
 __all__ = ["JSON", "PAGE", "SCHEMA", "Report"]
 
-SCHEMA = 2
+SCHEMA = 3
 JSON, PAGE = "report.json", "report.html"
 
 
@@ -32,11 +32,14 @@ class Report:
 
     ``metrics``: Estimate by name, None for what was not measured: ``rate``, ``active_units`` (a count),
     ``mi_lower`` and ``mi_upper`` (bounds on I(x;z); each interval is that of the bound, so the truth lies
-    between the lower end of the first and the upper end of the second), ``aggregate_kl`` (rate - I), ``nll``
+    between the lower end of the first and the upper end of the second), ``aggregate_kl`` (rate - I),
+    ``information_share`` (I / rate, a share), ``nll``
     and ``nelbo`` (one sample of z), ``delta_shuffle``, ``delta_prior``, ``delta_mean`` (NLL with another
     example's z, a z of the prior, or mu, less NLL with its own z), ``i_dec``, ``svi_gain`` (by how much NLL
     + beta rate falls below the lower of its values at q and at the prior when every q(z|x) is refined by
-    gradient), ``code_gap`` (by how much it is above the least that importance weighting finds), ``iwae_nll``.
+    gradient), ``code_gap`` (by how much it is above the least that importance weighting finds), ``iwae_nll``,
+    ``z_free_gain`` (the NLL of the same decoder without an encoder, with a z of the prior, z = 0 or another
+    example's z, whichever is best, less the NELBO: below 0, the model is worse than one that ignores z).
     ``train``: those measured on the train split. ``gaps``: by how much that split is better.
     ``rate_distortion``: (rate, NLL) of this model, and of it with other codes.
     ``skipped``: what was not measured -> why.
@@ -51,6 +54,8 @@ class Report:
     excluded: str | None
     """how rare a use of the latent the verdict does not rule out; None where it says that there is use"""
     reasons: list[str]
+    findings: dict[str, str]
+    """metric -> what is wrong with a latent that is used"""
     advice: list[str]
     metrics: dict[str, Estimate | None]
     train: dict[str, Estimate | None] | None
@@ -76,6 +81,7 @@ class Report:
             "overfit": self.overfit,
             "excluded": self.excluded,
             "reasons": self.reasons,
+            "findings": self.findings,
             "advice": self.advice,
             "settings": self.settings | told,
             "metrics": _triples(self.metrics),
@@ -146,7 +152,7 @@ class Report:
     @classmethod
     def _of(cls, said: Mapping[str, Any]) -> Report:
         """What :meth:`to_json` gave, as a report."""
-        as_they_are = ["verdict", "subtype", "overfit", "excluded", "reasons", "advice"]
+        as_they_are = ["verdict", "subtype", "overfit", "excluded", "reasons", "findings", "advice"]
         as_they_are += ["settings", "checks", "cost", "skipped"]
         each = {
             name: torch.tensor(values, dtype=torch.float64)

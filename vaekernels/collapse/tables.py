@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vaekernels.collapse.estimate import Estimate
-from vaekernels.collapse.verdict import Dim
+from vaekernels.collapse.verdict import FINDINGS, Dim
 
 __all__ = [
     "DIM_ESTIMATES",
@@ -31,10 +31,12 @@ LABELS = {
     "mi_lower": "I(x;z), lower bound",
     "mi_upper": "I(x;z), upper bound",
     "aggregate_kl": "KL(q(z) || p(z)) = rate - I",
+    "information_share": "I / rate, a share",
     "active_units": "active units, Var(mu) > 0.01",
     "delta_shuffle": "Δ_shuffle: another example's z",
     "delta_prior": "Δ_prior: a z of the prior",
     "delta_mean": "Δ_mean: mu in place of z",
+    "z_free_gain": "NLL without an encoder - NELBO",
     "i_dec": "I_dec: what the decoder can read",
     "svi_gain": "gain of refining q by gradient",
     "code_gap": "gain of the best codes found",
@@ -49,7 +51,12 @@ def text(said: Mapping[str, Any]) -> str:
     """The whole report. ``said``: what `Report.to_json` gives."""
     lines = [headline(said)]
     excluded = [said["excluded"]] if said["excluded"] is not None else []
-    for label, texts in (("", [*said["reasons"], *excluded]), ("advice: ", said["advice"])):
+    wrong = list(said["findings"].values())
+    for label, texts in (
+        ("", [*said["reasons"], *excluded]),
+        ("but ", wrong),
+        ("advice: ", said["advice"]),
+    ):
         for each in texts:
             lines += textwrap.wrap(label + each, WIDTH, initial_indent="  - ", subsequent_indent="    ")
     metrics, train = metrics_of(said), train_of(said)
@@ -81,6 +88,7 @@ def text(said: Mapping[str, Any]) -> str:
 def headline(said: Mapping[str, Any]) -> str:
     """The verdict in one line."""
     parts = [said["verdict"] + (f" ({said['subtype']})" if said["subtype"] else "")]
+    parts += [FINDINGS[name] for name in said["findings"]]
     if said["overfit"] is not None:
         parts.append("overfit" if said["overfit"] else "not overfit")
     return ", ".join(parts)

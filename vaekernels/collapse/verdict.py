@@ -20,6 +20,7 @@ __all__ = [
     "empty_shares",
     "ends",
     "excluded",
+    "findings",
     "rule",
     "state_of",
 ]
@@ -50,6 +51,13 @@ EMPTY_SHARE = 0.3
 NEAR = 0.5
 LAG = 0.05
 """Gain of refined inference, in nats, from which a collapse is the encoder's."""
+HALF = 0.5
+"""Share of information in the whole rate below which a used latent is said to pay for little."""
+OFF_PRIOR = 1.0
+"""Nats between aggregate posterior and prior from which samples of the prior are said to be off: codes of the
+prior lie e times less densely there than codes of the data, or more."""
+GAP = 0.1
+"""Share of the rate that refined inference gains from which the encoder is said to lag."""
 
 THRESHOLDS = {
     "information": EPS_INFO,
@@ -59,6 +67,9 @@ THRESHOLDS = {
     "empty_share": EMPTY_SHARE,
     "near_collapsed": NEAR,
     "inference_lag": LAG,
+    "information_share": HALF,
+    "aggregate_kl": OFF_PRIOR,
+    "svi_gain_of_rate": GAP,
 }
 
 
@@ -323,9 +334,78 @@ def _subtype(gain: Estimate | None, gap: Estimate | None) -> tuple[str | None, s
     return "cause unknown", f"{refined}; {better}; the intervals do not lie on one side of {LAG:g}"
 
 
-def advice(verdict: Verdict, subtype: str | None, overfit: bool | None, dims: Sequence[Dim]) -> list[str]:
-    """What to do about it."""
-    found = [_ADVICE[subtype if subtype is not None else verdict]]
+class Finding(NamedTuple):
+    """Of a latent that is used: what is wrong with it all the same."""
+
+    told: str
+    advice: str
+
+
+FOUND_IN = frozenset({"informative", "partial", "rare-use"})
+"""Verdicts that the latent is used, which :func:`findings` qualify."""
+FINDINGS = {
+    "information_share": "most of the rate is no information",
+    "aggregate_kl": "samples from the prior will be off",
+    "svi_gain": "the encoder lags",
+    "z_free_gain": "worse than without its encoder",
+}
+"""Metric -> what a finding about it says, in short."""
+
+
+def findings(verdict: Verdict, metrics: Mapping[str, Estimate | None]) -> dict[str, Finding]:
+    """By metric, those whose interval lies beyond its threshold; none where z is not used, since then the
+    verdict says what is wrong."""
+    if verdict not in FOUND_IN:
+        return {}
+    share, aggregate, gain, free = (metrics[name] for name in FINDINGS)
+    rate = metrics["rate"]
+    found: dict[str, Finding] = {}
+    if share is not None and share.high < HALF:
+        found["information_share"] = Finding(
+            f"of the rate, a share of {ends(share)} is information: upper end below {HALF:g}",
+            "most of the rate is paid for nothing: raise beta or anneal it to 1, and clamp free bits after "
+            "the batch mean",
+        )
+    if aggregate is not None and aggregate.low >= OFF_PRIOR:
+        found["aggregate_kl"] = Finding(
+            f"the aggregate posterior is {ends(aggregate)} nats from the prior: lower end at least "
+            f"{OFF_PRIOR:g}",
+            "samples from the prior will be off, as the decoder has not seen such codes: sample codes of "
+            "training examples, fit a prior to them, or raise beta",
+        )
+    if gain is not None and rate is not None and gain.low >= max(EPS_GLOBAL, GAP * rate.value):
+        found["svi_gain"] = Finding(
+            f"refining every q(z|x) gains {ends(gain)}: lower end at least {GAP:g} of the rate",
+            "the encoder lags behind the decoder: train it longer or make it larger",
+        )
+    if free is not None and free.high < 0:
+        found["z_free_gain"] = Finding(
+            f"the NELBO is worse by {ends(_negative(free))} than the same decoder without an encoder, with a "
+            f"z of the prior, z = 0 or another example's z: lower end above 0",
+            "as a model of the data it is worse than one that ignores z: raise beta or anneal it to 1, and "
+            "compare with a collapsed run on the IWAE NLL",
+        )
+    return found
+
+
+def _negative(estimate: Estimate) -> Estimate:
+    return Estimate(-estimate.value, -estimate.high, -estimate.low, estimate.saturated)
+
+
+def advice(
+    verdict: Verdict,
+    subtype: str | None,
+    overfit: bool | None,
+    dims: Sequence[Dim],
+    found_wrong: Mapping[str, Finding],
+    unmeasured: Sequence[str] = (),
+) -> list[str]:
+    """What to do about it. ``unmeasured``: metrics of :data:`FINDINGS`."""
+    found = [each.advice for each in found_wrong.values()]
+    if not (found and verdict == "informative"):
+        found.insert(0, _ADVICE[subtype if subtype is not None else verdict])
+    if unmeasured and verdict in FOUND_IN:
+        found.append(f"not measured, so it may be bad: {', '.join(unmeasured)}")
     by_state: dict[State, list[int]] = {}
     for dim in dims:
         by_state.setdefault(dim.state, []).append(dim.index)
@@ -357,7 +437,7 @@ _ADVICE: dict[str, str] = {
     "decoder, and weaken the decoder",
     "rare-use": "z is used for few of the examples and idle for the others: look at which they are; for the "
     "others the advice for a collapsed latent holds (free bits, a weaker decoder)",
-    "informative": "nothing to fix; compare models on the IWAE NLL, not on the ELBO",
+    "informative": "nothing to fix was found; compare models on the IWAE NLL, not on the ELBO",
     "partial": "z is used, by fewer than half of the dimensions that cost rate: fewer latent dimensions, or "
     "a floor for each dimension",
     "near-collapsed": "z is nearly unused: treat it as collapsed, and measure again on more examples if the "
