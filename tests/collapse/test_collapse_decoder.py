@@ -219,3 +219,17 @@ def test_redundancy() -> None:
     # No one looks.
     assert redundant(lambda x, z: -(x**2).sum(dim=1), [[0, 1, 2], [0, 3]]) == {}
     assert cost([[0, 1, 2], [0, 3]], 10) == 10 * (4 + 3)
+
+
+def test_many_codes_keep_the_dtype_of_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the memory, the same numbers to rounding."""
+    mu, logvar = torch.randn(40, 3, generator=generator(0)), torch.zeros(40, 3)
+    in_double = Codes.draw(mu, logvar, generator(1))
+    monkeypatch.setattr(decoder, "_DOUBLE", 100)
+    monkeypatch.setattr(decoder, "_DRAWN", 16)
+    kept = Codes.draw(mu, logvar, generator(1))
+    assert in_double.eps.dtype == torch.float64 and {part.dtype for part in kept} == {torch.float32}
+    rows = torch.tensor([3, 39])
+    for a, b in ((kept.of(rows), in_double.of(rows)), (kept.prior(0, 40), in_double.prior(0, 40))):
+        assert a.dtype == torch.float64
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

@@ -26,13 +26,16 @@ __all__ = [
 
 
 SURE = 0.95
+_DOUBLE = 1 << 24  # 128 MiB of float64
+_DRAWN = 1 << 10  # examples; a multiple of 16, so that the numbers are those of a single draw
 
 Floor: TypeAlias = Callable[[Tensor], Tensor]
 """Puts a finite NLL where it is inf, in [n, K] with the examples' own codes first."""
 
 
 class Codes(NamedTuple):
-    """z = mu + sd eps of every example, float64 [N, D] each.
+    """z = mu + sd eps of every example, [N, D] each: float64 up to 2^24 numbers, beyond in the encoder's
+    dtype. The codes of some examples are computed in float64.
 
     Codes in another's place keep the example's own eps. With common noise an encoder that copies the prior
     has the same code everywhere, and every difference is exactly zero, however strong the decoder.
@@ -44,26 +47,33 @@ class Codes(NamedTuple):
 
     @classmethod
     def draw(cls, mu: Tensor, logvar: Tensor, generator: torch.Generator | None) -> Codes:
-        mu, logvar = mu.cpu().double(), logvar.cpu().double()
-        eps = torch.randn(mu.shape, generator=generator, dtype=torch.float64)
+        dtype = torch.float64 if mu.numel() <= _DOUBLE else mu.dtype
+        mu, logvar = mu.cpu().to(dtype), logvar.cpu().to(dtype)
+        eps = torch.empty_like(mu)
+        for rows in torch.split(eps, _DRAWN):  # float64, whose numbers do not depend on the dtype that keeps them
+            rows.copy_(torch.randn(rows.shape, generator=generator, dtype=torch.float64))
         return cls(mu, torch.exp(0.5 * logvar), eps)
 
+    def of(self, rows: Tensor | slice, noise: Tensor | slice | None = None) -> Tensor:
+        """z of the examples ``rows``, with the eps of ``noise`` (None: their own)."""
+        eps = self.eps[rows if noise is None else noise]
+        return self.mu[rows].double() + self.sd[rows].double() * eps.double()
+
     def own(self, a: int, b: int) -> Tensor:
-        return self.mu[a:b] + self.sd[a:b] * self.eps[a:b]
+        return self.of(slice(a, b))
 
     def shuffled(self, permutation: Tensor, a: int, b: int) -> Tensor:
         """mu and sd of another example, eps of this one."""
-        other = permutation[a:b]
-        return self.mu[other] + self.sd[other] * self.eps[a:b]
+        return self.of(permutation[a:b], slice(a, b))
 
     def prior(self, a: int, b: int) -> Tensor:
-        return self.eps[a:b]
+        return self.eps[a:b].double()
 
     def mean(self, a: int, b: int) -> Tensor:
-        return self.mu[a:b]
+        return self.mu[a:b].double()
 
     def zero(self, a: int, b: int) -> Tensor:
-        return torch.zeros_like(self.mu[a:b])
+        return torch.zeros_like(self.prior(a, b))
 
     def first(self, n: int) -> Codes:
         return Codes(self.mu[:n], self.sd[:n], self.eps[:n])
@@ -137,7 +147,7 @@ def contrast(
 
         def code(i: int, j: int, partners: Tensor = partners) -> Tensor:
             other = partners[i:j]
-            return codes.mu[other] + codes.sd[other] * codes.eps[other]
+            return codes.of(other)
 
         found = model.log_likelihoods(x, len(partners), example, code).view(b - a, k)
         likelihoods.append(-floor(-found))
@@ -173,8 +183,8 @@ def importance(
     def drawn(a: int, b: int) -> Tensor:
         rows = torch.arange(a, b) // k
         eps = torch.randn(b - a, codes.mu.shape[1], generator=generator, dtype=torch.float64)
-        sd = codes.sd[rows]
-        z = codes.mu[rows] + sd * eps
+        sd = codes.sd[rows].double()
+        z = codes.mu[rows].double() + sd * eps
         ratios[a:b] = (0.5 * (eps.square() - z.square()) + torch.log(sd)).sum(dim=1)  # log p(z) / q(z|x)
         return z
 

@@ -15,7 +15,7 @@ from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import TAIL, Bootstrap, Estimate, along_cycle, binomial_tail
 from vaekernels.collapse.examples import Examples, count, take
 from vaekernels.collapse.extras import Samples
-from vaekernels.collapse.information import mi_bounds
+from vaekernels.collapse.information import compared, mi_bounds
 from vaekernels.collapse.metrics import ACTIVE_THRESHOLD, derangement
 from vaekernels.collapse.model import Model, require_finite
 from vaekernels.collapse.svi import Refinement, refine
@@ -34,6 +34,7 @@ CONTRASTED = 512
 """Examples of a train split for I_dec."""
 
 SHOWN_DIMS = 16
+_ROWS = 1 << 10
 _COLUMNS = 1 << 12  # resampled at once: 32 MiB of means
 
 # One stream of random numbers for each use, so that leaving one out changes no other.
@@ -57,7 +58,8 @@ class Encoded(NamedTuple):
 class Measurements:
     """Of one split: its examples, their codes, and in ``columns`` a float64 [n] for every measure, whose mean
     is the measure and which may be resampled as if the examples were independent. A measure of fewer examples
-    has those of the first."""
+    has those of the first: single dimensions are measured on ``dims_n``, of which ``mu``, ``logvar`` and
+    ``rates`` are."""
 
     def __init__(
         self, name: str, model: Model, x: Examples, seed: int, number: int, beta: float = 1.0
@@ -71,7 +73,7 @@ class Measurements:
         self.columns: dict[str, Tensor] = {}
         self.nll: dict[str, Tensor] = {}  # under its own code, a shuffled one, one of the prior
         self.bootstrap = self.subset(self.n)
-        self.use_n = self.n
+        self.use_n = self.dims_n = self.n
         self.caps: dict[str, float] = {}
         self.tau: tuple[float, float] | None = None
         self.contrasts: decoder.Contrasts | None = None
@@ -82,18 +84,21 @@ class Measurements:
 
     def encode(self) -> None:
         mu, logvar = self.model.moments(self.x)
-        require_finite(f"encode ({self.name})", torch.cat([mu, logvar], dim=1))
-        codes = Codes.draw(mu, logvar, self._stream("noise"))
-        self.mu, self.logvar, self.codes = mu.cpu().double(), logvar.cpu().double(), codes
-        self.z = codes.own(0, self.n)
-        dims = self.mu.shape[1]
-        self.use_n = min(self.n, max(_USE_LEAST, USE_PAIRS // dims))
+        rate = torch.empty(self.n, dtype=torch.float64)
+        for a in range(0, self.n, _ROWS):
+            part = mu[a : a + _ROWS].cpu().double(), logvar[a : a + _ROWS].cpu().double()
+            rate[a : a + _ROWS] = ops.gaussian_kl(*part, reduction="none")
+        # The rate of NaN is NaN, and that of inf inf.
+        require_finite(f"encode ({self.name})", rate)
+        self.codes = Codes.draw(mu, logvar, self._stream("noise"))
+        self.dims = mu.shape[1]
+        self.use_n = min(self.n, max(_USE_LEAST, USE_PAIRS // self.dims))
+        self.bounds = mi_bounds(mu, logvar, self.codes.own(0, max(compared(self.n, self.dims))))
+        self.dims_n = len(self.bounds.lower_dims)
+        self.mu, self.logvar = (part[: self.dims_n].cpu().double() for part in (mu, logvar))
         self.rates = ops.gaussian_kl(self.mu, self.logvar, reduction="elementwise")
-        bounds = mi_bounds(mu, logvar, self.z, generator=self._stream("codes"))
-        self.bounds = bounds
-        self.caps |= {"mi_lower": bounds.cap}
-        rate = self.rates.sum(dim=1)
-        self.columns |= {"rate": rate, "mi_lower": bounds.lower, "mi_upper": bounds.upper}
+        self.caps |= {"mi_lower": self.bounds.cap}
+        self.columns |= {"rate": rate, "mi_lower": self.bounds.lower, "mi_upper": self.bounds.upper}
 
     def shuffle(self) -> None:
         permutation = derangement(self.n, generator=self._stream("pairs"))
@@ -228,8 +233,10 @@ class Measurements:
         independent dimensions.
         """
         saturated = self._saturated("mi_lower")
-        values = torch.stack([self.columns[name] for name in ("rate", "mi_lower", "mi_upper")], dim=1)
-        centre, resampled = values.mean(dim=0, keepdim=True), self.bootstrap.means(values)
+        n = len(self.columns["mi_lower"])
+        values = torch.stack([self.columns[name][:n] for name in ("rate", "mi_lower", "mi_upper")], dim=1)
+        bootstrap = self.subset(n)
+        centre, resampled = values.mean(dim=0, keepdim=True), bootstrap.means(values)
         nearest = self._moment_kl() if saturated else (torch.zeros(1), torch.zeros(1))
         ends: list[Tensor] = []
         for means, least in ((centre, nearest[0]), (resampled, nearest[1])):
@@ -237,38 +244,40 @@ class Measurements:
             most, low = rate - lower, least if saturated else rate - upper
             shares = [torch.where(rate > 0, kl / rate, 0.0) for kl in (low, most)]
             ends.append(torch.stack([low, most, 1 - shares[1], 1 - shares[0]], dim=1))
-        found = [replace(each, saturated=saturated) for each in self.bootstrap.interval(ends[0][0], ends[1])]
+        found = [replace(each, saturated=saturated) for each in bootstrap.interval(ends[0][0], ends[1])]
         return bracket(*found[:2]), bracket(*found[2:])
 
     def _moment_kl(self) -> tuple[Tensor, Tensor]:
         """sum_d KL(N(m_d, s_d^2) || N(0, 1)) with the moments of the aggregate posterior: [1], and of the
         resamples [resamples]."""
+        bootstrap = self.subset(self.dims_n)
         centre = torch.zeros(1, dtype=torch.float64)
-        resampled = torch.zeros(self.bootstrap.resamples, dtype=torch.float64)
+        resampled = torch.zeros(bootstrap.resamples, dtype=torch.float64)
         second = self.mu.square() + torch.exp(self.logvar)
         for first, squares in zip(
             torch.split(self.mu, _COLUMNS, dim=1), torch.split(second, _COLUMNS, dim=1), strict=True
         ):
             values = torch.cat([first, squares], dim=1)
             centre += _gaussian_kl_of(values.mean(dim=0, keepdim=True))
-            resampled += _gaussian_kl_of(self.bootstrap.means(values))
+            resampled += _gaussian_kl_of(bootstrap.means(values))
         return centre, resampled
 
     def active_units(self) -> Estimate:
-        total, resampled = 0.0, torch.zeros(self.bootstrap.resamples, dtype=torch.float64)
+        bootstrap = self.subset(self.dims_n)
+        total, resampled = 0.0, torch.zeros(bootstrap.resamples, dtype=torch.float64)
         for part in torch.split(self.mu - self.mu.mean(dim=0), _COLUMNS, dim=1):
-            means = self.bootstrap.means(torch.cat([part, part.square()], dim=1))
+            means = bootstrap.means(torch.cat([part, part.square()], dim=1))
             first, second = means.chunk(2, dim=1)
             resampled += (second - first.square() > ACTIVE_THRESHOLD).sum(dim=1)
             total += float((part.square().mean(dim=0) > ACTIVE_THRESHOLD).sum())
         centre = torch.tensor([total], dtype=torch.float64)
-        return self.bootstrap.interval(centre, resampled[:, None])[0]
+        return bootstrap.interval(centre, resampled[:, None])[0]
 
     def per_dim(self) -> Encoded:
         bounds = self.bounds
         rate = self._by_columns(self.rates)
         lower, upper = self._by_columns(bounds.lower_dims), self._by_columns(bounds.upper_dims)
-        lower = [replace(each, saturated=each.value > bounds.cap - 1) for each in lower]
+        lower = [replace(each, saturated=each.value > bounds.cap_dims - 1) for each in lower]
         least = self._by_columns(self.rates - bounds.upper_dims)
         most = self._by_columns(self.rates - bounds.lower_dims)
         mismatch = [
@@ -282,20 +291,21 @@ class Measurements:
         found: list[Estimate] = []
         for part in torch.split(torch.tensor(dims), _COLUMNS):
             values = torch.cat([self.bounds.upper_dims[:, part], self.rates[:, part]], dim=1)
-            found += self.bootstrap.of_means(values, _ratio)
+            found += self.subset(self.dims_n).of_means(values, _ratio)
         return found
 
     def samples(self) -> Samples:
         """What the pictures show beyond the estimates."""
         shown = self.rates.mean(dim=0).argsort(descending=True)[:SHOWN_DIMS].sort().values
-        return Samples(dict(self.nll), self.columns.get("nelbo"), shown.tolist(), self.z[:, shown])
+        z = torch.cat([self.codes.own(a, a + _ROWS)[:, shown] for a in range(0, self.n, _ROWS)])
+        return Samples(dict(self.nll), self.columns.get("nelbo"), shown.tolist(), z)
 
     def first(self, n: int) -> Examples:
         return take(self.x, slice(0, n)) if n < self.n else self.x
 
     def _by_columns(self, values: Tensor) -> list[Estimate]:
         parts = torch.split(values, _COLUMNS, dim=1)
-        return [estimate for part in parts for estimate in self.bootstrap.estimates(part)]
+        return [estimate for part in parts for estimate in self.subset(self.dims_n).estimates(part)]
 
     def _floored(
         self, name: str, nll: Tensor, rows: slice = slice(None), own: Tensor | None = None

@@ -132,7 +132,8 @@ def moments(
 ) -> tuple[Tensor, Tensor]:
     """mu and logvar of every example, [N, D] each. ValueError if ``encode`` returns anything else."""
     n = count(x)
-    chunks: list[tuple[Tensor, Tensor]] = []
+    mu = logvar = torch.empty(0)
+    filled = 0
     for i in range(0, n, batch_size):
         chunk = encode(to_device(take(x, slice(i, i + batch_size)), device))
         if (
@@ -141,14 +142,18 @@ def moments(
             or not all(isinstance(part, Tensor) for part in chunk)
         ):
             raise TypeError(f"encode must return the tensors (mu, logvar), got {type(chunk).__name__}")
-        chunks.append((chunk[0], chunk[1]))
-    mu = torch.cat([chunk[0] for chunk in chunks])
-    logvar = torch.cat([chunk[1] for chunk in chunks])
-    if mu.dim() != 2 or mu.shape != logvar.shape or len(mu) != n:
-        raise ValueError(
-            f"encode must return mu and logvar of shape [B, D] each; for {n} examples it gave "
-            f"{list(mu.shape)} and {list(logvar.shape)}; flatten_latents flattens the latent axes into one"
-        )
+        some = min(batch_size, n - i)
+        shapes = [tuple(part.shape) for part in chunk]
+        if not filled and len(shapes[0]) == 2 and shapes[0] == shapes[1]:
+            # Written in place: a list of batches and the whole of them would take twice the memory.
+            mu, logvar = (part.new_empty(n, part.shape[1]) for part in chunk)
+        if shapes != [(some, mu.shape[-1])] * 2:
+            raise ValueError(
+                f"encode must return mu and logvar of shape [B, D] each; for {some} examples it gave "
+                f"{list(shapes[0])} and {list(shapes[1])}; flatten_latents flattens the latent axes into one"
+            )
+        mu[i : i + some], logvar[i : i + some] = chunk
+        filled += some
     return mu, logvar
 
 
