@@ -50,7 +50,8 @@ class Codes(NamedTuple):
         dtype = torch.float64 if mu.numel() <= _DOUBLE else mu.dtype
         mu, logvar = mu.cpu().to(dtype), logvar.cpu().to(dtype)
         eps = torch.empty_like(mu)
-        for rows in torch.split(eps, _DRAWN):  # float64, whose numbers do not depend on the dtype that keeps them
+        for rows in torch.split(eps, _DRAWN):
+            # Drawn in float64: the numbers do not depend on the dtype that keeps them.
             rows.copy_(torch.randn(rows.shape, generator=generator, dtype=torch.float64))
         return cls(mu, torch.exp(0.5 * logvar), eps)
 

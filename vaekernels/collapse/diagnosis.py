@@ -12,12 +12,14 @@ from torch import Tensor
 from vaekernels import _build
 from vaekernels._checks import whole_number
 from vaekernels.collapse import svi, units
-from vaekernels.collapse.budget import Budget, OutOfTime, progress_bar
+from vaekernels.collapse.budget import Budget, OutOfTime, fitting, progress_bar
 from vaekernels.collapse.decoder import contrasts, importance_columns, importance_mean
 from vaekernels.collapse.estimate import RESAMPLES, Estimate, difference, holm_low
-from vaekernels.collapse.examples import Encode, LogLikelihood, digest, select
+from vaekernels.collapse.examples import Encode, Examples, LogLikelihood, count, digest, select, take
 from vaekernels.collapse.measurements import (
     CONTRASTED,
+    LEAST_REFINED,
+    LEAST_WEIGHTED,
     NEVER,
     REFINED,
     USE_PAIRS,
@@ -25,7 +27,7 @@ from vaekernels.collapse.measurements import (
     Measurements,
     stream,
 )
-from vaekernels.collapse.model import Model
+from vaekernels.collapse.model import TRIED, Model
 from vaekernels.collapse.redundancy import clusters, cost, find_redundant
 from vaekernels.collapse.report import Report
 from vaekernels.collapse.verdict import (
@@ -109,9 +111,11 @@ def diagnose(
             refined at it: at beta 5, codes that pay at beta 1 do not pay for the encoder.
         device: where batches of examples are moved (None: they stay where they are). Codes go where
             ``encode`` returns them.
-        budget_s: seconds after which no more is measured. Decisions come before what is only reported; what
-            was left out is named in ``report.skipped``. Encoding and its information bounds are always
-            measured.
+        budget_s: seconds after which no more is measured. n and k are lowered until what decides the verdict
+            takes at most 0.7 of them, by the time that both functions take on a few examples, and a batch
+            takes a fiftieth at most, so the same seed may give another report. What was left out is named in
+            ``report.skipped``, decisions last. Encoding and its information bounds are always measured, on
+            32 examples at least.
         progress: a bar on standard error, where that is a terminal and rich is installed.
 
     ``log_likelihood`` is evaluated about 130,000 times at the defaults: n (5 + k), then 16,384 times for
@@ -133,14 +137,20 @@ def diagnose(
     if budget_s is not None and not budget_s > 0:
         raise ValueError(f"budget_s must be positive, or None for no limit, got {budget_s!r}")
     with torch.inference_mode(False):
-        chosen = select("heldout", heldout, n, stream(seed, "select"))
-        chosen_train = None if train is None else select("train", train, n, stream(seed, "select", 1))
-        splits = 1 if chosen_train is None else 2
+        splits = 1 if train is None else 2
         with progress_bar(progress, _evaluations(n, k, splits)) as advance:
             budget = Budget(budget_s, advance)
+            asked = n, k
+            chosen = select("heldout", heldout, n, stream(seed, "select"))
+            chosen_train = None if train is None else select("train", train, n, stream(seed, "select", 1))
             model = Model(encode, log_likelihood, device=device, batch_size=None, counted=budget.count)
             with budget.part("check"):
-                model.check(chosen)
+                if budget_s is None:
+                    model.check(chosen)
+                else:
+                    n, k = _fit(model, budget, chosen, n, k, splits, budget_s)
+                    chosen = take(chosen, slice(0, n))
+                    chosen_train = None if chosen_train is None else take(chosen_train, slice(0, n))
             held = Measurements("heldout", model, chosen, seed, 0, beta)
             trained = None if chosen_train is None else Measurements("train", model, chosen_train, seed, 1)
             settings = {
@@ -151,7 +161,9 @@ def diagnose(
                 "device": None if device is None else str(device),
                 "budget_s": budget_s,
             }
-            return _Diagnosis(model, budget, held, trained, k).run(settings)
+            if (n, k) != asked:
+                settings |= {"n_asked": asked[0], "k_asked": asked[1]}
+            return _Diagnosis(model, budget, held, trained, k, settings).run()
 
 
 def _check(name: str, value: Any, least: int | None) -> int:
@@ -160,6 +172,33 @@ def _check(name: str, value: Any, least: int | None) -> int:
         takes = "an integer" if least is None else f"an integer of at least {least}"
         raise ValueError(f"{name} must be {takes}, got {value!r}")
     return whole
+
+
+def _fit(
+    model: Model, budget: Budget, chosen: Examples, n: int, k: int, splits: int, budget_s: float
+) -> tuple[int, int]:
+    """Check ``model`` in a tenth of the time, have it work in batches of a fiftieth, and choose n and k."""
+    pace = model.check(chosen, 4)
+    model.hurry(budget_s / 50, pace)
+    tried = int(0.1 * budget_s / (2.5 * max(sum(pace), 1e-12)))  # 2.5 calls an example
+    if tried > 4:
+        pace = model.check(chosen, min(tried, TRIED))
+        model.hurry(budget_s / 50, pace)
+    budget.pace = pace
+    n = min(n, count(chosen))
+    left = budget.left
+    assert left is not None
+    everything = _evaluations(n, k, splits)
+    return fitting(
+        n,
+        k,
+        dims=model.dims,
+        splits=splits,
+        pace=pace,
+        left=left,
+        everything=everything,
+        use_pairs=USE_PAIRS,
+    )
 
 
 def _evaluations(n: int, k: int, splits: int) -> int:
@@ -172,7 +211,13 @@ class _Diagnosis:
     """The measurements so far. Every part adds to them, or to ``skipped`` why not."""
 
     def __init__(
-        self, model: Model, budget: Budget, held: Measurements, trained: Measurements | None, k: int
+        self,
+        model: Model,
+        budget: Budget,
+        held: Measurements,
+        trained: Measurements | None,
+        k: int,
+        settings: dict[str, Any],
     ) -> None:
         self.model, self.budget, self.held, self.trained, self.k = model, budget, held, trained, k
         self.metrics: dict[str, Estimate | None] = dict.fromkeys(METRICS)
@@ -187,23 +232,30 @@ class _Diagnosis:
         self.train_only: set[int] = set()
         self.gradient: bool | None = None
         self.refined: tuple[str, float, float] | None = None
+        self.settings = settings
 
-    def run(self, settings: dict[str, Any]) -> Report:
-        held, n = self.held, self.held.n
+    def run(self) -> Report:
+        held = self.held
         with self.budget.part("encoder"):
             self._encoder()
-        dims = held.dims
+        n, dims = held.n, held.dims
         # What decides the verdict, then what decides the rest, then what is only reported.
         self._part("shuffled codes", ("nll", "nelbo", "delta_shuffle"), 2 * n, self._shuffle)
         self._part("contrast codes", ("i_dec",), n * contrasts(n, self.k), self._decoded)
         self._part("single dimensions", ("use",), held.use_n * dims, self._use)
-        self._part("refined codes", ("svi_gain",), svi.evaluations(min(n, REFINED)), self._refine)
-        weighted = min(n, WEIGHTED) * self.k
-        self._part("importance weights", ("code_gap", "iwae_nll"), weighted, self._importance)
+        some = min(n, self.budget.affordable(svi.evaluations(1), REFINED, LEAST_REFINED))
+        self._part("refined codes", ("svi_gain",), svi.evaluations(some), lambda: self._refine(some))
+        weighted = min(n, self.budget.affordable(self.k, WEIGHTED, LEAST_WEIGHTED))
+        self._part(
+            "importance weights",
+            ("code_gap", "iwae_nll"),
+            weighted * self.k,
+            lambda: self._importance(weighted),
+        )
         self._part("other codes", ("delta_prior", "delta_mean", "z_free_gain"), 3 * n, self._other_codes)
         self._redundancy()
         self._train()
-        return self._report(settings)
+        return self._report()
 
     def _part(
         self, title: str, names: tuple[str, ...], evaluations: int, measure: Callable[[], None]
@@ -217,7 +269,7 @@ class _Diagnosis:
 
     def _encoder(self) -> None:
         held = self.held
-        held.encode()
+        held.encode(self.budget.half_spent)
         self.metrics |= held.estimates(["rate"]) | held.estimates(["mi_lower", "mi_upper"])
         self.metrics["active_units"] = held.active_units()
         self.metrics["aggregate_kl"], self.metrics["information_share"] = held.aggregate_kl()
@@ -260,8 +312,8 @@ class _Diagnosis:
         if groups:
             self._part("redundant dimensions", ("redundant",), cost(groups, self.held.use_n), measure)
 
-    def _refine(self) -> None:
-        found = self.held.refine()
+    def _refine(self, examples: int) -> None:
+        found = self.held.refine(examples)
         self.gradient = found.differentiable
         columns = torch.stack([found.at_posterior, found.at_prior, found.after], dim=1)
         self.metrics["svi_gain"] = self.held.subset(len(columns)).of_means(columns, _gain)[0]
@@ -364,8 +416,8 @@ class _Diagnosis:
         self.metrics["z_free_gain"] = self.held.z_free_gain()
         self.points["z from the prior"] = (0.0, self.held.nll["prior"].mean().item())
 
-    def _importance(self) -> None:
-        self.held.importance(self.k)
+    def _importance(self, examples: int) -> None:
+        self.held.importance(self.k, examples)
         gap = self.held.columns["code_gap"]
         self.metrics["code_gap"] = self.held.subset(len(gap)).estimate(gap)
         if "nelbo" not in self.held.columns:
@@ -406,7 +458,7 @@ class _Diagnosis:
             )
         return found
 
-    def _report(self, settings: dict[str, Any]) -> Report:
+    def _report(self) -> Report:
         dims = self._dims()
         picked = self.held.picked()
         ruling = rule(self.metrics, dims, picked)
@@ -426,18 +478,22 @@ class _Diagnosis:
             excluded=excluded(ruling.verdict, self.held.n),
             reasons=ruling.reasons + self._impossible() + on_train,
             findings={name: each.told for name, each in found.items()},
-            advice=advice(ruling.verdict, ruling.subtype, overfit, dims, found, unmeasured),
+            advice=advice(ruling.verdict, ruling.subtype, overfit, dims, found, unmeasured, self._short()),
             metrics=self.metrics,
             train=None if self.trained is None else self.train_metrics,
             gaps=self.gaps,
             dims=dims,
             rate_distortion=self._points(),
-            settings=settings | self._settings(),
+            settings=self.settings | self._settings(),
             checks=self._checks(picked),
             cost=self._cost(),
             skipped=self.skipped | dict.fromkeys(OF_TRAINING, "not known here; save(extras=) may tell"),
             samples=self.held.samples(),
         )
+
+    def _short(self) -> bool:
+        """Whether more time would have shown more."""
+        return "n_asked" in self.settings or any("budget_s" in why for why in self.skipped.values())
 
     def _points(self) -> dict[str, tuple[float, float]]:
         if self.refined is None or self.refined[0] not in self.points:
@@ -464,8 +520,8 @@ class _Diagnosis:
                 "mi_lower": len(self.held.bounds.lower),
                 "dims": self.held.dims_n,
                 "use": self.held.use_n,
-                "svi_gain": min(n, REFINED),
-                "iwae_nll": min(n, WEIGHTED),
+                "svi_gain": self.held.refined_n,
+                "iwae_nll": self.held.weighted_n,
             },
             "contrast_codes": contrasts(n, self.k),
             "latent_dims": self.held.dims,

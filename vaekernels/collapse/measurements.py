@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ NEVER = 100.0
 """Nats by which a likelihood of 0 under another code counts as worse than under the own one."""
 REFINED = 128
 """Examples on which inference is refined."""
+LEAST_REFINED, LEAST_WEIGHTED = 16, 32
+"""Of both, as few as a budget may leave."""
 WEIGHTED = 512
 """Examples of the importance-weighted likelihood."""
 CONTRASTED = 512
@@ -74,6 +77,7 @@ class Measurements:
         self.nll: dict[str, Tensor] = {}  # under its own code, a shuffled one, one of the prior
         self.bootstrap = self.subset(self.n)
         self.use_n = self.dims_n = self.n
+        self.refined_n, self.weighted_n = min(self.n, REFINED), min(self.n, WEIGHTED)
         self.caps: dict[str, float] = {}
         self.tau: tuple[float, float] | None = None
         self.contrasts: decoder.Contrasts | None = None
@@ -82,8 +86,12 @@ class Measurements:
     def _stream(self, name: str) -> torch.Generator:
         return stream(self._seed, name, self._number)
 
-    def encode(self) -> None:
-        mu, logvar = self.model.moments(self.x)
+    def encode(self, enough: Callable[[], bool] = lambda: False) -> None:
+        """The codes, of fewer examples where it is ``enough`` after a batch."""
+        mu, logvar = self.model.moments(self.x, enough)
+        if len(mu) < self.n:
+            self.x, self.n = take(self.x, slice(0, len(mu))), len(mu)
+            self.bootstrap = self.subset(self.n)
         rate = torch.empty(self.n, dtype=torch.float64)
         for a in range(0, self.n, _ROWS):
             part = mu[a : a + _ROWS].cpu().double(), logvar[a : a + _ROWS].cpu().double()
@@ -161,16 +169,18 @@ class Measurements:
     def _use_pairs(self) -> Tensor:
         return derangement(self.use_n, generator=self._stream("use"))
 
-    def refine(self) -> Refinement:
-        n = min(self.n, REFINED)
+    def refine(self, n: int) -> Refinement:
+        """On the first ``n`` examples."""
+        self.refined_n = n
         start = self.mu[:n], self.logvar[:n]
         found = refine(self.model, self.first(n), *start, self._stream("refine"), self.beta)
         self._finite(found.at_posterior)
         at_prior = self._floored("svi_gain", found.at_prior, slice(0, n), found.at_posterior)
         return found._replace(at_prior=at_prior)
 
-    def importance(self, k: int) -> None:
-        n = min(self.n, WEIGHTED)
+    def importance(self, k: int, n: int) -> None:
+        """On the first ``n`` examples."""
+        self.weighted_n = n
         x, codes = self.first(n), self.codes.first(n)
         found = decoder.importance(self.model, x, codes, k, self._stream("importance"), self.beta)
         self.nll["importance"] = self._finite(found.nll)

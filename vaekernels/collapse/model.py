@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from vaekernels.collapse.budget import Pace
 from vaekernels.collapse.examples import Encode, Examples, LogLikelihood, count, take, to_device
 
 __all__ = ["BATCH", "Model", "NotFiniteError", "moments", "require_finite"]
@@ -17,7 +20,9 @@ CPU_BATCH, ACCELERATOR_BATCH = 128, 512
 """Those of a diagnosis. A GRU decoder with 2000 words evaluates 1.6 times as many examples a second in
 batches of 128 as of 256 on a CPU core, whose cache holds the former's logits."""
 
-_TRIED = 64  # examples on which the functions are tried before the work begins
+TRIED = 64
+"""Examples on which the functions are tried before the work begins."""
+_LEAST = 32
 _EQUAL = 1e-3  # relative: more than the order of additions changes, less than dropout does
 _SAME = 0.05  # of the spread over examples: more than another batch size changes, less than batch norm does
 
@@ -44,19 +49,23 @@ class Model:
         self.device = device
         self._batch_size = batch_size
         self.encoded = 0
+        self.dims = 0
         self.dtype = torch.get_default_dtype()
         self.latent_device = torch.device("cpu")
         self.counted = counted
 
     @property
     def batch_size(self) -> int:
-        if self._batch_size is not None:
-            return self._batch_size
+        return self._usual_batch() if self._batch_size is None else self._batch_size
+
+    def _usual_batch(self) -> int:
         return CPU_BATCH if self.latent_device.type == "cpu" else ACCELERATOR_BATCH
 
-    def moments(self, x: Examples) -> tuple[Tensor, Tensor]:
-        mu, logvar = moments(self.encode, x, device=self.device, batch_size=self.batch_size)
+    def moments(self, x: Examples, enough: Callable[[], bool] = lambda: False) -> tuple[Tensor, Tensor]:
+        """mu and logvar, of the first examples alone where it was ``enough`` after a batch of 32 or more."""
+        mu, logvar = moments(self.encode, x, device=self.device, batch_size=self.batch_size, enough=enough)
         self.encoded += len(mu)
+        self.dims = mu.shape[1]
         self.dtype, self.latent_device = mu.dtype, mu.device
         return mu, logvar
 
@@ -90,18 +99,24 @@ class Model:
             )
         return value
 
+    def hurry(self, seconds: float, pace: Pace) -> None:
+        """Batches that take so long at most, as far as single examples do."""
+        self._batch_size = max(1, min(self._usual_batch(), int(seconds / max(*pace, 1e-12))))
+
     @torch.no_grad()
-    def check(self, x: Examples) -> None:
+    def check(self, x: Examples, examples: int = TRIED) -> Pace:
         """ValueError if a function answers the same question twice in two ways: dropout, batch norm or
-        sampling left on."""
-        tried = take(x, slice(0, _TRIED))
+        sampling left on. Tried on the first ``examples``; returns how long the functions took."""
+        tried = take(x, slice(0, examples))
         half = count(tried) // 2
         mu, logvar = self.moments(tried)
         first = {"encode": torch.cat([mu, logvar], dim=1), "log_likelihood": self.evaluate(tried, mu)}
-        again = {
-            "encode": torch.cat(self.moments(tried), dim=1),
-            "log_likelihood": self.evaluate(tried, mu),
-        }
+        times = [time.perf_counter()]
+        again = {"encode": torch.cat(self.moments(tried), dim=1)}
+        times.append(time.perf_counter())
+        again["log_likelihood"] = self.evaluate(tried, mu)
+        times.append(time.perf_counter())
+        pace = Pace(*((b - a) / count(tried) for a, b in itertools.pairwise(times)))
         small = take(tried, slice(0, half))
         alone = {
             "encode": torch.cat(self.moments(small), dim=1),
@@ -124,13 +139,20 @@ class Model:
                         f"{difference:.2g}): batch norm is in train mode. Call eval() on the model before "
                         f"the diagnosis"
                     )
+        return pace
 
 
 @torch.no_grad()
 def moments(
-    encode: Encode, x: Examples, *, device: torch.device | str | None = None, batch_size: int = BATCH
+    encode: Encode,
+    x: Examples,
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = BATCH,
+    enough: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Tensor]:
-    """mu and logvar of every example, [N, D] each. ValueError if ``encode`` returns anything else."""
+    """mu and logvar of every example, [N, D] each; of the first of them, where after a batch there are 32 and
+    it is ``enough``. ValueError if ``encode`` returns anything else."""
     n = count(x)
     mu = logvar = torch.empty(0)
     filled = 0
@@ -154,7 +176,9 @@ def moments(
             )
         mu[i : i + some], logvar[i : i + some] = chunk
         filled += some
-    return mu, logvar
+        if filled >= _LEAST and enough():
+            break
+    return mu[:filled], logvar[:filled]
 
 
 class NotFiniteError(ValueError):

@@ -399,11 +399,14 @@ def advice(
     dims: Sequence[Dim],
     found_wrong: Mapping[str, Finding],
     unmeasured: Sequence[str] = (),
+    short: bool = False,
 ) -> list[str]:
-    """What to do about it. ``unmeasured``: metrics of :data:`FINDINGS`."""
+    """What to do about it. ``unmeasured``: metrics of :data:`FINDINGS`; ``short``: more time would have shown
+    more."""
     found = [each.advice for each in found_wrong.values()]
     if not (found and verdict == "informative"):
-        found.insert(0, _ADVICE[subtype if subtype is not None else verdict])
+        undecided = short and verdict == "undetermined"
+        found.insert(0, _MORE_TIME if undecided else _ADVICE[subtype if subtype is not None else verdict])
     if unmeasured and verdict in FOUND_IN:
         found.append(f"not measured, so it may be bad: {', '.join(unmeasured)}")
     by_state: dict[State, list[int]] = {}
@@ -420,6 +423,7 @@ def advice(
     return found
 
 
+_MORE_TIME = "the budget was too short to tell: raise budget_s (--budget SECONDS), or leave it out"
 _ADVICE: dict[str, str] = {
     "collapsed": "the decoder ignores z: keep the rate up (free bits, a delta-VAE) or weaken the decoder",
     "model collapse": "the decoder ignores z, and a better encoder would not help: keep the rate up from the "

@@ -195,7 +195,9 @@ def diagnose(
     budget: Annotated[
         _Float,
         typer.Option(
-            metavar="SECONDS", help="Stop measuring after this time (default: no limit).", show_default=False
+            metavar="SECONDS",
+            help="Stop measuring after this time; n and k are lowered to fit (default: no limit).",
+            show_default=False,
         ),
     ] = None,
     train: Annotated[
