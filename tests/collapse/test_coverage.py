@@ -79,7 +79,7 @@ def measured(model: Linear, n: int, seed: int) -> dict[str, Estimate]:
     found["iwae_nll"] = split.bootstrap.of_means(columns, importance_mean)[0]
     found["mi bracket"] = bracket(found["mi_lower"], found["mi_upper"])
     dims = split.per_dim()
-    use = split.use_estimates(split.lost([torch.tensor([d]) for d in range(len(model.w))]))
+    use = split.use_estimates(split.lost([torch.tensor([d]) for d in range(len(model.w))], split.use_n))
     for d in range(len(model.w)):
         found |= {
             f"rate {d}": dims.rate[d],

@@ -717,3 +717,52 @@ def test_whole_numbers_of_numpy() -> None:
     assert numbers(diagnose(MODEL.encode, MODEL.log_likelihood, X, **settings)) == numbers(
         diagnose(MODEL.encode, MODEL.log_likelihood, X, n=50, k=4, seed=3)
     )
+
+
+def test_what_small_dimensions_do_together() -> None:
+    """The table of joint states, one row after the other."""
+
+    def state(rate: Any, information: Any, use: Any) -> str:
+        return verdict.Together(9, rate, information, information, use).state()[0]
+
+    some, nothing, wide = interval(0.5), interval(0.0), interval(0.1, 0.2)
+    assert state(interval(0.05), None, None) == "pruned"  # information is at most the rate
+    assert state(some, None, None) == "undetermined"
+    assert state(some, some, some) == "low-rate"
+    assert state(some, some, nothing) == "encoder-only"
+    assert state(some, nothing, some) == "rate-only"
+    assert state(some, nothing, nothing) == "pruned"
+    assert state(some, some, wide) == "undetermined"
+    assert state(some, wide, nothing) == "undetermined"
+
+
+def test_the_few_dimensions_with_information_are_measured_on_more_examples() -> None:
+    model = Linear.worth([0.7] + [0.0] * 255, generator(0))
+    x = model.sample(600, generator(1))
+    report = diagnose(model.encode, model.log_likelihood, x, n=600)
+    sizes = report.settings["examples_of"]
+    assert (sizes["use"], sizes["use_of_informative"]) == (64, 600)
+    use = report.dims[0].use
+    assert report.dims[0].state == "active" and use is not None
+    truth = math.exp(1.4) - 1
+    assert use.low < truth < use.high and use.high - use.low < 2
+
+
+@pytest.mark.slow
+def test_false_activity_is_as_rare_as_said() -> None:
+    """Two copies and a third dimension that a noisy decoder does not read: 2.5 % over both looks."""
+    wrong = 0
+    for seed in range(240):
+        x = torch.randn(256, 4, generator=generator(seed))
+
+        def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+            mu = torch.stack([x[:, 0], x[:, 0], x[:, 1], x[:, 2]], dim=1) * 0.8
+            return mu, torch.full_like(mu, math.log(0.36))
+
+        def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+            # reads the sum loudly, with no relation to x: noise of some nats for every code
+            return normal(x, torch.zeros(()), 1.0) + 2 * torch.sin(9 * z.sum(dim=1) + 40 * x[:, 3])
+
+        report = diagnose(encode, log_likelihood, x, n=256, seed=seed)
+        wrong += any(dim.state in ("active", "low-rate") for dim in report.dims)
+    assert wrong <= 0.025 * 240 + 2 * (0.025 * 240) ** 0.5, wrong

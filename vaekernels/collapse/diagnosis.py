@@ -36,14 +36,17 @@ from vaekernels.collapse.verdict import (
     EPS_USE,
     FINDINGS,
     THRESHOLDS,
+    USE_TAIL,
     Answer,
     Dim,
+    Together,
     advice,
     answers,
     empty_shares,
     ends,
     excluded,
     findings,
+    negligible,
     rule,
     state_of,
 )
@@ -227,6 +230,9 @@ class _Diagnosis:
         self.points: dict[str, tuple[float, float]] = {}
         self.lost: Tensor | None = None
         self.use: list[Answer] | None = None
+        self.used_again_n: int | None = None
+        self.small: set[int] = set()
+        self.small_together: Together | None = None
         self.redundant: dict[int, tuple[int, ...]] = {}
         self.use_train: dict[int, Answer] = {}
         self.train_only: set[int] = set()
@@ -243,6 +249,8 @@ class _Diagnosis:
         self._part("shuffled codes", ("nll", "nelbo", "delta_shuffle"), 2 * n, self._shuffle)
         self._part("contrast codes", ("i_dec",), n * contrasts(n, self.k), self._decoded)
         self._part("single dimensions", ("use",), held.use_n * dims, self._use)
+        self._use_again()
+        self._together()
         some = min(n, self.budget.affordable(svi.evaluations(1), REFINED, LEAST_REFINED))
         self._part("refined codes", ("svi_gain",), svi.evaluations(some), lambda: self._refine(some))
         weighted = min(n, self.budget.affordable(self.k, WEIGHTED, LEAST_WEIGHTED))
@@ -289,9 +297,48 @@ class _Diagnosis:
 
     def _use(self) -> None:
         held = self.held
-        self.lost = held.lost([torch.tensor([d]) for d in range(held.dims)])
-        found = held.use_estimates(self.lost)
-        self.use = answers(found, found, held.use_n, EPS_USE)
+        self.lost = held.lost([torch.tensor([d]) for d in range(held.dims)], held.use_n)
+        self.used = held.use_estimates(self.lost)
+        self._answer_use([held.use_n] * held.dims)
+
+    def _use_again(self) -> None:
+        """Where single dimensions were shuffled on a part of the examples: those with information, if they
+        are few, on more."""
+        informative = [d for d, answer in enumerate(self.information) if answer.yes]
+        n = self.held.examples_for(len(informative))
+        if self.use is None or not informative or n <= self.held.use_n:
+            return
+
+        def measure() -> None:
+            lost = self.held.lost([torch.tensor([d]) for d in informative], n)
+            numbers = [self.held.use_n] * self.held.dims
+            for d, estimate in zip(informative, self.held.use_estimates(lost), strict=True):
+                self.used[d], numbers[d] = estimate, n
+            self.used_again_n = n
+            self._answer_use(numbers)
+
+        self._part("single dimensions", ("use_again",), n * len(informative), measure)
+
+    def _answer_use(self, examples: list[int]) -> None:
+        self.use = answers(self.used, self.used, examples, EPS_USE, USE_TAIL)
+
+    def _together(self) -> None:
+        """The dimensions that are negligible alone."""
+        if self.use is None:
+            self.skipped["together"] = "use was not measured"
+            return
+        rates = (each.value for each in self.per_dim.rate)
+        each = zip(rates, self.information, self.use, strict=True)
+        small = [d for d, told in enumerate(each) if negligible(*told)]
+        self.small = set(small)
+        if not small:
+            return
+        n = self.held.n
+
+        def measure() -> None:
+            self.small_together = self.held.together(small, n)
+
+        self._part("single dimensions", ("together",), n, measure)
 
     def _unexplained(self) -> list[int]:
         """Dimensions with information that nobody was seen to use."""
@@ -309,8 +356,9 @@ class _Diagnosis:
         def measure() -> None:
             self.redundant = find_redundant(self.held, groups)
 
+        evaluations = cost(groups, self.held.examples_for(cost(groups, 1)))
         if groups:
-            self._part("redundant dimensions", ("redundant",), cost(groups, self.held.use_n), measure)
+            self._part("redundant dimensions", ("redundant",), evaluations, measure)
 
     def _refine(self, examples: int) -> None:
         found = self.held.refine(examples)
@@ -393,7 +441,7 @@ class _Diagnosis:
 
     def _train_use(self, trained: Measurements, dims: list[int]) -> None:
         assert self.use is not None and self.lost is not None
-        lost = trained.lost([torch.tensor([d]) for d in dims])
+        lost = trained.lost([torch.tensor([d]) for d in dims], trained.use_n)
         found = trained.use_estimates(lost)
         said = answers(found, found, trained.use_n, EPS_USE)
         self.use_train = dict(zip(dims, said, strict=True))
@@ -442,6 +490,9 @@ class _Diagnosis:
                 redundant,
                 on_train,
             )
+            if d in self.small and self.small_together is not None:
+                state, why = self.small_together.state()
+                reason = f"{reason}; {why}"
             found.append(
                 Dim(
                     index=d,
@@ -520,6 +571,7 @@ class _Diagnosis:
                 "mi_lower": len(self.held.bounds.lower),
                 "dims": self.held.dims_n,
                 "use": self.held.use_n,
+                "use_of_informative": self.used_again_n or self.held.use_n,
                 "svi_gain": self.held.refined_n,
                 "iwae_nll": self.held.weighted_n,
             },

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vaekernels import ops
 
-__all__ = ["InfoNCE", "MIBounds", "compared", "contrast_rows", "infonce", "mi_bounds"]
+__all__ = ["InfoNCE", "MIBounds", "compared", "contrast_rows", "infonce", "joint_bounds", "mi_bounds"]
 
 _PAIRS = 1 << 31
 """Densities of single dimensions, about 5 s on one CPU core. Beyond, fewer examples are compared."""
@@ -74,12 +74,17 @@ def mi_bounds(mu: Tensor, logvar: Tensor, z: Tensor, *, generator: torch.Generat
         whole = _bounds(own.sum(dim=1), rest, n - 1)
         single = _bounds(own, rest_dims, n - 1)
     else:
-        some = mu[:joint], logvar[:joint], z[:joint]
-        rest, _ = ops.log_aggregate_posterior(some[2], *some[:2], leave_one_out=True, per_dim=False)
-        whole = _bounds(_log_density(*some).sum(dim=1), rest, joint - 1)
+        whole = joint_bounds(mu[:joint], logvar[:joint], z[:joint])
         single = _single(mu[:number], logvar[:number], z[:number], codes)
     lower, upper, lower_dims, upper_dims = (column.cpu() for column in (*whole, *single))
     return MIBounds(lower, upper, lower_dims, upper_dims, rows, math.log(joint), math.log(codes))
+
+
+@torch.no_grad()
+def joint_bounds(mu: Tensor, logvar: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+    """``lower`` and ``upper`` of :func:`mi_bounds`, float64 [N] each, of all these examples."""
+    rest, _ = ops.log_aggregate_posterior(z, mu, logvar, leave_one_out=True, per_dim=False)
+    return _bounds(_log_density(mu, logvar, z).sum(dim=1), rest, len(z) - 1)
 
 
 def compared(n: int, dims: int) -> tuple[int, int, int]:

@@ -16,10 +16,11 @@ from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import TAIL, Bootstrap, Estimate, along_cycle, binomial_tail
 from vaekernels.collapse.examples import Examples, count, take
 from vaekernels.collapse.extras import Samples
-from vaekernels.collapse.information import compared, mi_bounds
+from vaekernels.collapse.information import compared, joint_bounds, mi_bounds
 from vaekernels.collapse.metrics import ACTIVE_THRESHOLD, derangement
 from vaekernels.collapse.model import Model, require_finite
 from vaekernels.collapse.svi import Refinement, refine
+from vaekernels.collapse.verdict import EPS_GLOBAL, Together
 
 __all__ = ["Encoded", "Measurements"]
 
@@ -100,7 +101,7 @@ class Measurements:
         require_finite(f"encode ({self.name})", rate)
         self.codes = Codes.draw(mu, logvar, self._stream("noise"))
         self.dims = mu.shape[1]
-        self.use_n = min(self.n, max(_USE_LEAST, USE_PAIRS // self.dims))
+        self.use_n = self.examples_for(self.dims)
         self.bounds = mi_bounds(mu, logvar, self.codes.own(0, max(compared(self.n, self.dims))))
         self.dims_n = len(self.bounds.lower_dims)
         self.mu, self.logvar = (part[: self.dims_n].cpu().double() for part in (mu, logvar))
@@ -152,22 +153,37 @@ class Measurements:
         gains = baselines - self.columns["nelbo"][:, None]
         return self.bootstrap.of_means(gains, lambda means: means.min(dim=-1, keepdim=True).values)[0]
 
-    def lost(self, groups: list[Tensor]) -> Tensor:
-        """Nats lost when each group of dimensions is shuffled, on the first ``use_n`` examples:
-        [use_n, groups]."""
-        x, codes = self.first(self.use_n), self.codes.first(self.use_n)
-        nll = decoder.shuffled_nll(self.model, x, codes, self._use_pairs(), groups)
-        return self._floored("use", nll, slice(0, self.use_n)) - self.nll["own"][: self.use_n, None]
+    def lost(self, groups: list[Tensor], n: int) -> Tensor:
+        """Nats lost when each group of dimensions is shuffled, on the first ``n`` examples: [n, groups]."""
+        x, codes = self.first(n), self.codes.first(n)
+        nll = decoder.shuffled_nll(self.model, x, codes, self._use_pairs(n), groups)
+        return self._floored("use", nll, slice(0, n)) - self.nll["own"][:n, None]
 
     def use_columns(self, lost: Tensor) -> Tensor:
-        """``lost``, or differences of its columns, ready to resample by ``subset(use_n)``."""
-        return along_cycle(lost, self._use_pairs())
+        """``lost``, or differences of its columns, ready to resample by ``subset(len(lost))``."""
+        return along_cycle(lost, self._use_pairs(len(lost)))
 
     def use_estimates(self, lost: Tensor) -> list[Estimate]:
-        return self.subset(self.use_n).estimates(self.use_columns(lost))
+        return self.subset(len(lost)).estimates(self.use_columns(lost))
 
-    def _use_pairs(self) -> Tensor:
-        return derangement(self.use_n, generator=self._stream("use"))
+    def _use_pairs(self, n: int) -> Tensor:
+        return derangement(n, generator=self._stream("use"))
+
+    def examples_for(self, groups: int) -> int:
+        """On how many examples so many groups of dimensions are shuffled."""
+        return min(self.n, max(_USE_LEAST, USE_PAIRS // max(groups, 1)))
+
+    def together(self, dims: list[int], n: int) -> Together:
+        """These dimensions as one code; their use on ``n`` examples, if not all of their rate is nothing."""
+        of = torch.tensor(dims)
+        rate = self.subset(self.dims_n).estimate(self.rates[:, of].sum(dim=1))
+        if rate.high < EPS_GLOBAL:
+            return Together(len(dims), rate, None, None, None)
+        joint = min(self.dims_n, compared(self.dims_n, len(dims))[0])
+        mu, logvar = self.mu[:joint, of], self.logvar[:joint, of]
+        lower, upper = joint_bounds(mu, logvar, self.codes.own(0, joint)[:, of])
+        low, high = self.subset(joint).estimates(torch.stack([lower, upper], dim=1))
+        return Together(len(dims), rate, low, high, self.use_estimates(self.lost([of], n))[0])
 
     def refine(self, n: int) -> Refinement:
         """On the first ``n`` examples."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
-from vaekernels.collapse.estimate import Estimate, holm_high, holm_low
+from vaekernels.collapse.estimate import TAIL, Estimate, holm_high, holm_low
 
 __all__ = [
     "Answer",
@@ -83,9 +83,21 @@ class Answer(NamedTuple):
     """with the ends that decided: those of all dimensions together (Holm)"""
 
 
-def answers(lower: Sequence[Estimate], upper: Sequence[Estimate], n: int, threshold: float) -> list[Answer]:
-    """One question for many dimensions, from bounds (or twice the same estimates) on ``n`` examples."""
-    lows, highs = holm_low(lower, n), holm_high(upper, n, threshold)
+USE_TAIL, REDUNDANCY_TAIL = 0.02, 0.005
+"""Chance of a wrong answer about the use of any dimension alone, and in the second look at groups: together
+0.025, as for the information."""
+
+
+def answers(
+    lower: Sequence[Estimate],
+    upper: Sequence[Estimate],
+    n: int | Sequence[int],
+    threshold: float,
+    tail: float = TAIL,
+) -> list[Answer]:
+    """One question for many dimensions, from bounds (or twice the same estimates) on ``n`` examples, or those
+    of each. ``tail``: the chance that any of them is answered wrongly with yes, or with no."""
+    lows, highs = holm_low(lower, n, tail=tail), holm_high(upper, n, threshold, tail)
     found: list[Answer] = []
     for low, high, below, above in zip(lows, highs, lower, upper, strict=True):
         value = (below.value + above.value) / 2
@@ -132,6 +144,48 @@ class Dim:
     """dimensions that say the same; shuffled together they matter, this one alone does not"""
 
 
+def negligible(rate: float, information: Answer, use: Answer | None) -> bool:
+    """Whether a dimension has neither rate nor information nor use, alone."""
+    return rate < EPS_INFO and information.no and use is not None and use.no
+
+
+class Together(NamedTuple):
+    """All dimensions that are negligible alone, as one code: many small ones may hold a lot."""
+
+    number: int
+    rate: Estimate
+    lower: Estimate | None
+    """bounds of I(x; z) of these dimensions; None where their rate is no more than the threshold, which the
+    information cannot exceed, or where it was not measured"""
+    upper: Estimate | None
+    use: Estimate | None
+    """nats lost when all of them are shuffled"""
+
+    def state(self) -> tuple[State, str]:
+        """What the state of each of them is, and why."""
+        if self.rate.high < EPS_GLOBAL:
+            return "pruned", f"all {self.number} such dimensions together: rate {ends(self.rate)}"
+        if self.lower is None or self.upper is None or self.use is None:
+            return "undetermined", (
+                f"all {self.number} such dimensions together have a rate of {ends(self.rate)}, and what they "
+                f"do together was not measured"
+            )
+        both = Estimate((self.lower.value + self.upper.value) / 2, self.lower.low, self.upper.high)
+        told = (
+            f"all {self.number} such dimensions together: rate {ends(self.rate)}, information {ends(both)}, "
+            f"use {ends(self.use)}"
+        )
+        if both.high < EPS_GLOBAL and self.use.high < EPS_GLOBAL:
+            return "pruned", told
+        if both.low >= EPS_GLOBAL and self.use.low > 0 and self.use.value >= EPS_GLOBAL:
+            return "low-rate", told
+        if both.low >= EPS_GLOBAL and self.use.high < EPS_GLOBAL:
+            return "encoder-only", told
+        if both.high < EPS_GLOBAL:
+            return "rate-only", told
+        return "undetermined", told
+
+
 def state_of(
     rate: float,
     information: Answer,
@@ -152,7 +206,7 @@ def state_of(
         told += f"; shuffled together with {_listed(redundant)} it is used"
     if information.yes and used:
         return ("low-rate" if rate < LOW_RATE else "active"), told
-    if rate < EPS_INFO and information.no and use is not None and use.no:
+    if negligible(rate, information, use):
         return "pruned", told
     if rate >= EPS_INFO and (information.no or (share is not None and share.high < EMPTY_SHARE)):
         if share is not None:
@@ -451,7 +505,7 @@ _ADVICE: dict[str, str] = {
 
 _DIM_ADVICE: dict[State, str] = {
     "low-rate": "well regularised; leave alone",
-    "pruned": "unused at no cost; benign unless all are",
+    "pruned": "unused at no cost, alone and together; benign unless all are",
     "rate-only": "a rate without information: aggregate mismatch or an empty floor",
     "memorised": "used on the train split only: more data, a higher beta",
     "encoder-only": "encoded, not decoded: check redundancy, weaken the decoder",
