@@ -364,7 +364,7 @@ class _Diagnosis:
         found = self.held.refine(examples)
         self.gradient = found.differentiable
         columns = torch.stack([found.at_posterior, found.at_prior, found.after], dim=1)
-        self.metrics["svi_gain"] = self.held.subset(len(columns)).of_means(columns, _gain)[0]
+        self.metrics["svi_gain"] = self.held.of_means("svi_gain", columns, _gain)
         n = len(columns)
         before, nothing, after, paid = (
             values.mean().item()
@@ -466,13 +466,12 @@ class _Diagnosis:
 
     def _importance(self, examples: int) -> None:
         self.held.importance(self.k, examples)
-        gap = self.held.columns["code_gap"]
-        self.metrics["code_gap"] = self.held.subset(len(gap)).estimate(gap)
+        self.metrics |= self.held.estimates(["code_gap"])
         if "nelbo" not in self.held.columns:
             self.skipped["iwae_nll"] = "nelbo was not measured"
             return
         columns = importance_columns(self.held.columns["nelbo"], self.held.nll["importance"])
-        self.metrics["iwae_nll"] = self.held.bootstrap.of_means(columns, importance_mean)[0]
+        self.metrics["iwae_nll"] = self.held.of_means("iwae_nll", columns, importance_mean)
 
     def _dims(self) -> list[Dim]:
         found: list[Dim] = []

@@ -15,7 +15,7 @@ from vaekernels.collapse import decoder
 from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import TAIL, Bootstrap, Estimate, along_cycle, binomial_tail
 from vaekernels.collapse.examples import Examples, count, take
-from vaekernels.collapse.extras import Samples
+from vaekernels.collapse.extras import Resampled, Samples
 from vaekernels.collapse.information import compared, joint_bounds, mi_bounds
 from vaekernels.collapse.metrics import ACTIVE_THRESHOLD, derangement
 from vaekernels.collapse.model import Model, require_finite
@@ -79,6 +79,7 @@ class Measurements:
         self.bootstrap = self.subset(self.n)
         self.use_n = self.dims_n = self.n
         self.refined_n, self.weighted_n = min(self.n, REFINED), min(self.n, WEIGHTED)
+        self.resampled: dict[str, Resampled] = {}
         self.caps: dict[str, float] = {}
         self.tau: tuple[float, float] | None = None
         self.contrasts: decoder.Contrasts | None = None
@@ -146,12 +147,19 @@ class Measurements:
         self.nll["zero"] = self._floored("z_free_gain", self.model.nll(self.x, self.codes.zero))
         self.columns |= {"delta_prior": self.nll["prior"] - own, "delta_mean": mean - own}
 
+    def of_means(self, name: str, values: Tensor, function: Callable[[Tensor], Tensor]) -> Estimate:
+        """``function`` of the column means of ``values`` [n, M], which takes [..., M] to [..., 1]."""
+        bootstrap = self.subset(len(values))
+        centre, resampled = function(values.double().mean(dim=0)), function(bootstrap.means(values))
+        self.resampled[name] = Resampled(bootstrap.n, resampled[:, 0])
+        return bootstrap.interval(centre, resampled)[0]
+
     def z_free_gain(self) -> Estimate:
         """The NLL of the best of three models that the same decoder makes without an encoder (z of the prior,
         z = 0, z of another example), less the NELBO."""
         baselines = torch.stack([self.nll[name] for name in ("prior", "zero", "shuffled")], dim=1)
         gains = baselines - self.columns["nelbo"][:, None]
-        return self.bootstrap.of_means(gains, lambda means: means.min(dim=-1, keepdim=True).values)[0]
+        return self.of_means("z_free_gain", gains, lambda means: means.min(dim=-1, keepdim=True).values)
 
     def lost(self, groups: list[Tensor], n: int) -> Tensor:
         """Nats lost when each group of dimensions is shuffled, on the first ``n`` examples: [n, groups]."""
@@ -209,7 +217,11 @@ class Measurements:
 
     def estimates(self, names: list[str]) -> dict[str, Estimate]:
         columns = torch.stack([self.columns[name] for name in names], dim=1)
-        found = self.subset(len(columns)).estimates(columns)
+        bootstrap = self.subset(len(columns))
+        resampled = bootstrap.means(columns)
+        found = bootstrap.interval(columns.mean(dim=0), resampled)
+        for place, name in enumerate(names):
+            self.resampled[name] = Resampled(len(columns), resampled[:, place])
         return {
             name: replace(estimate, saturated=self._saturated(name))
             for name, estimate in zip(names, found, strict=True)
@@ -270,6 +282,9 @@ class Measurements:
             most, low = rate - lower, least if saturated else rate - upper
             shares = [torch.where(rate > 0, kl / rate, 0.0) for kl in (low, most)]
             ends.append(torch.stack([low, most, 1 - shares[1], 1 - shares[0]], dim=1))
+        for place, name in enumerate(("aggregate_kl", "information_share")):
+            middle = ends[1][:, 2 * place : 2 * place + 2].mean(dim=1)
+            self.resampled[name] = Resampled(n, middle)
         found = [replace(each, saturated=saturated) for each in bootstrap.interval(ends[0][0], ends[1])]
         return bracket(*found[:2]), bracket(*found[2:])
 
@@ -297,6 +312,7 @@ class Measurements:
             resampled += (second - first.square() > ACTIVE_THRESHOLD).sum(dim=1)
             total += float((part.square().mean(dim=0) > ACTIVE_THRESHOLD).sum())
         centre = torch.tensor([total], dtype=torch.float64)
+        self.resampled["active_units"] = Resampled(self.dims_n, resampled)
         return bootstrap.interval(centre, resampled[:, None])[0]
 
     def per_dim(self) -> Encoded:
@@ -324,7 +340,7 @@ class Measurements:
         """What the pictures show beyond the estimates."""
         shown = self.rates.mean(dim=0).argsort(descending=True)[:SHOWN_DIMS].sort().values
         z = torch.cat([self.codes.own(a, a + _ROWS)[:, shown] for a in range(0, self.n, _ROWS)])
-        return Samples(dict(self.nll), self.columns.get("nelbo"), shown.tolist(), z)
+        return Samples(dict(self.nll), self.columns.get("nelbo"), self.resampled, shown.tolist(), z)
 
     def first(self, n: int) -> Examples:
         return take(self.x, slice(0, n)) if n < self.n else self.x

@@ -12,6 +12,7 @@ from vaekernels.collapse.verdict import FINDINGS, Dim
 __all__ = [
     "DIM_ESTIMATES",
     "LABELS",
+    "against",
     "by_reason",
     "dims_of",
     "gaps_of",
@@ -83,6 +84,72 @@ def text(said: Mapping[str, Any]) -> str:
     for why, names in by_reason(said["skipped"]).items():
         lines += textwrap.wrap(f"skipped: {', '.join(names)}: {why}", WIDTH, subsequent_indent="    ")
     return "\n".join(lines)
+
+
+def against(
+    said: Mapping[str, Any],
+    other: Mapping[str, Any],
+    differences: Mapping[str, Estimate],
+    names: tuple[str, str],
+) -> str:
+    """Two reports side by side, and their paired differences."""
+    first, second = names
+    lines = textwrap.wrap(_said_of_both(said, other, differences, names), WIDTH)
+    lines += ["", *(f"{name}: {headline(each)}" for name, each in zip(names, (said, other), strict=True))]
+    lines += ["", f"{'nats':36}{_cut(first):>10}{_cut(second):>12}{'difference [95%, paired]':>40}"]
+    mine, theirs = metrics_of(said), metrics_of(other)
+    for name, label in LABELS.items():
+        digits = 0 if name == "active_units" else 2
+        shown = [
+            "-" if each is None else f"{each.value:.{digits}f}" + ("*" if each.saturated else " ")
+            for each in (mine[name], theirs[name])
+        ]
+        change = differences.get(name)
+        told = "not measured" if change is None else change.show(digits)
+        if change is not None and (change.low > 0 or change.high < 0):
+            told += " <>"
+        lines.append(f"{label:36}{shown[0]:>10}{shown[1]:>12}{told:>40}")
+    lines.append("<> the interval of the difference leaves out 0; * saturated")
+    return "\n".join(lines)
+
+
+def _said_of_both(
+    said: Mapping[str, Any],
+    other: Mapping[str, Any],
+    differences: Mapping[str, Estimate],
+    names: tuple[str, str],
+) -> str:
+    """Who uses its latent, and at what price."""
+    first, second = names
+    uses = [_USES.get(each["verdict"], "does not use its latent") for each in (said, other)]
+    both = f"{first} {uses[0]}, {second} {uses[1]}"
+    if uses[0] == uses[1]:
+        both = f"{first} and {second}: each {uses[0]}"
+    change = differences.get("iwae_nll")
+    if change is None:
+        return f"{both}; the likelihoods (IWAE) were not both measured."
+    shown = change.show(2)
+    if change.low > 0:
+        return f"{both}; {first} costs {shown} nats of likelihood (IWAE)."
+    if change.high < 0:
+        return f"{both}; {first} gains {_turned(change).show(2)} nats of likelihood (IWAE)."
+    return f"{both}; no difference in likelihood (IWAE) is seen: {shown} nats."
+
+
+_USES = {
+    "informative": "uses its latent",
+    "partial": "uses a part of its latent",
+    "rare-use": "uses its latent for few examples",
+    "undetermined": "may use its latent or not (undetermined)",
+}
+
+
+def _turned(estimate: Estimate) -> Estimate:
+    return Estimate(-estimate.value, -estimate.high, -estimate.low, estimate.saturated)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= 10 else f"{name[:4]}..{name[-4:]}"
 
 
 def headline(said: Mapping[str, Any]) -> str:
