@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -766,3 +767,48 @@ def test_false_activity_is_as_rare_as_said() -> None:
         report = diagnose(encode, log_likelihood, x, n=256, seed=seed)
         wrong += any(dim.state in ("active", "low-rate") for dim in report.dims)
     assert wrong <= 0.025 * 240 + 2 * (0.025 * 240) ** 0.5, wrong
+
+
+def test_classes_are_told_one_by_one(tmp_path: Path) -> None:
+    """Of class 1 the codes are another example's: it alone is explained worse."""
+    classes = torch.arange(400) % 3
+
+    def log_likelihood(x: Any, z: Tensor) -> Tensor:
+        return MODEL.log_likelihood(x[0], z) - 2 * (x[1] == 1)
+
+    report = diagnose(lambda x: MODEL.encode(x[0]), log_likelihood, (X, classes), classes=classes)
+    assert list(report.classes) == ["0", "1", "2"]
+    assert set(report.classes["0"]) == {"rate", "nll", "nelbo", "delta_shuffle"}
+    for name, estimates in report.classes.items():
+        nll = report.metrics["nll"]
+        assert nll is not None and (estimates["nll"].low > nll.high) == (name == "1")
+    whole = sum(report.classes[str(c)]["rate"].value * int((classes == c).sum()) for c in range(3)) / 400
+    assert whole == pytest.approx(report.metrics["rate"].value, rel=0.2)  # type: ignore[union-attr]
+    report.save(tmp_path)
+    assert collapse.Report.load(tmp_path).classes == report.classes
+    assert "   class" in str(report)
+    as_data = TensorDataset(X, classes)
+    assert diagnose(lambda x: MODEL.encode(x[0]), log_likelihood, as_data, classes=classes).classes == (
+        report.classes
+    )
+
+
+@pytest.mark.parametrize(
+    "classes, error, words",
+    [
+        (torch.zeros(399), ValueError, r"one label for each of the 400 examples, got shape \[399\]"),
+        (torch.zeros(400, 2), ValueError, r"got shape \[400, 2\]"),
+        (["a"] * 400, TypeError, r"classes must be numbers, one for each example, got list"),
+    ],
+)
+def test_wrong_labels_are_named(classes: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        diagnose(MODEL.encode, MODEL.log_likelihood, X, classes=classes)
+
+
+def test_the_threshold_of_active_units() -> None:
+    few = diagnose(MODEL.encode, MODEL.log_likelihood, X, active_threshold=0.5)
+    units = few.metrics["active_units"]
+    assert units is not None and units.value == 1 and "Var(mu) > 0.5" in str(few)
+    with pytest.raises(ValueError, match="active_threshold must be a number of at least 0, got -1"):
+        diagnose(MODEL.encode, MODEL.log_likelihood, X, active_threshold=-1)

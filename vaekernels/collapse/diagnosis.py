@@ -15,7 +15,16 @@ from vaekernels.collapse import svi, units
 from vaekernels.collapse.budget import Budget, OutOfTime, fitting, progress_bar
 from vaekernels.collapse.decoder import contrasts, importance_columns, importance_mean
 from vaekernels.collapse.estimate import RESAMPLES, Estimate, difference, holm_low
-from vaekernels.collapse.examples import Encode, Examples, LogLikelihood, count, digest, select, take
+from vaekernels.collapse.examples import (
+    Encode,
+    Examples,
+    LogLikelihood,
+    count,
+    digest,
+    labels_of,
+    select,
+    take,
+)
 from vaekernels.collapse.measurements import (
     CONTRASTED,
     LEAST_REFINED,
@@ -27,6 +36,7 @@ from vaekernels.collapse.measurements import (
     Measurements,
     stream,
 )
+from vaekernels.collapse.metrics import ACTIVE_THRESHOLD
 from vaekernels.collapse.model import TRIED, Model
 from vaekernels.collapse.redundancy import clusters, cost, find_redundant
 from vaekernels.collapse.report import Report
@@ -85,6 +95,8 @@ def diagnose(
     k: int = 32,
     seed: int = 0,
     beta: float = 1.0,
+    active_threshold: float = ACTIVE_THRESHOLD,
+    classes: object = None,
     device: torch.device | str | None = None,
     budget_s: float | None = None,
     progress: bool = True,
@@ -112,6 +124,9 @@ def diagnose(
         seed: of everything random. The same seed gives the same report on the same machine.
         beta: the weight of the KL in training, with both terms as sums over their dimensions. Inference is
             refined at it: at beta 5, codes that pay at beta 1 do not pay for the encoder.
+        active_threshold: the variance of mu from which a dimension counts as an active unit.
+        classes: a label of each held-out example, numbers: rate, NLL, NELBO and Delta_shuffle are also told
+            for each of them, in ``report.classes``.
         device: where batches of examples are moved (None: they stay where they are). Codes go where
             ``encode`` returns them.
         budget_s: seconds after which no more is measured. n and k are lowered until what decides the verdict
@@ -137,6 +152,8 @@ def diagnose(
     n, k, seed = _check("n", n, 4), _check("k", k, 2), _check("seed", seed, None)
     if not (isinstance(beta, int | float) and 0 <= beta < float("inf")):
         raise ValueError(f"beta must be a number of at least 0, got {beta!r}")
+    if not (isinstance(active_threshold, int | float) and 0 <= active_threshold < float("inf")):
+        raise ValueError(f"active_threshold must be a number of at least 0, got {active_threshold!r}")
     if budget_s is not None and not budget_s > 0:
         raise ValueError(f"budget_s must be positive, or None for no limit, got {budget_s!r}")
     with torch.inference_mode(False):
@@ -146,6 +163,9 @@ def diagnose(
             asked = n, k
             chosen = select("heldout", heldout, n, stream(seed, "select"))
             chosen_train = None if train is None else select("train", train, n, stream(seed, "select", 1))
+            labels = (
+                None if classes is None else labels_of("classes", classes, heldout, n, stream(seed, "select"))
+            )
             model = Model(encode, log_likelihood, device=device, batch_size=None, counted=budget.count)
             with budget.part("check"):
                 if budget_s is None:
@@ -154,19 +174,20 @@ def diagnose(
                     n, k = _fit(model, budget, chosen, n, k, splits, budget_s)
                     chosen = take(chosen, slice(0, n))
                     chosen_train = None if chosen_train is None else take(chosen_train, slice(0, n))
-            held = Measurements("heldout", model, chosen, seed, 0, beta)
+            held = Measurements("heldout", model, chosen, seed, 0, beta, float(active_threshold))
             trained = None if chosen_train is None else Measurements("train", model, chosen_train, seed, 1)
             settings = {
                 "n": n,
                 "k": k,
                 "seed": seed,
                 "refined_at_beta": beta,
+                "active_threshold": float(active_threshold),
                 "device": None if device is None else str(device),
                 "budget_s": budget_s,
             }
             if (n, k) != asked:
                 settings |= {"n_asked": asked[0], "k_asked": asked[1]}
-            return _Diagnosis(model, budget, held, trained, k, settings).run()
+            return _Diagnosis(model, budget, held, trained, k, settings).run(labels)
 
 
 def _check(name: str, value: Any, least: int | None) -> int:
@@ -240,7 +261,7 @@ class _Diagnosis:
         self.refined: tuple[str, float, float] | None = None
         self.settings = settings
 
-    def run(self) -> Report:
+    def run(self, labels: tuple[Tensor, list[str]] | None) -> Report:
         held = self.held
         with self.budget.part("encoder"):
             self._encoder()
@@ -263,7 +284,7 @@ class _Diagnosis:
         self._part("other codes", ("delta_prior", "delta_mean", "z_free_gain"), 3 * n, self._other_codes)
         self._redundancy()
         self._train()
-        return self._report()
+        return self._report({} if labels is None else held.by_class(*labels))
 
     def _part(
         self, title: str, names: tuple[str, ...], evaluations: int, measure: Callable[[], None]
@@ -508,7 +529,7 @@ class _Diagnosis:
             )
         return found
 
-    def _report(self) -> Report:
+    def _report(self, classes: dict[str, dict[str, Estimate]]) -> Report:
         dims = self._dims()
         picked = self.held.picked()
         ruling = rule(self.metrics, dims, picked)
@@ -532,6 +553,7 @@ class _Diagnosis:
             metrics=self.metrics,
             train=None if self.trained is None else self.train_metrics,
             gaps=self.gaps,
+            classes=classes,
             dims=dims,
             rate_distortion=self._points(),
             settings=self.settings | self._settings(),

@@ -81,6 +81,36 @@ def select(name: str, data: object, n: int, generator: torch.Generator) -> Examp
     )
 
 
+def labels_of(
+    name: str, labels: object, data: object, n: int, generator: torch.Generator
+) -> tuple[Tensor, list[str]]:
+    """The labels of the examples that :func:`select` chooses with such a generator: numbers from 0, int64
+    [n], and what the numbers stand for.
+
+    TypeError for what is no tensor, array or sequence of numbers; ValueError unless there is one an example.
+    """
+    try:
+        given = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be numbers, one for each example, got {type(labels).__name__}: {error}"
+        ) from error
+    data = tuple(data) if isinstance(data, list) else data
+    if isinstance(data, Tensor | tuple):
+        available = count(data)
+    else:
+        available = len(data) if isinstance(data, Sized) else len(given)
+    if given.dim() != 1 or len(given) != available:
+        raise ValueError(
+            f"{name} must have one label for each of the {available} examples, got shape {list(given.shape)}"
+        )
+    chosen = torch.arange(available)[:n]
+    if isinstance(data, Sized):
+        chosen = _chosen(name, available, n, generator)
+    values, numbers = torch.unique(given[chosen], return_inverse=True)
+    return numbers, [f"{value:g}" if isinstance(value, float) else str(value) for value in values.tolist()]
+
+
 def digest(x: Examples) -> str:
     """sha256 of types, shapes and bytes."""
     found = hashlib.sha256()

@@ -37,6 +37,8 @@ WEIGHTED = 512
 CONTRASTED = 512
 """Examples of a train split for I_dec."""
 
+OF_CLASSES = ("rate", "nll", "nelbo", "delta_shuffle")
+"""What is also said of each class."""
 SHOWN_DIMS = 16
 _ROWS = 1 << 10
 _COLUMNS = 1 << 12  # resampled at once: 32 MiB of means
@@ -66,13 +68,20 @@ class Measurements:
     ``rates`` are."""
 
     def __init__(
-        self, name: str, model: Model, x: Examples, seed: int, number: int, beta: float = 1.0
+        self,
+        name: str,
+        model: Model,
+        x: Examples,
+        seed: int,
+        number: int,
+        beta: float = 1.0,
+        active_threshold: float = ACTIVE_THRESHOLD,
     ) -> None:
         self.name = name
         self.model = model
         self.x = x
         self.n = count(x)
-        self.beta = beta
+        self.beta, self.active_threshold = beta, active_threshold
         self._seed, self._number = seed, number
         self.columns: dict[str, Tensor] = {}
         self.nll: dict[str, Tensor] = {}  # under its own code, a shuffled one, one of the prior
@@ -258,6 +267,18 @@ class Measurements:
             return None
         return (int((costs.cumsum(0) < total / 2).sum()) + 1) / len(costs)
 
+    def by_class(self, numbers: Tensor, names: list[str]) -> dict[str, dict[str, Estimate]]:
+        """What was measured of the examples of each class alone; nothing of a class of one."""
+        measured = [name for name in OF_CLASSES if name in self.columns]
+        columns = torch.stack([self.columns[name] for name in measured], dim=1)
+        found: dict[str, dict[str, Estimate]] = {}
+        for number, label in enumerate(names):
+            rows = columns[numbers[: self.n] == number]
+            if len(rows) > 1:
+                estimates = Bootstrap(len(rows), generator=self._stream("bootstrap")).estimates(rows)
+                found[label] = dict(zip(measured, estimates, strict=True))
+        return found
+
     def point(self) -> tuple[float, float]:
         """On the rate-distortion plane."""
         return self.columns["rate"].mean().item(), self.columns["nll"].mean().item()
@@ -309,8 +330,8 @@ class Measurements:
         for part in torch.split(self.mu - self.mu.mean(dim=0), _COLUMNS, dim=1):
             means = bootstrap.means(torch.cat([part, part.square()], dim=1))
             first, second = means.chunk(2, dim=1)
-            resampled += (second - first.square() > ACTIVE_THRESHOLD).sum(dim=1)
-            total += float((part.square().mean(dim=0) > ACTIVE_THRESHOLD).sum())
+            resampled += (second - first.square() > self.active_threshold).sum(dim=1)
+            total += float((part.square().mean(dim=0) > self.active_threshold).sum())
         centre = torch.tensor([total], dtype=torch.float64)
         self.resampled["active_units"] = Resampled(self.dims_n, resampled)
         return bootstrap.interval(centre, resampled[:, None])[0]

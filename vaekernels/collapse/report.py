@@ -59,6 +59,8 @@ class Report:
     metrics: dict[str, Estimate | None]
     train: dict[str, Estimate | None] | None
     gaps: dict[str, Estimate]
+    classes: dict[str, dict[str, Estimate]]
+    """label -> metric -> estimate, where labels were given"""
     dims: list[Dim]
     rate_distortion: dict[str, tuple[float, float]]
     settings: dict[str, Any]
@@ -88,6 +90,7 @@ class Report:
             "train": None if self.train is None else _triples(self.train),
             "train_saturated": _saturated(self.train or {}),
             "gaps": _triples(self.gaps) if self.gaps else None,
+            "classes": {label: _triples(found) for label, found in self.classes.items()},
             "dims": [_dim(dim) for dim in self.dims],
             "rate_distortion": {name: list(point) for name, point in self.rate_distortion.items()},
             "checks": self.checks,
@@ -159,6 +162,7 @@ class Report:
             metrics=tables.metrics_of(said),
             train=None if said["train"] is None else tables.train_of(said),
             gaps=gaps,
+            classes=tables.classes_of(said),
             dims=tables.dims_of(said),
             rate_distortion={name: (rate, nll) for name, (rate, nll) in said["rate_distortion"].items()},
             samples=Samples({}, None, resampled, [], torch.empty(0, 0, dtype=torch.float64)),
@@ -223,7 +227,9 @@ def _rounded(value: float) -> float:
     return float(f"{value:.7g}")
 
 
-def _triples(estimates: Mapping[str, Estimate | None]) -> dict[str, list[float] | None]:
+def _triples(
+    estimates: Mapping[str, Estimate] | Mapping[str, Estimate | None],
+) -> dict[str, list[float] | None]:
     return {
         name: None if each is None else [each.value, each.low, each.high] for name, each in estimates.items()
     }

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from vaekernels.collapse.estimate import Estimate
+from vaekernels.collapse.metrics import ACTIVE_THRESHOLD
 from vaekernels.collapse.verdict import FINDINGS, Dim
 
 __all__ = [
@@ -14,9 +15,11 @@ __all__ = [
     "LABELS",
     "against",
     "by_reason",
+    "classes_of",
     "dims_of",
     "gaps_of",
     "headline",
+    "labels",
     "metrics_of",
     "text",
     "train_of",
@@ -63,11 +66,17 @@ def text(said: Mapping[str, Any]) -> str:
     metrics, train = metrics_of(said), train_of(said)
     examples = said["settings"]["examples"]["heldout"]
     lines += ["", f"{f'nats, {examples} held-out examples':38}{'[95%]':>30}{'train [95%]':>30}"]
-    for name, label in LABELS.items():
+    for name, label in labels(said).items():
         on_train = _cell(name, train[name]) if name in train else ""
         lines.append(f"{label:38}{_cell(name, metrics[name]):>30}{on_train:>30}".rstrip())
     if any(each is not None and each.saturated for each in metrics.values()):
         lines.append("* saturated: within a nat of what so many examples, or contrast codes, can show")
+    classes = classes_of(said)
+    if classes:
+        measured = list(next(iter(classes.values())))
+        lines += ["", f"{'class':>8}" + "".join(f"{name:>22}" for name in measured)]
+    for label, found in list(classes.items())[:_TABLE_DIMS]:
+        lines.append(f"{label:>8}" + "".join(f"{each.show(2):>22}" for each in found.values()))
     lines += [
         "",
         f"{'dim':>5}  {'state':13}{'rate':>7}  {'I_d [95%, all dims]':>24}  {'s_d [95%, all dims]':>24}",
@@ -98,7 +107,7 @@ def against(
     lines += ["", *(f"{name}: {headline(each)}" for name, each in zip(names, (said, other), strict=True))]
     lines += ["", f"{'nats':36}{_cut(first):>10}{_cut(second):>12}{'difference [95%, paired]':>40}"]
     mine, theirs = metrics_of(said), metrics_of(other)
-    for name, label in LABELS.items():
+    for name, label in labels(said).items():
         digits = 0 if name == "active_units" else 2
         shown = [
             "-" if each is None else f"{each.value:.{digits}f}" + ("*" if each.saturated else " ")
@@ -185,6 +194,20 @@ def train_of(said: Mapping[str, Any]) -> dict[str, Estimate | None]:
 def gaps_of(said: Mapping[str, Any]) -> dict[str, Estimate | None]:
     """By how much the train split is better; empty without one."""
     return _estimates(said["gaps"] or {}, ())
+
+
+def classes_of(said: Mapping[str, Any]) -> dict[str, dict[str, Estimate]]:
+    """Label -> metric -> estimate; empty where no labels were given."""
+    return {
+        label: {name: Estimate(*triple) for name, triple in found.items()}
+        for label, found in said["classes"].items()
+    }
+
+
+def labels(said: Mapping[str, Any]) -> dict[str, str]:
+    """:data:`LABELS`, with the threshold of this report."""
+    threshold = said["settings"].get("active_threshold", ACTIVE_THRESHOLD)
+    return LABELS | {"active_units": f"active units, Var(mu) > {threshold:g}"}
 
 
 def dims_of(said: Mapping[str, Any]) -> list[Dim]:
