@@ -812,3 +812,73 @@ def test_the_threshold_of_active_units() -> None:
     assert units is not None and units.value == 1 and "Var(mu) > 0.5" in str(few)
     with pytest.raises(ValueError, match="active_threshold must be a number of at least 0, got -1"):
         diagnose(MODEL.encode, MODEL.log_likelihood, X, active_threshold=-1)
+
+
+# --- priors other than N(0, I) ------------------------------------------------------------------------------
+
+PRIOR_MU, PRIOR_LOGVAR = torch.tensor([3.0, -2.0, 0.5]), torch.tensor([1.0, -1.5, 0.3])
+
+
+def moved(model: Linear) -> tuple[Any, Any]:
+    """The same model with its latent moved and stretched, so that its prior is another Gaussian."""
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = model.encode(x)
+        return PRIOR_MU + torch.exp(0.5 * PRIOR_LOGVAR) * mu, logvar + PRIOR_LOGVAR
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        return model.log_likelihood(x, (z - PRIOR_MU) * torch.exp(-0.5 * PRIOR_LOGVAR))
+
+    return encode, log_likelihood
+
+
+def test_a_learned_prior_changes_no_measure() -> None:
+    plain = diagnose(MODEL.encode, MODEL.log_likelihood, X)
+    for prior in (
+        (PRIOR_MU, PRIOR_LOGVAR),
+        lambda x: (PRIOR_MU.expand(len(x), 3), PRIOR_LOGVAR.expand(len(x), 3)),
+    ):
+        found = diagnose(*moved(MODEL), X, prior=prior)
+        assert found.verdict == plain.verdict == "informative"
+        for name, estimate in plain.metrics.items():
+            assert estimate is not None
+            assert found.metrics[name].value == pytest.approx(estimate.value, abs=2e-4), name
+        assert found.settings["prior"] != plain.settings["prior"] == "N(0, I)"
+    # Taken for a model with the prior N(0, I), most of its rate is empty.
+    assert "aggregate_kl" in diagnose(*moved(MODEL), X).findings
+
+
+def test_a_learned_prior_that_is_copied_is_a_collapse() -> None:
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        return PRIOR_MU.expand(len(x), 3), PRIOR_LOGVAR.expand(len(x), 3)
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        return normal(x, torch.zeros(()), 1.0)
+
+    assert diagnose(encode, log_likelihood, X).verdict == "rate-only"
+    report = diagnose(encode, log_likelihood, X, prior=(PRIOR_MU, PRIOR_LOGVAR))
+    assert report.verdict == "collapsed" and report.metrics["rate"].value == pytest.approx(0, abs=1e-6)
+
+
+def test_a_conditional_prior() -> None:
+    """q(z|x, c) = p(z|c): the code says nothing beyond the class, which the decoder has anyway."""
+    c = torch.arange(400) % 4
+    table = 3 * torch.randn(4, 3, generator=generator(5))
+
+    def encode(x: Any) -> tuple[Tensor, Tensor]:
+        return table[x[1]], torch.zeros(len(x[1]), 3)
+
+    def log_likelihood(x: Any, z: Tensor) -> Tensor:
+        off = ((z - table[x[1]]).square().sum(dim=1) - 3).clamp_min(0)
+        return normal(x[0], torch.zeros(()), 1.0) - 0.3 * off
+
+    assert diagnose(encode, log_likelihood, (X, c)).verdict == "informative"
+    report = diagnose(
+        encode, log_likelihood, (X, c), prior=lambda x: (table[x[1]], torch.zeros(len(x[1]), 3))
+    )
+    assert report.verdict == "collapsed", report.reasons
+
+
+def test_a_prior_of_another_shape_is_named() -> None:
+    with pytest.raises(ValueError, match=r"the mu of prior must be of shape \[3\], or \[64, 3\]"):
+        diagnose(MODEL.encode, MODEL.log_likelihood, X, prior=(torch.zeros(2), torch.zeros(2)))

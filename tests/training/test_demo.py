@@ -285,8 +285,8 @@ def outcome(title: str, verdict: str, figures: dict[str, Estimate], samples: lis
     subtype = "model collapse" if verdict == "collapsed" else None
     report = Fixed(
         verdict=verdict, subtype=subtype, reasons=[], findings={}, advice=[], metrics=dict(figures),
-        gaps={}, classes={}, dims=[], rate_distortion={}, settings={"examples": {"heldout": 9}}, checks={}, cost={}, skipped={},
-        samples=None, **empty,  # type: ignore[arg-type]
+        gaps={}, classes={}, dims=[], rate_distortion={}, settings={"examples": {"heldout": 9}},
+        checks={}, cost={}, skipped={}, samples=None, **empty,  # type: ignore[arg-type]
     )  # fmt: skip
     seen = gallery.Sentences([], [], samples, [])
     return Outcome(title, "report.html", report, seen, {})

@@ -19,11 +19,13 @@ from vaekernels.collapse.examples import (
     Encode,
     Examples,
     LogLikelihood,
+    Prior,
     count,
     digest,
     labels_of,
     select,
     take,
+    whiten_latents,
 )
 from vaekernels.collapse.measurements import (
     CONTRASTED,
@@ -91,6 +93,7 @@ def diagnose(
     heldout: object,
     *,
     train: object = None,
+    prior: Prior | None = None,
     n: int = 2048,
     k: int = 32,
     seed: int = 0,
@@ -101,7 +104,8 @@ def diagnose(
     budget_s: float | None = None,
     progress: bool = True,
 ) -> Report:
-    """Has this VAE collapsed, and how? For any with q(z|x) = N(mu, diag exp(logvar)) and prior N(0, I)::
+    """Has this VAE collapsed, and how? For any with q(z|x) = N(mu, diag exp(logvar)) and prior N(0, I), or
+    another Gaussian ``prior``::
 
         encode(x) -> (mu, logvar)           # [B, D] each
         log_likelihood(x, z) -> Tensor[B]   # log p(x|z) in nats, summed over the data dimensions
@@ -117,6 +121,9 @@ def diagnose(
             a torch Dataset of tensors or of tuples of tensors.
         train: examples of the training split, in the same form; without them, overfitting and memorised
             dimensions are not looked for.
+        prior: None: N(0, I). (mu, logvar), [D] each, of a learned prior, or a function of x that gives them,
+            [B, D] each, of a conditional one: measured is then the latent in which the prior is N(0, I), see
+            :func:`whiten_latents`. A code that copies a learned prior has rate 0.
         n: how many examples of each split are used, at random; at least 4. Intervals shrink as 1 / sqrt(n),
             and no more than log n nats of information can be seen.
         k: contrast codes of I_dec, which sees at most log k nats, and samples of the importance-weighted
@@ -156,6 +163,10 @@ def diagnose(
         raise ValueError(f"active_threshold must be a number of at least 0, got {active_threshold!r}")
     if budget_s is not None and not budget_s > 0:
         raise ValueError(f"budget_s must be positive, or None for no limit, got {budget_s!r}")
+    told_prior = "N(0, I)"
+    if prior is not None:
+        told_prior = "a function of x" if callable(prior) else "given, the same for all examples"
+        encode, log_likelihood = whiten_latents(encode, log_likelihood, prior)
     with torch.inference_mode(False):
         splits = 1 if train is None else 2
         with progress_bar(progress, _evaluations(n, k, splits)) as advance:
@@ -182,6 +193,7 @@ def diagnose(
                 "seed": seed,
                 "refined_at_beta": beta,
                 "active_threshold": float(active_threshold),
+                "prior": told_prior,
                 "device": None if device is None else str(device),
                 "budget_s": budget_s,
             }
