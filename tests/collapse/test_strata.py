@@ -12,7 +12,9 @@ from torch import Tensor
 
 from vaekernels import collapse
 from vaekernels.collapse import strata as within
+from vaekernels.collapse.estimate import Bootstrap, along_cycle
 from vaekernels.collapse.information import mi_bounds
+from vaekernels.collapse.pairing import derangement_of
 
 
 def diagnose(*arguments: Any, **settings: Any) -> collapse.Report:
@@ -115,3 +117,56 @@ def test_wrong_conditions_are_named() -> None:
         diagnose(*call, train=x, condition=torch.zeros(64))
     with pytest.raises(ValueError, match="condition must have one label for each of the 64 examples"):
         diagnose(*call, condition=torch.zeros(63))
+
+
+# --- examples that are not independent ----------------------------------------------------------------------
+
+
+def test_groups_follow_one_another() -> None:
+    ids = torch.tensor([3, 3, 7, 1, 1, 1, 7, 3, 9])
+    partners = derangement_of(ids, generator=generator(0))
+    following = {
+        a: {int(ids[p]) for p, i in zip(partners, ids, strict=True) if int(i) == a} for a in (1, 3, 7, 9)
+    }
+    assert all(len(b) == 1 and a not in b for a, b in following.items())
+    assert sorted(b.pop() for b in following.values()) == [1, 3, 7, 9]
+    # as many members as there are take part
+    assert len(set(partners[ids == 1].tolist())) == min(3, int((ids == ids[partners[3]]).sum()))
+
+
+def test_copies_make_no_interval_narrower() -> None:
+    model = Linear.worth([0.8, 0.3], generator(0))
+    once = model.sample(100, generator(1))
+    x, ids = once.repeat(10, 1), torch.arange(100).repeat(10)
+    call = {"n": 1000, "k": 8}
+    alone = diagnose(model.encode, model.log_likelihood, once, n=100, k=8)
+    copied = diagnose(model.encode, model.log_likelihood, x, **call)
+    grouped = diagnose(model.encode, model.log_likelihood, x, groups=ids, **call)
+
+    def width(report: collapse.Report) -> float:
+        rate = report.metrics["rate"]
+        assert rate is not None
+        return rate.high - rate.low
+
+    assert width(copied) < 0.5 * width(alone)
+    assert width(grouped) == pytest.approx(width(alone), rel=0.1)
+    assert copied.checks["copies"] == pytest.approx(0.9) and grouped.settings["groups"] == 100
+    assert any("90 % of the examples are exact copies" in reason for reason in copied.reasons)
+    assert any("over the 100 groups of the 1000 examples" in reason for reason in grouped.reasons)
+    assert alone.checks["copies"] == 0 and not any("copies" in reason for reason in alone.reasons)
+
+
+def test_a_cycle_of_groups() -> None:
+    """f(i, pi(i)) = x_pi(i) has the same sum for every permutation: no interval at all, in groups as well."""
+    values = torch.randn(60, generator=generator(0), dtype=torch.float64)
+    ids = torch.arange(60) // 3
+    partners = derangement_of(ids, generator=generator(1))
+    differences = values[partners] - values
+    scaled = along_cycle(differences, partners, ids)
+    assert scaled.mean().item() == pytest.approx(differences.mean().item())
+    assert scaled.std() < differences.std()
+
+
+def test_one_group_is_no_sample() -> None:
+    with pytest.raises(ValueError, match="clusters must be 2 or more, got 1 for 8 examples"):
+        Bootstrap(8, clusters=torch.zeros(8))

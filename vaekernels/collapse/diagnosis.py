@@ -20,6 +20,7 @@ from vaekernels.collapse.examples import (
     Examples,
     LogLikelihood,
     Prior,
+    copies,
     count,
     digest,
     labels_of,
@@ -84,6 +85,8 @@ METRICS = (
     "code_gap",
     "iwae_nll",
 )
+COPIES = 0.05
+"""Share of exact copies from which the report speaks of them."""
 OF_TRAINING = ("beta", "effective_beta", "free_bits")
 ON_TRAIN = ("rate", "mi_lower", "mi_upper", "nll", "nelbo", "delta_shuffle", "i_dec")
 
@@ -96,6 +99,7 @@ def diagnose(
     train: object = None,
     prior: Prior | None = None,
     condition: object = None,
+    groups: object = None,
     n: int = 2048,
     k: int = 32,
     seed: int = 0,
@@ -130,6 +134,8 @@ def diagnose(
             the length of its text. With ``train``, a pair of labels of both. Another example's code is then
             one of the same stratum, and I(x;z) is I(x;z|label), so that what z says of the label itself does
             not count. Strata of fewer than 8 examples are left out. The smallest stratum limits I_dec.
+        groups: a number of each held-out example, the same for those that are not independent: copies and
+            near-copies, crops of an image, sentences of a text. Intervals are then over groups.
         n: how many examples of each split are used, at random; at least 4. Intervals shrink as 1 / sqrt(n),
             and no more than log n nats of information can be seen.
         k: contrast codes of I_dec, which sees at most log k nats, and samples of the importance-weighted
@@ -183,6 +189,9 @@ def diagnose(
             labels = (
                 None if classes is None else labels_of("classes", classes, heldout, n, stream(seed, "select"))
             )
+            grouped = (
+                None if groups is None else labels_of("groups", groups, heldout, n, stream(seed, "select"))[0]
+            )
             given = _conditions(condition, train)
             strata = [
                 labels_of("condition", of, data, n, stream(seed, "select", number))[0]
@@ -199,6 +208,7 @@ def diagnose(
             if strata:
                 chosen, strata[0], kept = _ordered(chosen, strata[0][:n])
                 labels = None if labels is None else (labels[0][:n][kept], labels[1])
+                grouped = None if grouped is None else grouped[:n][kept]
             if len(strata) > 1 and chosen_train is not None:
                 chosen_train, strata[1], _ = _ordered(chosen_train, strata[1][:n])
             held = Measurements(
@@ -210,6 +220,7 @@ def diagnose(
                 beta,
                 float(active_threshold),
                 strata[0] if strata else None,
+                grouped,
             )
             trained = (
                 None
@@ -226,6 +237,8 @@ def diagnose(
                 "device": None if device is None else str(device),
                 "budget_s": budget_s,
             }
+            if grouped is not None:
+                settings["groups"] = held.independent(held.n)
             if strata:
                 settings["strata"] = len(torch.unique(strata[0]))
             if (n, k) != asked:
@@ -331,6 +344,7 @@ class _Diagnosis:
 
     def run(self, labels: tuple[Tensor, list[str]] | None) -> Report:
         held = self.held
+        self.copies = copies(held.x)
         with self.budget.part("encoder"):
             self._encoder()
         n, dims = held.n, held.dims
@@ -371,8 +385,9 @@ class _Diagnosis:
         self.metrics["active_units"] = held.active_units()
         self.metrics["aggregate_kl"], self.metrics["information_share"] = held.aggregate_kl()
         self.per_dim = held.per_dim()
-        self.information = answers(self.per_dim.lower, self.per_dim.upper, held.dims_n, EPS_INFO)
-        self.shares = empty_shares(self.per_dim.rate, held.shares, held.dims_n)
+        independent = held.independent(held.dims_n)
+        self.information = answers(self.per_dim.lower, self.per_dim.upper, independent, EPS_INFO)
+        self.shares = empty_shares(self.per_dim.rate, held.shares, independent)
 
     def _shuffle(self) -> None:
         self.held.shuffle()
@@ -409,7 +424,8 @@ class _Diagnosis:
         self._part("single dimensions", ("use_again",), n * len(informative), measure)
 
     def _answer_use(self, examples: list[int]) -> None:
-        self.use = answers(self.used, self.used, examples, EPS_USE, USE_TAIL)
+        independent = {n: self.held.independent(n) for n in set(examples)}
+        self.use = answers(self.used, self.used, [independent[n] for n in examples], EPS_USE, USE_TAIL)
 
     def _together(self) -> None:
         """The dimensions that are negligible alone."""
@@ -614,8 +630,8 @@ class _Diagnosis:
             verdict=ruling.verdict,
             subtype=ruling.subtype,
             overfit=overfit,
-            excluded=excluded(ruling.verdict, self.held.n),
-            reasons=ruling.reasons + self._conditional() + self._impossible() + on_train,
+            excluded=excluded(ruling.verdict, self.held.independent(self.held.n)),
+            reasons=ruling.reasons + self._conditional() + self._dependent() + self._impossible() + on_train,
             findings={name: each.told for name, each in found.items()},
             advice=advice(ruling.verdict, ruling.subtype, overfit, dims, found, unmeasured, self._short()),
             metrics=self.metrics,
@@ -649,6 +665,16 @@ class _Diagnosis:
         return [
             f"all of it within the {strata} strata of condition, {self.held.n} examples: what z says of the "
             f"stratum itself does not count"
+        ]
+
+    def _dependent(self) -> list[str]:
+        if "groups" in self.settings:
+            return [f"intervals are over the {self.settings['groups']} groups of the {self.held.n} examples"]
+        if self.copies < COPIES:
+            return []
+        return [
+            f"{100 * self.copies:.2g} % of the examples are exact copies of others, and the intervals take "
+            f"them for independent: if they are not, pass groups="
         ]
 
     def _impossible(self) -> list[str]:
@@ -692,6 +718,7 @@ class _Diagnosis:
         shuffling costs."""
         return {
             "deterministic": True,
+            "copies": self.copies,
             "finite": True,
             "likelihood_gradient": self.gradient,
             "information_cap": self.held.caps.get("mi_lower"),

@@ -28,6 +28,7 @@ __all__ = [
 Examples: TypeAlias = Tensor | tuple[Tensor, ...]
 """A tensor, or several with the same examples along their first axes."""
 
+_HASHED = 1 << 10
 MINIMUM = 4  # examples: fewer give no interval worth the name
 
 
@@ -89,6 +90,20 @@ def select(name: str, data: object, n: int, generator: torch.Generator) -> Examp
     raise TypeError(
         f"{name} must be a tensor, a tuple of tensors or a torch Dataset, got {type(data).__name__}"
     )
+
+
+def copies(x: Examples) -> float:
+    """The share of the examples that are equal to an earlier one, bit by bit."""
+    parts: tuple[Tensor, ...] = (x,) if isinstance(x, Tensor) else x
+    seen: set[bytes] = set()
+    for a in range(0, count(x), _HASHED):
+        rows = [part[a : a + _HASHED].detach().cpu().contiguous() for part in parts]
+        for i in range(len(rows[0])):
+            found = hashlib.sha256()
+            for part in rows:
+                found.update(ctypes.string_at(part[i].data_ptr(), part[i].nbytes))
+            seen.add(found.digest())
+    return 1 - len(seen) / count(x)
 
 
 def labels_of(

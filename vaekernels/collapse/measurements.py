@@ -17,8 +17,9 @@ from vaekernels.collapse.estimate import TAIL, Bootstrap, Estimate, along_cycle,
 from vaekernels.collapse.examples import Examples, count, take
 from vaekernels.collapse.extras import Resampled, Samples
 from vaekernels.collapse.information import compared, joint_bounds, mi_bounds
-from vaekernels.collapse.metrics import ACTIVE_THRESHOLD, derangement
+from vaekernels.collapse.metrics import ACTIVE_THRESHOLD
 from vaekernels.collapse.model import Model, require_finite
+from vaekernels.collapse.pairing import derangement, derangement_of
 from vaekernels.collapse.strata import bounds_within, comparable, derangement_within, joint_within
 from vaekernels.collapse.svi import Refinement, refine
 from vaekernels.collapse.verdict import EPS_GLOBAL, Together
@@ -78,12 +79,13 @@ class Measurements:
         beta: float = 1.0,
         active_threshold: float = ACTIVE_THRESHOLD,
         strata: Tensor | None = None,
+        groups: Tensor | None = None,
     ) -> None:
         self.name = name
         self.model = model
         self.x = x
         self.n = count(x)
-        self._strata = strata
+        self._strata, self._groups = strata, groups
         self.beta, self.active_threshold = beta, active_threshold
         self._seed, self._number = seed, number
         self.columns: dict[str, Tensor] = {}
@@ -137,7 +139,7 @@ class Measurements:
         self.columns |= {
             "nll": own,
             "nelbo": own + self.columns["rate"],
-            "delta_shuffle": along_cycle(shuffled - own, permutation),
+            "delta_shuffle": self._along(shuffled - own, permutation),
         }
 
     def decode_information(self, k: int, n: int) -> None:
@@ -172,7 +174,7 @@ class Measurements:
         """``function`` of the column means of ``values`` [n, M], which takes [..., M] to [..., 1]."""
         bootstrap = self.subset(len(values))
         centre, resampled = function(values.double().mean(dim=0)), function(bootstrap.means(values))
-        self.resampled[name] = Resampled(bootstrap.n, resampled[:, 0])
+        self.resampled[name] = Resampled(bootstrap.independent, resampled[:, 0])
         return bootstrap.interval(centre, resampled)[0]
 
     def z_free_gain(self) -> Estimate:
@@ -190,7 +192,12 @@ class Measurements:
 
     def use_columns(self, lost: Tensor) -> Tensor:
         """``lost``, or differences of its columns, ready to resample by ``subset(len(lost))``."""
-        return along_cycle(lost, self._use_pairs(len(lost)))
+        return self._along(lost, self._use_pairs(len(lost)))
+
+    def _along(self, differences: Tensor, permutation: Tensor) -> Tensor:
+        if self._groups is None or self._strata is not None:
+            return along_cycle(differences, permutation)
+        return along_cycle(differences, permutation, self._groups[: len(differences)])
 
     def use_estimates(self, lost: Tensor) -> list[Estimate]:
         return self.subset(len(lost)).estimates(self.use_columns(lost))
@@ -201,7 +208,9 @@ class Measurements:
     def _pairs(self, name: str, n: int) -> Tensor:
         """Whose code each of the first ``n`` examples gets in the place of its own."""
         if self._strata is None:
-            return derangement(n, generator=self._stream(name))
+            if self._groups is None:
+                return derangement(n, generator=self._stream(name))
+            return derangement_of(self._groups[:n], generator=self._stream(name))
         return derangement_within(self._strata[:n], self._stream(name))
 
     def examples_for(self, groups: int) -> int:
@@ -244,7 +253,12 @@ class Measurements:
 
     def subset(self, n: int) -> Bootstrap:
         """For measures of the first ``n`` examples."""
-        return Bootstrap(n, generator=self._stream("bootstrap"))
+        clusters = None if self._groups is None else self._groups[:n]
+        return Bootstrap(n, generator=self._stream("bootstrap"), clusters=clusters)
+
+    def independent(self, n: int) -> int:
+        """Of the first ``n`` examples: those, or how many groups there are."""
+        return n if self._groups is None else len(torch.unique(self._groups[:n]))
 
     def estimates(self, names: list[str]) -> dict[str, Estimate]:
         columns = torch.stack([self.columns[name] for name in names], dim=1)
@@ -252,7 +266,7 @@ class Measurements:
         resampled = bootstrap.means(columns)
         found = bootstrap.interval(columns.mean(dim=0), resampled)
         for place, name in enumerate(names):
-            self.resampled[name] = Resampled(len(columns), resampled[:, place])
+            self.resampled[name] = Resampled(bootstrap.independent, resampled[:, place])
         return {
             name: replace(estimate, saturated=self._saturated(name))
             for name, estimate in zip(names, found, strict=True)
@@ -295,9 +309,12 @@ class Measurements:
         columns = torch.stack([self.columns[name] for name in measured], dim=1)
         found: dict[str, dict[str, Estimate]] = {}
         for number, label in enumerate(names):
-            rows = columns[numbers[: self.n] == number]
-            if len(rows) > 1:
-                estimates = Bootstrap(len(rows), generator=self._stream("bootstrap")).estimates(rows)
+            chosen = numbers[: self.n] == number
+            rows = columns[chosen]
+            clusters = None if self._groups is None else self._groups[: self.n][chosen]
+            if len(rows) > 1 and (clusters is None or len(torch.unique(clusters)) > 1):
+                bootstrap = Bootstrap(len(rows), generator=self._stream("bootstrap"), clusters=clusters)
+                estimates = bootstrap.estimates(rows)
                 found[label] = dict(zip(measured, estimates, strict=True))
         return found
 
@@ -327,7 +344,7 @@ class Measurements:
             ends.append(torch.stack([low, most, 1 - shares[1], 1 - shares[0]], dim=1))
         for place, name in enumerate(("aggregate_kl", "information_share")):
             middle = ends[1][:, 2 * place : 2 * place + 2].mean(dim=1)
-            self.resampled[name] = Resampled(n, middle)
+            self.resampled[name] = Resampled(bootstrap.independent, middle)
         found = [replace(each, saturated=saturated) for each in bootstrap.interval(ends[0][0], ends[1])]
         return bracket(*found[:2]), bracket(*found[2:])
 
@@ -355,7 +372,7 @@ class Measurements:
             resampled += (second - first.square() > self.active_threshold).sum(dim=1)
             total += float((part.square().mean(dim=0) > self.active_threshold).sum())
         centre = torch.tensor([total], dtype=torch.float64)
-        self.resampled["active_units"] = Resampled(self.dims_n, resampled)
+        self.resampled["active_units"] = Resampled(bootstrap.independent, resampled)
         return bootstrap.interval(centre, resampled[:, None])[0]
 
     def per_dim(self) -> Encoded:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["derangement"]
+__all__ = ["derangement", "derangement_of"]
 
 
 def derangement(n: int, *, generator: torch.Generator | None = None) -> Tensor:
@@ -16,3 +16,17 @@ def derangement(n: int, *, generator: torch.Generator | None = None) -> Tensor:
     permutation = torch.empty_like(cycle)
     permutation[cycle] = cycle.roll(1)
     return permutation
+
+
+def derangement_of(clusters: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+    """For each example one of another cluster, int64 [n]: the clusters lie on one cycle, and the members of
+    each get those of the next, as often as these are."""
+    ids, sizes = torch.unique(clusters, return_inverse=True, return_counts=True)[1:]
+    following = derangement(len(sizes), generator=generator)
+    members = ids.argsort(stable=True)
+    starts = sizes.cumsum(0) - sizes
+    rank = torch.empty_like(members)
+    rank[members] = torch.arange(len(members)) - starts[ids[members]]
+    partner = following[ids]
+    found: Tensor = members[starts[partner] + rank % sizes[partner]]
+    return found
