@@ -47,6 +47,11 @@ struct Chunk {
 inline constexpr int64_t kChunk = 16384;
 
 // Elements of a chunk, each of which is worked on for all K samples.
+//
+// Several samples of no more elements than a tile has are another matter: there z is one array of K times
+// those elements, which is cut into chunks and tiles as it is.
+inline bool is_repeated(const Problem& p) { return p.K > 1 && p.numel() > 0 && p.numel() <= kTile; }
+
 inline int64_t chunk_size(int64_t K) {
   return std::max<int64_t>(kTile, kChunk / std::max<int64_t>(K, 1) / kTile * kTile);
 }
@@ -147,6 +152,13 @@ class View {
   View(const Output& out, const Problem& p, const Matrix& m) : View(out.data, out.stride, p, m) {}
 
   explicit operator bool() const { return data_ != nullptr; }
+
+  // The view of a block that begins `elements` further on and lies as this one does.
+  View block(int64_t elements) const {
+    View view = *this;
+    view.data_ = static_cast<char*>(data_) + elements * item_size(dtype_);
+    return view;
+  }
 
   // The width that the rows of a tile have to have for the tile to be computed in place; kTile where any will
   // do, or none.
