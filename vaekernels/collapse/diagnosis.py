@@ -71,6 +71,8 @@ METRICS = (
     "mi_lower",
     "mi_upper",
     "aggregate_kl",
+    "total_correlation",
+    "dimension_wise_kl",
     "information_share",
     "nll",
     "nelbo",
@@ -314,6 +316,7 @@ class _Diagnosis:
         self.metrics |= held.estimates(["rate"]) | held.estimates(["mi_lower", "mi_upper"])
         self.metrics["active_units"] = held.active_units()
         self.metrics["aggregate_kl"], self.metrics["information_share"] = held.aggregate_kl()
+        self.metrics["total_correlation"], self.metrics["dimension_wise_kl"] = held.parts()
         self.per_dim = held.per_dim()
         self.information = answers(self.per_dim.lower, self.per_dim.upper, held.dims_n, EPS_INFO)
         self.shares = empty_shares(self.per_dim.rate, held.shares, held.dims_n)
