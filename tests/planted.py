@@ -226,8 +226,8 @@ def majority(seed: int) -> Planted:
         "informative",
         states,
         redundant=copies,
-        findings=frozenset({"information_share", "aggregate_kl", "z_free_gain"}),
-        open=frozenset({"svi_gain"}),
+        findings=frozenset({"aggregate_kl", "z_free_gain"}),
+        open=frozenset({"information_share", "svi_gain"}),
     )
 
 

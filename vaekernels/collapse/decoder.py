@@ -12,6 +12,7 @@ from torch import Tensor
 from vaekernels.collapse.examples import Examples
 from vaekernels.collapse.information import InfoNCE, contrast_rows, infonce
 from vaekernels.collapse.model import Model
+from vaekernels.collapse.strata import contrast_rows_within, contrasts_within
 
 __all__ = [
     "Codes",
@@ -132,15 +133,25 @@ class Contrasts(NamedTuple):
 
 
 def contrast(
-    model: Model, x: Examples, codes: Codes, k: int, generator: torch.Generator | None, floor: Floor
+    model: Model,
+    x: Examples,
+    codes: Codes,
+    k: int,
+    generator: torch.Generator | None,
+    floor: Floor,
+    strata: Tensor | None = None,
 ) -> Contrasts:
-    """Likelihoods under K = ``k`` codes, or as many as half of the examples are."""
+    """Likelihoods under K = ``k`` codes, or as many as half of the examples are; with ``strata`` under codes
+    of the example's own."""
     n = len(codes.mu)
-    k = contrasts(n, k)
+    k = contrasts(n, k, strata)
     halves = (0, n // 2), (n // 2, n)
     likelihoods, rows = [], []
     for a, b in halves:
-        others = contrast_rows(b - a, k, generator=generator)
+        if strata is None:
+            others = contrast_rows(b - a, k, generator=generator)
+        else:
+            others = contrast_rows_within(strata[a:b], k, generator)
         partners = (a + others).flatten()
 
         def example(i: int, j: int, start: int = a) -> Tensor:
@@ -156,9 +167,11 @@ def contrast(
     return Contrasts((likelihoods[0], likelihoods[1]), (rows[0], rows[1]))
 
 
-def contrasts(n: int, k: int) -> int:
-    """K of the InfoNCE bound on ``n`` examples: contrasts come from the example's own half."""
-    return min(k, n // 2)
+def contrasts(n: int, k: int, strata: Tensor | None = None) -> int:
+    """K of the InfoNCE bound on ``n`` examples: contrasts come from the example's own half, and stratum."""
+    if strata is None:
+        return min(k, n // 2)
+    return min(contrasts_within(half, k) for half in (strata[: n // 2], strata[n // 2 : n]))
 
 
 class Importance(NamedTuple):

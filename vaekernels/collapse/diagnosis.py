@@ -13,7 +13,7 @@ from vaekernels import _build
 from vaekernels._checks import whole_number
 from vaekernels.collapse import svi, units
 from vaekernels.collapse.budget import Budget, OutOfTime, fitting, progress_bar
-from vaekernels.collapse.decoder import contrasts, importance_columns, importance_mean
+from vaekernels.collapse.decoder import importance_columns, importance_mean
 from vaekernels.collapse.estimate import RESAMPLES, Estimate, difference, holm_low
 from vaekernels.collapse.examples import (
     Encode,
@@ -42,6 +42,7 @@ from vaekernels.collapse.metrics import ACTIVE_THRESHOLD
 from vaekernels.collapse.model import TRIED, Model
 from vaekernels.collapse.redundancy import clusters, cost, find_redundant
 from vaekernels.collapse.report import Report
+from vaekernels.collapse.strata import LEAST, order
 from vaekernels.collapse.verdict import (
     EPS_GLOBAL,
     EPS_INFO,
@@ -96,6 +97,7 @@ def diagnose(
     *,
     train: object = None,
     prior: Prior | None = None,
+    condition: object = None,
     n: int = 2048,
     k: int = 32,
     seed: int = 0,
@@ -126,6 +128,10 @@ def diagnose(
         prior: None: N(0, I). (mu, logvar), [D] each, of a learned prior, or a function of x that gives them,
             [B, D] each, of a conditional one: measured is then the latent in which the prior is N(0, I), see
             :func:`whiten_latents`. A code that copies a learned prior has rate 0.
+        condition: a label of each held-out example, numbers, of what the decoder is told beside z: its class,
+            the length of its text. With ``train``, a pair of labels of both. Another example's code is then
+            one of the same stratum, and I(x;z) is I(x;z|label), so that what z says of the label itself does
+            not count. Strata of fewer than 8 examples are left out. The smallest stratum limits I_dec.
         n: how many examples of each split are used, at random; at least 4. Intervals shrink as 1 / sqrt(n),
             and no more than log n nats of information can be seen.
         k: contrast codes of I_dec, which sees at most log k nats, and samples of the importance-weighted
@@ -179,6 +185,11 @@ def diagnose(
             labels = (
                 None if classes is None else labels_of("classes", classes, heldout, n, stream(seed, "select"))
             )
+            given = _conditions(condition, train)
+            strata = [
+                labels_of("condition", of, data, n, stream(seed, "select", number))[0]
+                for number, (of, data) in enumerate(zip(given, (heldout, train), strict=False))
+            ]
             model = Model(encode, log_likelihood, device=device, batch_size=None, counted=budget.count)
             with budget.part("check"):
                 if budget_s is None:
@@ -187,8 +198,26 @@ def diagnose(
                     n, k = _fit(model, budget, chosen, n, k, splits, budget_s)
                     chosen = take(chosen, slice(0, n))
                     chosen_train = None if chosen_train is None else take(chosen_train, slice(0, n))
-            held = Measurements("heldout", model, chosen, seed, 0, beta, float(active_threshold))
-            trained = None if chosen_train is None else Measurements("train", model, chosen_train, seed, 1)
+            if strata:
+                chosen, strata[0], kept = _ordered(chosen, strata[0][:n])
+                labels = None if labels is None else (labels[0][:n][kept], labels[1])
+            if len(strata) > 1 and chosen_train is not None:
+                chosen_train, strata[1], _ = _ordered(chosen_train, strata[1][:n])
+            held = Measurements(
+                "heldout",
+                model,
+                chosen,
+                seed,
+                0,
+                beta,
+                float(active_threshold),
+                strata[0] if strata else None,
+            )
+            trained = (
+                None
+                if chosen_train is None
+                else Measurements("train", model, chosen_train, seed, 1, strata=strata[1] if strata else None)
+            )
             settings = {
                 "n": n,
                 "k": k,
@@ -199,6 +228,8 @@ def diagnose(
                 "device": None if device is None else str(device),
                 "budget_s": budget_s,
             }
+            if strata:
+                settings["strata"] = len(torch.unique(strata[0]))
             if (n, k) != asked:
                 settings |= {"n_asked": asked[0], "k_asked": asked[1]}
             return _Diagnosis(model, budget, held, trained, k, settings).run(labels)
@@ -210,6 +241,31 @@ def _check(name: str, value: Any, least: int | None) -> int:
         takes = "an integer" if least is None else f"an integer of at least {least}"
         raise ValueError(f"{name} must be {takes}, got {value!r}")
     return whole
+
+
+def _conditions(condition: object, train: object) -> tuple[object, ...]:
+    """The labels of each split. ValueError where those of one are missing."""
+    if condition is None:
+        return ()
+    if train is None:
+        return (condition,)
+    if not isinstance(condition, tuple | list) or len(condition) != 2:
+        raise ValueError(
+            "condition must be a pair of labels, (of heldout, of train), where train is given, got "
+            f"{type(condition).__name__}"
+        )
+    return tuple(condition)
+
+
+def _ordered(x: Examples, strata: Tensor) -> tuple[Examples, Tensor, Tensor]:
+    """The examples of strata that are large enough, their strata, and their places before."""
+    kept = order(strata)
+    if not len(kept):
+        raise ValueError(
+            f"condition must have strata of {LEAST} examples or more, got {len(strata)} examples in "
+            f"{len(torch.unique(strata))} strata; pass more examples, or coarser labels"
+        )
+    return take(x, kept), strata[kept], kept
 
 
 def _fit(
@@ -282,7 +338,7 @@ class _Diagnosis:
         n, dims = held.n, held.dims
         # What decides the verdict, then what decides the rest, then what is only reported.
         self._part("shuffled codes", ("nll", "nelbo", "delta_shuffle"), 2 * n, self._shuffle)
-        self._part("contrast codes", ("i_dec",), n * contrasts(n, self.k), self._decoded)
+        self._part("contrast codes", ("i_dec",), n * self.held.contrast_codes(n, self.k), self._decoded)
         self._part("single dimensions", ("use",), held.use_n * dims, self._use)
         self._use_again()
         self._together()
@@ -427,7 +483,7 @@ class _Diagnosis:
         self._part(title, tuple(f"train.{name}" for name in ON_TRAIN[:3]), 0, self._train_encoder)
         self._part(title, names, 2 * n, self._train_shuffle)
         some = min(n, CONTRASTED)
-        self._part(title, ("train.i_dec",), some * contrasts(some, self.k), self._train_decoded)
+        self._part(title, ("train.i_dec",), some * trained.contrast_codes(some, self.k), self._train_decoded)
         self._compare(trained)
         if self.use is None or "nll" not in trained.columns:
             self.skipped["use_train"] = "use or the train split's NLL was not measured"
@@ -562,7 +618,7 @@ class _Diagnosis:
             subtype=ruling.subtype,
             overfit=overfit,
             excluded=excluded(ruling.verdict, self.held.n),
-            reasons=ruling.reasons + self._impossible() + on_train,
+            reasons=ruling.reasons + self._conditional() + self._impossible() + on_train,
             findings={name: each.told for name, each in found.items()},
             advice=advice(ruling.verdict, ruling.subtype, overfit, dims, found, unmeasured, self._short()),
             metrics=self.metrics,
@@ -589,6 +645,15 @@ class _Diagnosis:
         rate, nll = self.points[start]
         return self.points | {"refined by gradient": (rate + paid, nll - saved)}
 
+    def _conditional(self) -> list[str]:
+        strata = self.settings.get("strata")
+        if strata is None:
+            return []
+        return [
+            f"all of it within the {strata} strata of condition, {self.held.n} examples: what z says of the "
+            f"stratum itself does not count"
+        ]
+
     def _impossible(self) -> list[str]:
         share = self.held.impossible.get("delta_shuffle")
         if share is None:
@@ -611,7 +676,7 @@ class _Diagnosis:
                 "svi_gain": self.held.refined_n,
                 "iwae_nll": self.held.weighted_n,
             },
-            "contrast_codes": contrasts(n, self.k),
+            "contrast_codes": self.held.contrast_codes(n, self.k),
             "latent_dims": self.held.dims,
             "thresholds": THRESHOLDS,
             "interval": 0.95,

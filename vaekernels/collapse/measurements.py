@@ -19,6 +19,7 @@ from vaekernels.collapse.extras import Resampled, Samples
 from vaekernels.collapse.information import compared, joint_bounds, mi_bounds
 from vaekernels.collapse.metrics import ACTIVE_THRESHOLD, derangement
 from vaekernels.collapse.model import Model, require_finite
+from vaekernels.collapse.strata import bounds_within, comparable, derangement_within, joint_within
 from vaekernels.collapse.svi import Refinement, refine
 from vaekernels.collapse.verdict import EPS_GLOBAL, Together
 
@@ -76,11 +77,13 @@ class Measurements:
         number: int,
         beta: float = 1.0,
         active_threshold: float = ACTIVE_THRESHOLD,
+        strata: Tensor | None = None,
     ) -> None:
         self.name = name
         self.model = model
         self.x = x
         self.n = count(x)
+        self._strata = strata
         self.beta, self.active_threshold = beta, active_threshold
         self._seed, self._number = seed, number
         self.columns: dict[str, Tensor] = {}
@@ -112,7 +115,11 @@ class Measurements:
         self.codes = Codes.draw(mu, logvar, self._stream("noise"))
         self.dims = mu.shape[1]
         self.use_n = self.examples_for(self.dims)
-        self.bounds = mi_bounds(mu, logvar, self.codes.own(0, max(compared(self.n, self.dims))))
+        if self._strata is None:
+            self.bounds = mi_bounds(mu, logvar, self.codes.own(0, max(compared(self.n, self.dims))))
+        else:
+            n = comparable(self._strata[: self.n], self.dims)
+            self.bounds = bounds_within(mu[:n], logvar[:n], self.codes.own(0, n), self._strata[:n])
         self.dims_n = len(self.bounds.lower_dims)
         self.mu, self.logvar = (part[: self.dims_n].cpu().double() for part in (mu, logvar))
         self.rates = ops.gaussian_kl(self.mu, self.logvar, reduction="elementwise")
@@ -120,7 +127,7 @@ class Measurements:
         self.columns |= {"rate": rate, "mi_lower": self.bounds.lower, "mi_upper": self.bounds.upper}
 
     def shuffle(self) -> None:
-        permutation = derangement(self.n, generator=self._stream("pairs"))
+        permutation = self._pairs("pairs", self.n)
         own = self._finite(self.model.nll(self.x, self.codes.own))
         self.nll["own"] = own
         shuffled = self._floored(
@@ -143,11 +150,16 @@ class Measurements:
             k,
             self._stream("contrasts"),
             lambda nll: self._floored("i_dec", nll, own=nll[:, 0]),
+            self._strata,
         )
         found = self.contrasts.infonce()
         self.tau = found.tau
-        self.caps["i_dec"] = math.log(decoder.contrasts(n, k))
+        self.caps["i_dec"] = math.log(self.contrast_codes(n, k))
         self.columns["i_dec"] = self._finite(found.resample)
+
+    def contrast_codes(self, n: int, k: int) -> int:
+        """K of I_dec on ``n`` examples."""
+        return decoder.contrasts(n, k, self._strata)
 
     def other_codes(self) -> None:
         own = self.nll["own"]
@@ -184,7 +196,13 @@ class Measurements:
         return self.subset(len(lost)).estimates(self.use_columns(lost))
 
     def _use_pairs(self, n: int) -> Tensor:
-        return derangement(n, generator=self._stream("use"))
+        return self._pairs("use", n)
+
+    def _pairs(self, name: str, n: int) -> Tensor:
+        """Whose code each of the first ``n`` examples gets in the place of its own."""
+        if self._strata is None:
+            return derangement(n, generator=self._stream(name))
+        return derangement_within(self._strata[:n], self._stream(name))
 
     def examples_for(self, groups: int) -> int:
         """On how many examples so many groups of dimensions are shuffled."""
@@ -198,7 +216,11 @@ class Measurements:
             return Together(len(dims), rate, None, None, None)
         joint = min(self.dims_n, compared(self.dims_n, len(dims))[0])
         mu, logvar = self.mu[:joint, of], self.logvar[:joint, of]
-        lower, upper = joint_bounds(mu, logvar, self.codes.own(0, joint)[:, of])
+        z = self.codes.own(0, joint)[:, of]
+        if self._strata is None:
+            lower, upper = joint_bounds(mu, logvar, z)
+        else:
+            lower, upper = joint_within(mu, logvar, z, self._strata[:joint])
         low, high = self.subset(joint).estimates(torch.stack([lower, upper], dim=1))
         return Together(len(dims), rate, low, high, self.use_estimates(self.lost([of], n))[0])
 
