@@ -332,12 +332,13 @@ class Measurements:
         return bracket(*found[:2]), bracket(*found[2:])
 
     def parts(self) -> tuple[Estimate, Estimate]:
-        """The total correlation, sum_d I(x; z_d) - I(x; z), and the dimension-wise KL, rate - sum_d I(x; z_d):
-        with I(x; z) the three parts of the rate (Chen et al. 2018). Between the bounds of the information."""
+        """The total correlation, sum_d I(x; z_d) - I(x; z), and the dimension-wise KL, rate less
+        sum_d I(x; z_d): with I(x; z) the parts of the rate (Chen et al. 2018). Between the bounds of the
+        information."""
         bounds = self.bounds
         n = min(len(bounds.lower), self.dims_n)
-        columns = (self.columns["rate"], bounds.lower, bounds.upper)
-        columns += (bounds.lower_dims.sum(dim=1), bounds.upper_dims.sum(dim=1))
+        sums = bounds.lower_dims.sum(dim=1), bounds.upper_dims.sum(dim=1)
+        columns = (self.columns["rate"], bounds.lower, bounds.upper, *sums)
         values = torch.stack([column[:n] for column in columns], dim=1)
         bootstrap = self.subset(n)
         ends: list[Tensor] = []
