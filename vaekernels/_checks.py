@@ -174,6 +174,50 @@ def check_posteriors(m: int, d: int, examples: int, own: str | None) -> None:
 
 
 STRATIFIED = "log_weight='stratified'"
+LOG_WEIGHTS = ("uniform", "minibatch", "stratified")
+
+
+def check_aggregate_call(
+    z: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    *,
+    per_dim: bool = True,
+    log_weight: str = "uniform",
+    examples: int = 0,
+    leave_one_out: bool = False,
+    first: int = 0,
+    parameterization: str = "logvar",
+    logvar_bounds: Sequence[float] | None = None,
+) -> None:
+    """The arguments of the operator `aggregate`, which may be called directly."""
+    check_choice("log_weight", log_weight, LOG_WEIGHTS)
+    check_choice("parameterization", parameterization, PARAMETERIZATIONS)
+    check_aggregate(z, mu, logvar, None)
+    if logvar_bounds is not None:
+        check_bounds(logvar_bounds)
+    if log_weight != "uniform":
+        log_weight_of(examples)
+        if leave_one_out:
+            both_weights()
+    own = own_posterior(log_weight, leave_one_out)
+    check_posteriors(mu.shape[0], mu.shape[1], examples, own)
+    if own is not None and (first < 0 or z.shape[0] + first > mu.shape[0]):
+        raise ValueError(
+            f"{own} needs the posterior of each row of z, got {z.shape[0]} samples from number {first} on "
+            f"and {mu.shape[0]} posteriors"
+        )
+
+
+def own_posterior(log_weight: str, leave_one_out: bool) -> str | None:
+    """What needs the posterior of each sample, as messages name it."""
+    return "leave_one_out" if leave_one_out else STRATIFIED if log_weight == "stratified" else None
+
+
+def both_weights() -> NoReturn:
+    raise ValueError(
+        "leave_one_out must be False with log_weight, whose weights are of all posteriors; drop one of them"
+    )
 
 
 def log_weight_of(log_weight: Any) -> tuple[str, int]:

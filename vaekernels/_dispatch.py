@@ -272,11 +272,8 @@ def aggregate(
     z, mu, logvar = _checks.promoted(z, mu, logvar)
     kind, examples = _checks.log_weight_of(log_weight)
     if leave_one_out and kind != "uniform":
-        raise ValueError(
-            "leave_one_out must be False with log_weight, whose weights are of all posteriors; drop one of "
-            "them"
-        )
-    own = "leave_one_out" if leave_one_out else _checks.STRATIFIED if kind == "stratified" else None
+        _checks.both_weights()
+    own = _checks.own_posterior(kind, leave_one_out)
     _checks.check_aggregate(z, mu, logvar, own)
     options: dict[str, Any] = {"per_dim": per_dim, "log_weight": kind, "examples": examples}
     options |= {"leave_one_out": leave_one_out, "parameterization": parameterization}

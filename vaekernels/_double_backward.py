@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaekernels import _dispatch, reference
+from vaekernels import _checks, _dispatch, reference
 
 
 def _standing_in(t: Tensor) -> Tensor:
@@ -100,6 +100,7 @@ def aggregate_backward_reference(
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients for (z, mu, logvar). What the forward saved is computed again, differentiably."""
+    _checks.check_aggregate_call(z, mu, logvar, **options)
     with torch.enable_grad():
         inputs = [_standing_in(t) for t in (z, mu, logvar)]
         log_qz, log_qz_dims, _ = reference.aggregate(*inputs, **options)

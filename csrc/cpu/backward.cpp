@@ -17,17 +17,107 @@ Tiles<BackwardTile<R>> backward_tiles(const Problem& problem, Mode mode, bool dr
   });
 }
 
+// n numbers of grad_z from element `at` on, of all samples one behind the other: where they are if a tile can
+// be read there, else in `buffer`.
+template <class R>
+const R* read_grad_z(const Backward& p, int64_t at, int n, R* buffer) {
+  return as_type<R>(p.dtype, [&](auto zero) -> const R* {
+    using T = decltype(zero);
+    const T* data = static_cast<const T*>(p.grad_z) + at;
+    if constexpr (std::is_same_v<T, R>) {
+      if (n % kLanes == 0) return data;
+    }
+    load_rows(data, 0, 1, n, buffer);
+    return buffer;
+  });
+}
+
+// The sums over K samples of a few elements of grad_z and of grad_z eps.
+//
+// A tile holds as many whole samples as fit, so that each of its places belongs to one element; the places of
+// an element are added up at the end. Chunks of a fixed number of samples, added in order: no sum depends on
+// the number of threads.
+template <class R>
+class RepeatedSums {
+ public:
+  RepeatedSums(const Backward& call, const Normals<R>& normals)
+      : p_(call),
+        normals_(normals),
+        period_(static_cast<int>(call.numel())),
+        width_(kTile / period_ * period_),
+        chunk_(kChunk / kTile * width_),
+        total_(call.K * period_) {}
+
+  void operator()(Parallel parallel, R* sum, R* noise) {
+    const int64_t count = (total_ + chunk_ - 1) / chunk_;
+    parts_.reset(new double[static_cast<size_t>(count * 2 * period_)]);
+    run_chunks(*this, count, std::min(total_, chunk_), parallel);
+    for (int i = 0; i < period_; ++i) {
+      double of_sum = 0, of_noise = 0;
+      for (int64_t part = 0; part < count; ++part) {
+        of_sum += parts_[static_cast<size_t>(2 * part * period_ + i)];
+        of_noise += parts_[static_cast<size_t>((2 * part + 1) * period_ + i)];
+      }
+      sum[i] = static_cast<R>(of_sum);
+      noise[i] = static_cast<R>(of_noise);
+    }
+  }
+
+  void run(int64_t begin, int64_t end) const {
+    for (int64_t i = begin; i < end; ++i) chunk(i);
+  }
+
+ private:
+  void chunk(int64_t index) const {
+    typename Normals<R>::Buffer buffer;
+    R grad_z[kTile], last[kTile], sum[kTile] = {}, noise[kTile] = {};
+    const int64_t stop = std::min(total_, (index + 1) * chunk_);
+    for (int64_t i = index * chunk_; i < stop; i += width_) {
+      const int n = static_cast<int>(std::min<int64_t>(width_, stop - i));
+      const R* eps = normals_(0, i, n, buffer);
+      const R* grad = read_grad_z(p_, i, n, grad_z);
+      if (n < width_) {
+        // The places behind the last tile's end belong to elements too, and get zeros.
+        std::copy_n(grad, n, grad_z);
+        std::fill_n(grad_z + n, padded(n) - n, R(0));
+        std::copy_n(eps, n, last);
+        std::fill_n(last + n, padded(n) - n, R(0));
+        grad = grad_z;
+        eps = last;
+      }
+      add_noise_tile(grad, eps, sum, noise, padded(n));
+    }
+    double* out = &parts_[static_cast<size_t>(2 * index * period_)];
+    fold(sum, out);
+    fold(noise, out + period_);
+  }
+
+  void fold(const R* places, double* out) const {
+    std::fill_n(out, period_, 0.0);
+    for (int j = 0; j < width_; j += period_)
+      for (int i = 0; i < period_; ++i) out[i] += static_cast<double>(places[j + i]);
+  }
+
+  const Backward& p_;
+  const Normals<R>& normals_;
+  const int period_, width_;
+  const int64_t chunk_, total_;
+  std::unique_ptr<double[]> parts_;  // [chunks, 2, period]
+};
+
 template <class R>
 class BackwardJob {
  public:
   explicit BackwardJob(const Backward& call)
       : p_(call),
         m_(matrix_of(call)),
-        chunk_(chunk_size(call.K)),
+        tile_(tile_of(m_)),
+        chunk_(chunk_size(call.K) / tile_ * tile_),
         in_(call, m_),
         kl_used_(call.has_kl && (call.grad_kl || call.grad_kl_per_group)),
         mode_(!kl_used_ ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
         draws_(call.has_z && call.K == 1),
+        repeated_(call.has_z && is_repeated(call)),
         tiles_(backward_tiles<R>(call, mode_, draws_)),
         bounds_(bounds_of<R>(call)),
         weight_(static_cast<const R*>(call.weight)),
@@ -44,8 +134,12 @@ class BackwardJob {
 
   void operator()(Parallel parallel) {
     if (p_.numel() == 0) return;
-    run_chunks(*this, (p_.numel() + chunk_ - 1) / chunk_,
-               std::min(p_.numel(), chunk_) * std::max<int64_t>(p_.K, 1), parallel);
+    if (repeated_) {
+      sums_.resize(2 * kTile);
+      RepeatedSums<R>(p_, normals_[0])(parallel, sums_.data(), sums_.data() + kTile);
+    }
+    const int64_t samples = repeated_ ? 1 : std::max<int64_t>(p_.K, 1);
+    run_chunks(*this, (p_.numel() + chunk_ - 1) / chunk_, std::min(p_.numel(), chunk_) * samples, parallel);
   }
 
   void run(int64_t begin, int64_t end) {
@@ -55,8 +149,8 @@ class BackwardJob {
       std::fill_n(state.noise, kTile, R(0));
     }
     const int64_t stop = std::min(p_.numel(), end * chunk_);
-    for (int64_t i = begin * chunk_; i < stop; i += kTile)
-      tile(i, static_cast<int>(std::min<int64_t>(kTile, stop - i)), state);
+    for (int64_t i = begin * chunk_; i < stop; i += tile_)
+      tile(i, static_cast<int>(std::min<int64_t>(tile_, stop - i)), state);
   }
 
  private:
@@ -144,30 +238,21 @@ class BackwardJob {
     return c;
   }
 
-  const R* read_grad_z(int64_t at, int n, R* buffer) const {
-    return as_type<R>(p_.dtype, [&](auto zero) -> const R* {
-      using T = decltype(zero);
-      const T* data = static_cast<const T*>(p_.grad_z) + at;
-      if constexpr (std::is_same_v<T, R>) {
-        if (n % kLanes == 0) return data;
-      }
-      load_rows(data, 0, 1, n, buffer);
-      return buffer;
-    });
-  }
-
   void tile(int64_t begin, int n, State& s) {
     const TileShape shape = shape_of(n, width_);
     const TileInputs<R> in = in_.read(begin, n, shape.width, mode_ == Mode::prior, s.tile);
     const R *sum = s.sum, *noise = s.noise;
     if (draws_) {
-      sum = read_grad_z(begin, n, s.grad_z);
+      sum = read_grad_z(p_, begin, n, s.grad_z);
       noise = normals_[0](0, begin, n, s.normals);
+    } else if (repeated_) {
+      sum = sums_.data();
+      noise = sum + kTile;
     } else if (p_.has_z) {
       std::fill_n(s.sum, kTile, R(0));
       std::fill_n(s.noise, kTile, R(0));
       for (int64_t k = 0; k < p_.K; ++k) {
-        const R* grad_z = read_grad_z(k * p_.numel() + begin, n, s.grad_z);
+        const R* grad_z = read_grad_z(p_, k * p_.numel() + begin, n, s.grad_z);
         add_noise_tile(grad_z, normals_[0](k, begin, n, s.normals), s.sum, s.noise, padded(n));
       }
     }
@@ -189,11 +274,13 @@ class BackwardJob {
 
   const Backward& p_;
   const Matrix m_;
+  const int tile_;       // elements of one
   const int64_t chunk_;  // elements of one
   const Inputs<R> in_;
   const bool kl_used_;
   const Mode mode_;
-  const bool draws_;  // in the tile's own loop
+  const bool draws_;     // in the tile's own loop
+  const bool repeated_;  // the sums over samples come before the only tile
   const Tiles<BackwardTile<R>> tiles_;
   const Bounds<R> bounds_;
   const R* weight_;
@@ -204,6 +291,7 @@ class BackwardJob {
   bool by_row_ = false;
   R row_gain_ = 0;
   std::vector<R> shared_;
+  std::vector<R> sums_;  // of repeated samples: of grad_z, then of grad_z eps
 };
 
 }  // namespace

@@ -1,5 +1,6 @@
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 
@@ -33,6 +34,53 @@ void check_not_negative(const char* name, const void* data, int64_t n) {
                                   "; correct it, e.g. with " + name + ".clamp(min=0)");
 }
 
+// Draws K samples of a few elements, whose means and standard deviations are `period` numbers.
+template <class R>
+class RepeatedSamples {
+ public:
+  RepeatedSamples(const Forward& call, const Normals<R>& normals)
+      : p_(call), normals_(normals), period_(static_cast<int>(call.numel())), total_(call.K * period_) {}
+
+  // To be called first.
+  void take(const R* mu, const R* sd) {
+    const int whole = kTile + period_;
+    for (int i = 0; i < whole; ++i) {
+      mu_[i] = mu[i % period_];
+      sd_[i] = sd[i % period_];
+    }
+  }
+
+  void operator()(Parallel parallel) {
+    run_chunks(*this, (total_ + kChunk - 1) / kChunk, std::min(total_, kChunk), parallel);
+  }
+
+  void run(int64_t begin, int64_t end) const {
+    typename Normals<R>::Buffer buffer;
+    R sampled[kTile];
+    const int64_t stop = std::min(total_, end * kChunk);
+    for (int64_t i = begin * kChunk; i < stop; i += kTile) {
+      const int n = static_cast<int>(std::min<int64_t>(kTile, stop - i));
+      const int phase = static_cast<int>(i % period_);
+      const R* eps = normals_(0, i, n, buffer);
+      as_type<R>(p_.dtype, [&](auto zero) {
+        auto* to = static_cast<decltype(zero)*>(p_.z) + i;
+        if constexpr (std::is_same_v<decltype(zero), R>) {
+          if (n % kLanes == 0) return sample_tile(mu_ + phase, sd_ + phase, eps, to, n);
+        }
+        sample_tile(mu_ + phase, sd_ + phase, eps, sampled, padded(n));
+        store_rows(static_cast<const R*>(sampled), to, 0, 1, n);
+      });
+    }
+  }
+
+ private:
+  const Forward& p_;
+  const Normals<R>& normals_;
+  const int period_;
+  const int64_t total_;
+  R mu_[2 * kTile], sd_[2 * kTile];  // the numbers over and over, for a tile that begins with any of them
+};
+
 template <class R>
 class ForwardJob {
  public:
@@ -54,10 +102,8 @@ class ForwardJob {
                 m_.cols > 0 && m_.cols < kTile && kTile % m_.cols == 0) {
     if (call.z != nullptr) {
       normals_.emplace_back(call, call.numel());
-      for (int64_t k = 0; k < call.K; ++k) {
-        char* block = static_cast<char*>(call.z) + k * call.numel() * item_size(call.dtype);
-        z_.emplace_back(block, call.dense(), call, m_);
-      }
+      z_ = View<R>(call.z, call.dense(), call, m_);
+      if (is_repeated(call)) repeated_.emplace(call, normals_[0]);
     }
   }
 
@@ -77,9 +123,10 @@ class ForwardJob {
     }
     if (p_.numel() > 0) {
       const int64_t count = chunks_.count();
-      run_chunks(*this, count, p_.numel() / std::max<int64_t>(count, 1) * std::max<int64_t>(p_.K, 1),
-                 parallel);
+      const int64_t samples = repeated_ ? 1 : std::max<int64_t>(p_.K, 1);
+      run_chunks(*this, count, p_.numel() / std::max<int64_t>(count, 1) * samples, parallel);
     }
+    if (repeated_) (*repeated_)(parallel);
     if (p_.has_kl) finish();
   }
 
@@ -118,11 +165,14 @@ class ForwardJob {
       const R* eps = nullptr;
       if (draws_) {
         eps = normals_[0](0, begin, n, state.normals);
-        if (const Rows<R> direct = z_[0].direct(begin, n, shape.width); direct.at) z = direct;
+        if (const Rows<R> direct = z_.direct(begin, n, shape.width); direct.at) z = direct;
       }
       run_tile(tiles_, [&](auto tile) { return tile(in, bounds_, eps, z, state.tile.kl, shape); });
-      if (draws_ && z.at == state.tile.z) z_[0].write(begin, n, z.at);
-      if (!draws_ && !z_.empty()) sample(in.mu.at, begin, n, state);
+      if (draws_ && z.at == state.tile.z) z_.write(begin, n, z.at);
+      if (repeated_)
+        repeated_->take(in.mu.at, static_cast<const R*>(state.tile.z));  // of the only tile
+      else if (!draws_ && z_)
+        sample(in.mu.at, begin, n, state);
       if (p_.has_kl) reduce(c, index, begin, n, state);
     });
     if (p_.has_kl && m_.kind == Matrix::Kind::columns) {
@@ -142,7 +192,7 @@ class ForwardJob {
   void sample(const R* mu, int64_t begin, int n, State& state) {
     for (int64_t k = 0; k < p_.K; ++k) {
       const R* eps = normals_[0](k, begin, n, state.normals);
-      const View<R>& z = z_[static_cast<size_t>(k)];
+      const View<R> z = z_.block(k * p_.numel());
       R* direct = z.direct(begin, n, kTile).at;
       R* to = direct ? direct : state.sampled;
       sample_tile(mu, static_cast<const R*>(state.tile.z), eps, to, padded(n));
@@ -334,7 +384,8 @@ class ForwardJob {
   const bool row_values_wanted_;
   const bool folded_;  // whole rows fit a tile exactly: tiles are added as they are and folded at the end
   std::vector<Normals<R>> normals_;  // one, where z is wanted
-  std::vector<View<R>> z_;           // one for each sample
+  View<R> z_;                        // of the first sample
+  std::optional<RepeatedSamples<R>> repeated_;
   std::unique_ptr<double[]> columns_, row_values_;
   std::unique_ptr<R[]> cells_;
 };

@@ -674,6 +674,26 @@ def test_a_rate_without_information_qualifies_informative() -> None:
     assert "but of the rate, a share of 0.2" in str(report)
 
 
+def test_the_parts_of_the_rate_are_those_of_correlated_gaussian_codes() -> None:
+    """mu = A x with x ~ N(0, I): q(z) is Gaussian, with the covariance C = A A^T + v I."""
+    a, v = torch.tensor([[1.2, 0.0, 0.0], [1.0, 0.7, 0.0], [0.0, 0.0, 0.5]]), 0.3
+    x = torch.randn(2048, 3, generator=generator(3))
+    report = diagnose(
+        lambda x: (x @ a.T, torch.full_like(x, math.log(v))), lambda x, z: normal(x, z, 1.0), x, n=2048
+    )
+    c = (a @ a.T + v * torch.eye(3)).double()
+    single = c.diagonal()
+    correlation = 0.5 * float(single.log().sum() - torch.logdet(c))
+    by_dim = 0.5 * float((single - 1 - single.log()).sum())
+    for name, truth in (("total_correlation", correlation), ("dimension_wise_kl", by_dim)):
+        found = report.metrics[name]
+        assert found is not None and found.low < truth < found.high
+        assert found.high - found.low < 0.25
+    rate, distance = report.metrics["rate"], report.metrics["aggregate_kl"]
+    assert rate is not None and distance is not None
+    assert distance.low < correlation + by_dim < distance.high
+
+
 def autoencoder() -> collapse.Report:
     """Codes so far apart that the bounds of I(x;z) are saturated: the moments of q(z) tell how far off it is.
     The decoder's variance is large, which is no mean over data dimensions."""

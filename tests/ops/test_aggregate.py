@@ -520,6 +520,21 @@ def test_the_operators_refuse_what_does_not_fit(name, kernels):
         saved = torch.zeros(2, 2, 4, device=device)
         with pytest.raises(error, match=message):
             torch.ops.vaekernels.aggregate_backward(None, None, *tensors, saved, **given)
+        with pytest.raises(error, match=message):
+            torch.ops.vaekernels.aggregate_backward_reference(None, None, *tensors, saved, **given)
+
+
+@pytest.mark.parametrize("place", range(3))
+def test_none_for_a_tensor_is_refused(place, kernels):
+    """The dispatcher takes None for an undefined tensor."""
+    tensors = [None if i == place else TWO for i in range(3)]
+    for operator in (
+        lambda: torch.ops.vaekernels.aggregate(*tensors),
+        lambda: torch.ops.vaekernels.aggregate_backward(None, None, *tensors, torch.zeros(2, 2, 4)),
+        lambda: torch.ops.vaekernels.aggregate_backward_reference(None, None, *tensors, TWO),
+    ):
+        with pytest.raises(TypeError, match=f"{('z', 'mu', 'logvar')[place]} must be"):
+            operator()
 
 
 @pytest.mark.parametrize("kind", ["cpu", "meta"])

@@ -94,16 +94,31 @@ def test_a_latent_without_elements_costs_nothing(device, backend):
     assert kl == 0.0 and rate.shape == (0,)
 
 
-@pytest.mark.parametrize("samples", [0, 1, 2, 5])
-def test_num_samples_are_the_consecutive_draws_of_one_longer_tensor(samples, device, backend):
+@pytest.mark.parametrize(
+    ("samples", "shape"),
+    [
+        (0, (5, 3)),
+        (1, (5, 3)),
+        (2, (5, 3)),
+        (5, (5, 3)),
+        (700, (1, 1)),
+        (70, (10, 30)),
+        (3, (1, 512)),
+        (3, (1, 513)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_num_samples_are_the_consecutive_draws_of_one_longer_tensor(samples, shape, dtype, device, backend):
     """Sample k follows sample k-1 in the stream: K samples of [5, 3] use the normals of one [K*5, 3]."""
-    mu, logvar = torch.randn(5, 3, device=device), torch.randn(5, 3, device=device)
+    mu, logvar = torch.randn(shape, device=device).to(dtype), torch.randn(shape, device=device).to(dtype)
     rng = torch.tensor([77, 12], device=device)
     z = vk.reparameterize(mu, logvar, num_samples=samples, rng=rng)
-    assert z.shape == (samples, 5, 3)
+    assert z.shape == (samples, *shape)
     long = vk.reparameterize(mu.repeat(samples, 1), logvar.repeat(samples, 1), rng=rng)
-    assert torch.equal(z.reshape(-1, 3), long)
-    assert torch.equal(z, vk.sample_kl(mu, logvar, num_samples=samples, rng=rng).z)
+    assert torch.equal(z.reshape(-1, shape[1]), long)
+    drawn, kl, _ = vk.sample_kl(mu, logvar, num_samples=samples, rng=rng)
+    assert torch.equal(z, drawn)
+    assert torch.equal(kl, vk.gaussian_kl(mu, logvar))
 
 
 # --- accuracy near collapse ---------------------------------------------------------------------------------

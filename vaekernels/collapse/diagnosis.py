@@ -73,6 +73,8 @@ METRICS = (
     "mi_lower",
     "mi_upper",
     "aggregate_kl",
+    "total_correlation",
+    "dimension_wise_kl",
     "information_share",
     "nll",
     "nelbo",
@@ -384,6 +386,7 @@ class _Diagnosis:
         self.metrics |= held.estimates(["rate"]) | held.estimates(["mi_lower", "mi_upper"])
         self.metrics["active_units"] = held.active_units()
         self.metrics["aggregate_kl"], self.metrics["information_share"] = held.aggregate_kl()
+        self.metrics["total_correlation"], self.metrics["dimension_wise_kl"] = held.parts()
         self.per_dim = held.per_dim()
         independent = held.independent(held.dims_n)
         self.information = answers(self.per_dim.lower, self.per_dim.upper, independent, EPS_INFO)

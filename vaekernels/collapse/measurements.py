@@ -348,6 +348,28 @@ class Measurements:
         found = [replace(each, saturated=saturated) for each in bootstrap.interval(ends[0][0], ends[1])]
         return bracket(*found[:2]), bracket(*found[2:])
 
+    def parts(self) -> tuple[Estimate, Estimate]:
+        """The total correlation, sum_d I(x; z_d) - I(x; z), and the dimension-wise KL, rate less
+        sum_d I(x; z_d): with I(x; z) the parts of the rate (Chen et al. 2018). Between the bounds of the
+        information."""
+        bounds = self.bounds
+        n = min(len(bounds.lower), self.dims_n)
+        sums = bounds.lower_dims.sum(dim=1), bounds.upper_dims.sum(dim=1)
+        columns = (self.columns["rate"], bounds.lower, bounds.upper, *sums)
+        values = torch.stack([column[:n] for column in columns], dim=1)
+        bootstrap = self.subset(n)
+        ends: list[Tensor] = []
+        for means in (values.mean(dim=0, keepdim=True), bootstrap.means(values)):
+            rate, lower, upper, lower_dims, upper_dims = means.unbind(dim=1)
+            ends.append(
+                torch.stack([lower_dims - upper, upper_dims - lower, rate - upper_dims, rate - lower_dims], 1)
+            )
+        for place, name in enumerate(("total_correlation", "dimension_wise_kl")):
+            self.resampled[name] = Resampled(n, ends[1][:, 2 * place : 2 * place + 2].mean(dim=1))
+        saturated = self._saturated("mi_lower")
+        found = [replace(each, saturated=saturated) for each in bootstrap.interval(ends[0][0], ends[1])]
+        return bracket(*found[:2]), bracket(*found[2:])
+
     def _moment_kl(self) -> tuple[Tensor, Tensor]:
         """sum_d KL(N(m_d, s_d^2) || N(0, 1)) with the moments of the aggregate posterior: [1], and of the
         resamples [resamples]."""

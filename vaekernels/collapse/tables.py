@@ -35,6 +35,8 @@ LABELS = {
     "mi_lower": "I(x;z), lower bound",
     "mi_upper": "I(x;z), upper bound",
     "aggregate_kl": "KL(q(z) || p(z)) = rate - I",
+    "total_correlation": "  of it the total correlation",
+    "dimension_wise_kl": "  and the dimension-wise KL",
     "information_share": "I / rate, a share",
     "active_units": "active units, Var(mu) > 0.01",
     "delta_shuffle": "Δ_shuffle: another example's z",
