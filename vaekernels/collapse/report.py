@@ -37,8 +37,9 @@ class Report:
     ``delta_prior``, ``delta_mean`` (NLL with another example's z, a z of the prior, or mu, less NLL with its
     own z), ``i_dec``, ``svi_gain`` (by how much NLL + beta rate falls below the lower of its values at q and
     at the prior when every q(z|x) is refined by gradient), ``code_gap`` (by how much it is above the least
-    that importance weighting finds), ``iwae_nll``, ``z_free_gain`` (the NLL of the same decoder without an encoder, with a z of the prior, z = 0 or another
-    example's z, whichever is best, less the NELBO: below 0, the model is worse than one that ignores z).
+    that importance weighting finds), ``iwae_nll``, ``z_free_gain`` (the NLL of the same decoder without an
+    encoder, with a z of the prior, z = 0 or another example's z, whichever is best, less the NELBO: below 0,
+    the model is worse than one that ignores z).
     ``train``: those measured on the train split. ``gaps``: by how much that split is better.
     ``rate_distortion``: (rate, NLL) of this model, and of it with other codes.
     ``skipped``: what was not measured -> why.
