@@ -365,7 +365,9 @@ class Measurements:
                 torch.stack([lower_dims - upper, upper_dims - lower, rate - upper_dims, rate - lower_dims], 1)
             )
         for place, name in enumerate(("total_correlation", "dimension_wise_kl")):
-            self.resampled[name] = Resampled(n, ends[1][:, 2 * place : 2 * place + 2].mean(dim=1))
+            self.resampled[name] = Resampled(
+                bootstrap.independent, ends[1][:, 2 * place : 2 * place + 2].mean(dim=1)
+            )
         saturated = self._saturated("mi_lower")
         found = [replace(each, saturated=saturated) for each in bootstrap.interval(ends[0][0], ends[1])]
         return bracket(*found[:2]), bracket(*found[2:])
