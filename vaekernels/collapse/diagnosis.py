@@ -676,7 +676,7 @@ class _Diagnosis:
         if self.copies < COPIES:
             return []
         return [
-            f"{100 * self.copies:.2g} % of the examples are exact copies of others, and the intervals take "
+            f"{100 * self.copies:.0f} % of the examples are exact copies of others, and the intervals take "
             f"them for independent: if they are not, pass groups="
         ]
 
