@@ -22,7 +22,13 @@ def _shape(t: Tensor) -> str:
 
 
 def _not_a_tensor(name: str, value: object) -> NoReturn:
-    raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    told = ""
+    if isinstance(value, torch.fx.Proxy):
+        told = (
+            "; for torch.fx call the function as vaekernels.sample_kl and the like, or write "
+            "torch.fx.wrap('sample_kl') in the module that imports it by its name"
+        )
+    raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{told}")
 
 
 def _not_floating(name: str, t: Tensor) -> NoReturn:
@@ -204,8 +210,8 @@ def check_aggregate_call(
     check_posteriors(mu.shape[0], mu.shape[1], examples, own)
     if own is not None and (first < 0 or z.shape[0] + first > mu.shape[0]):
         raise ValueError(
-            f"{own} needs the posterior of each row of z, got {z.shape[0]} samples from number {first} on and "
-            f"{mu.shape[0]} posteriors"
+            f"{own} needs the posterior of each row of z, got {z.shape[0]} samples from number {first} on "
+            f"and {mu.shape[0]} posteriors"
         )
 
 
