@@ -1,7 +1,7 @@
 # Needs Python >= 3.10 with venv and headers, g++ and make. Everything else is installed into .venv.
 #   make demo          a text VAE that collapses, and three that do not, side by side
 #   make test          build, lint, type check, CUDA objects where nvcc is, tests
-#   make test-integrations  the tests on diffusers, scvi-tools, Pyro, pythae and Lightning; it installs them
+#   make test-integrations  the tests on the libraries of docs/integrations.md; it installs them
 #   make test-cuda-host  the host code of the CUDA library, on a CUDA runtime that computes nothing; it installs a
 #                      CUDA torch (6 GB) and needs nvcc 13, but no GPU
 #   make fuzz          fuzzes the CPU kernels, guided by coverage, under ASan and UBSan: make fuzz MINUTES=30
@@ -85,7 +85,7 @@ define on-top
 endef
 
 $(INTEGRATIONS)/environment.stamp: $(ENVIRONMENT)
-	$(call on-top,$(INTEGRATIONS),diffusers lightning pyro-ppl pythae scvi-tools)
+	$(call on-top,$(INTEGRATIONS),diffusers lightning monai pyro-ppl pythae scvi-tools torchrl)
 	touch $@
 
 test-integrations: $(BUILT) $(INTEGRATIONS)/environment.stamp
