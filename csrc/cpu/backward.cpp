@@ -111,7 +111,8 @@ class BackwardJob {
   explicit BackwardJob(const Backward& call)
       : p_(call),
         m_(matrix_of(call)),
-        chunk_(chunk_size(call.K)),
+        tile_(tile_of(m_)),
+        chunk_(chunk_size(call.K) / tile_ * tile_),
         in_(call, m_),
         kl_used_(call.has_kl && (call.grad_kl || call.grad_kl_per_group)),
         mode_(!kl_used_ ? Mode::sample : (call.prior_mu.data ? Mode::prior : Mode::standard)),
@@ -148,8 +149,8 @@ class BackwardJob {
       std::fill_n(state.noise, kTile, R(0));
     }
     const int64_t stop = std::min(p_.numel(), end * chunk_);
-    for (int64_t i = begin * chunk_; i < stop; i += kTile)
-      tile(i, static_cast<int>(std::min<int64_t>(kTile, stop - i)), state);
+    for (int64_t i = begin * chunk_; i < stop; i += tile_)
+      tile(i, static_cast<int>(std::min<int64_t>(tile_, stop - i)), state);
   }
 
  private:
@@ -273,6 +274,7 @@ class BackwardJob {
 
   const Backward& p_;
   const Matrix m_;
+  const int tile_;       // elements of one
   const int64_t chunk_;  // elements of one
   const Inputs<R> in_;
   const bool kl_used_;

@@ -96,15 +96,24 @@ inline Chunks chunks_of(const Matrix& m, bool bits, int64_t K) {
   return c;
 }
 
+// Elements of a tile: as many whole rows as fit, where the loops can run over rows in place. By the shape
+// alone, as the sums go by tiles.
+inline int tile_of(const Matrix& m) {
+  for (const int64_t row : {m.cols * m.inner, m.cols})
+    if (row > 0 && row < kTile && row % kLanes == 0) return static_cast<int>(kTile / row * row);
+  return kTile;
+}
+
 // Calls f(begin, n) for each tile of a chunk: pieces of z's storage no longer than kTile.
 template <class F>
 VK_FN void for_tiles(const Matrix& m, const Chunk& c, const F& f) {
+  const int tile = tile_of(m);
   const bool whole = c.col0 == 0 && c.col1 == m.cols;
   const int64_t lines = whole ? 1 : c.row1 - c.row0;
   for (int64_t line = 0; line < lines; ++line) {
     const int64_t begin = (c.row0 + line) * m.cols + c.col0;
     const int64_t end = whole ? c.row1 * m.cols : begin + (c.col1 - c.col0);
-    for (int64_t i = begin; i < end; i += kTile) f(i, static_cast<int>(std::min<int64_t>(kTile, end - i)));
+    for (int64_t i = begin; i < end; i += tile) f(i, static_cast<int>(std::min<int64_t>(tile, end - i)));
   }
 }
 
@@ -164,7 +173,7 @@ class View {
   // do, or none.
   int width() const {
     const bool rows =
-        step_ != 0 && contiguous_ < kTile && contiguous_ % kLanes == 0 && kTile % contiguous_ == 0;
+        step_ != 0 && contiguous_ < kTile && contiguous_ % kLanes == 0 && tile_of(m_) % contiguous_ == 0;
     return same_type() && rows ? static_cast<int>(contiguous_) : kTile;
   }
 
