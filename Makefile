@@ -1,7 +1,8 @@
 # Needs Python >= 3.10 with venv and headers, g++ and make. Everything else is installed into .venv.
 #   make demo          a text VAE that collapses, and three that do not, side by side
 #   make test          build, lint, type check, CUDA objects where nvcc is, tests
-#   make test-integrations  the tests on diffusers, scvi-tools, Pyro, pythae and Lightning; it installs them
+#   make test-integrations  the tests on the libraries of docs/integrations.md; it installs them
+#   make test-peers    libraries' own tests without and with the fused classes: make test-peers PEERS=checkouts
 #   make test-cuda-host  the host code of the CUDA library, on a CUDA runtime that computes nothing; it installs a
 #                      CUDA torch (6 GB) and needs nvcc 13, but no GPU
 #   make fuzz          fuzzes the CPU kernels, guided by coverage, under ASan and UBSan: make fuzz MINUTES=30
@@ -21,7 +22,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ops test-others test-integrations test-cuda-host fuzz check-slow docs install-matrix bench
+.PHONY: help demo test test-ops test-others test-integrations test-peers test-cuda-host fuzz check-slow docs install-matrix bench
 .PHONY: instructions predicted-cycles lint types cuda-objects sass gpu-build gpu-check gpu-bench build clean
 
 PYTHON ?= python3
@@ -85,13 +86,18 @@ define on-top
 endef
 
 $(INTEGRATIONS)/environment.stamp: $(ENVIRONMENT)
-	$(call on-top,$(INTEGRATIONS),diffusers lightning pyro-ppl pythae scvi-tools)
+	$(call on-top,$(INTEGRATIONS),diffusers lightning monai pyro-ppl pythae scvi-tools torchrl)
 	touch $@
 
 test-integrations: $(BUILT) $(INTEGRATIONS)/environment.stamp
 	VAEKERNELS_REQUIRE_NATIVE=1 VAEKERNELS_REQUIRE_INTEGRATIONS=1 \
 	  $(INTEGRATIONS)/bin/python -m pytest -m 'slow or not slow' tests/integrations \
 	  tests/build/test_docs.py::test_before_and_after
+
+# PEERS: a folder with checkouts of the libraries. Their code stays there; nothing is fetched but what
+# test-integrations installs.
+test-peers: $(BUILT) $(INTEGRATIONS)/environment.stamp
+	$(INTEGRATIONS)/bin/python tests/peers/run.py $(PEERS)
 
 # Without constraints.txt: the newest torch, whose build for Linux has CUDA where nothing else is asked for.
 $(CUDA_HOST)/environment.stamp:

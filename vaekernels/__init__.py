@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from vaekernels import _build, _native
+from vaekernels import _build, _native, ops
 from vaekernels._native import FallbackWarning
 from vaekernels.ops import (
     Clamp,
@@ -63,6 +63,10 @@ else:
     setattr(torch.ops, "vaekernels", _native.AbsentOperators("vaekernels"))  # noqa: B010
 
 __version__ = _build.VERSION
+
+# As in vaekernels.ops: torch.fx wraps a name of one module.
+for _name in ops._TRACED:
+    torch.fx.wrap(_name)
 
 __all__ = [
     "Clamp",

@@ -22,7 +22,13 @@ def _shape(t: Tensor) -> str:
 
 
 def _not_a_tensor(name: str, value: object) -> NoReturn:
-    raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    told = ""
+    if isinstance(value, torch.fx.Proxy):
+        told = (
+            "; for torch.fx call the function as vaekernels.sample_kl and the like, or write "
+            "torch.fx.wrap('sample_kl') in the module that imports it by its name"
+        )
+    raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}{told}")
 
 
 def _not_floating(name: str, t: Tensor) -> NoReturn:

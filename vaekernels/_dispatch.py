@@ -25,6 +25,7 @@ SAMPLE, KL, PACKED = 1, 2, 4
 
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
+_jit_tracing = torch._C._get_tracing_state
 
 
 def entry() -> Callable[..., tuple[Any, Any, Any]]:
@@ -34,15 +35,26 @@ def entry() -> Callable[..., tuple[Any, Any, Any]]:
     dtypes and devices is not checked again, and calls `latent` where it cannot serve.
     """
     # The kernels' C++ autograd functions know neither functorch nor forward-mode AD.
-    if _native.C is None or _transforms_active() or forward_ad._current_level >= 0 or _is_compiling():
+    if (
+        _native.C is None
+        or _transforms_active()
+        or forward_ad._current_level >= 0
+        or _is_compiling()
+        or _jit_tracing() is not None
+    ):
         return latent
     compiled: Callable[..., tuple[Any, Any, Any]] = _native.C.latent
     return compiled
 
 
+def _exports_to_onnx() -> bool:
+    """Whether one of torch's two exporters traces this call: ONNX has none of our operators."""
+    return (_is_compiling() or _jit_tracing() is not None) and torch.onnx.is_in_onnx_export()
+
+
 def operators_for(t: Tensor) -> Any:
     """Who computes for `t`: `torch.ops.vaekernels`, or `vaekernels.reference`, whose functions are alike."""
-    if _transforms_active() or forward_ad._current_level >= 0:
+    if _transforms_active() or forward_ad._current_level >= 0 or _exports_to_onnx():
         return reference
     device = "cpu" if t.is_cpu else t.device.type
     if _native.has_kernels(device) or (device == "meta" and _native.C is not None):
@@ -98,6 +110,24 @@ def latent(
         has_prior = prior_mu is not None
         operator_options, shared = _local_options(operator_options, shape, weight, has_prior, process_group)
     operators = operators_for(first)
+    if sample and _exports_to_onnx():
+        if rng is not None or generator is not None:
+            raise ValueError(
+                "rng and generator must be None in an ONNX export: ONNX has its own random numbers and none "
+                "from a state; drop the argument, or export mu and logvar and sample outside"
+            )
+        scale = {
+            name: operator_options[name]
+            for name in ("parameterization", "logvar_bounds")
+            if name in operator_options
+        }
+        drawn = reference.sample_with_torchs_noise(first, second, dim, num_samples, **scale)
+        if not kl:
+            return drawn, None, None
+        operator_options |= {"sample": False, "weight": weight}
+        return drawn, *operators.latent(first, second, dim, None, prior_mu, prior_logvar, **operator_options)[
+            1:3
+        ]
     operator_options |= {"sample": sample, "kl": kl, "num_samples": num_samples, "weight": weight}
     if sample and rng is None and operators is not reference and not _is_compiling():
         out = operators.latent_draw(first, second, dim, generator, prior_mu, prior_logvar, **operator_options)

@@ -301,6 +301,27 @@ class _Latent(nn.Module):
             self.running_rate.lerp_(torch.where(finite, rate, self.running_rate), share)
 
 
+def _forward(
+    layer: Any,
+    moments: Tensor,
+    prior_moments: Tensor | None,
+    weight: Tensor | None,
+    generator: torch.Generator | None,
+    rng: Tensor | None,
+) -> SampleKL:
+    """The forward pass of `layer`, as one call in a graph of torch.fx."""
+    if prior_moments is None:
+        found: SampleKL = layer._run(moments, (), None, weight, generator, rng)
+        return found
+    prior = layer._prior(moments, prior_moments)
+    found = layer._run(moments, prior, layer.balance, weight, generator, rng)
+    return found
+
+
+# What torch.fx.symbolic_trace takes as one call. It cannot look inside: shapes and values decide there.
+torch.fx.wrap("_forward")
+
+
 class GaussianLatent(_Latent):
     """moments -> (z, kl, rate) for the posterior N(mu, diag exp(logvar)) and the prior N(0, I), see
     `vaekernels.sample_kl_packed`::
@@ -344,7 +365,7 @@ class GaussianLatent(_Latent):
     ) -> SampleKL:
         """(z, kl, rate), the rate as the field `kl_per_group`. `weight`: of the rows, a padding mask;
         `generator`, `rng`: where the noise comes from."""
-        return self._run(moments, (), None, weight, generator, rng)
+        return _forward(self, moments, None, weight, generator, rng)
 
 
 class LearnedPriorLatent(_Latent):
@@ -381,7 +402,7 @@ class LearnedPriorLatent(_Latent):
     ) -> SampleKL:
         """(z, kl, rate), z from the posterior, the rate as the field `kl_per_group`. Both moments have one
         shape, dtype and device."""
-        return self._run(moments, self._prior(moments, prior_moments), self.balance, weight, generator, rng)
+        return _forward(self, moments, prior_moments, weight, generator, rng)
 
     def sample_prior(
         self,

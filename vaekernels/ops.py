@@ -662,3 +662,20 @@ def _mean_rows(rows: Tensor, process_group: ProcessGroup | None) -> Tensor:
     if process_group is None:
         return rows.mean(0)
     return _distributed.mean_over_ranks(rows.sum(0), rows.shape[0], process_group)
+
+
+# What torch.fx.symbolic_trace takes as one call. It cannot look inside: shapes and values decide there.
+_TRACED = (
+    "gaussian_kl",
+    "gaussian_kl_packed",
+    "kl_decomposition",
+    "log_aggregate_posterior",
+    "mutual_information",
+    "reparameterize",
+    "reparameterize_packed",
+    "rng_state",
+    "sample_kl",
+    "sample_kl_packed",
+)
+for _name in _TRACED:
+    torch.fx.wrap(_name)

@@ -33,6 +33,7 @@ __all__ = [
     "philox_words",
     "reduce_groups",
     "rng_state",
+    "sample_with_torchs_noise",
     "total_weight",
 ]
 
@@ -130,6 +131,23 @@ def _sample(mu: Tensor, sd: Tensor, rng: Tensor, num_samples: int | None, like: 
     return z
 
 
+def sample_with_torchs_noise(
+    first: Tensor,
+    second: Tensor | None,
+    dim: int,
+    num_samples: int | None,
+    parameterization: str = "logvar",
+    logvar_bounds: Sequence[float] | None = None,
+) -> Tensor:
+    """The sample with `torch.randn_like` for its noise, where a graph cannot hold Philox."""
+    mu, logvar = first.chunk(2, dim) if second is None else (first, second)
+    dtype = compute_dtype(mu.dtype)
+    m, (_, sd) = mu.to(dtype), _scale(logvar.to(dtype), parameterization, logvar_bounds)
+    if num_samples is not None:
+        m = m.expand(num_samples, *m.shape)
+    return (torch.randn_like(m) * sd + m).to(mu.dtype)
+
+
 # --- the divergence -----------------------------------------------------------------------------------------
 
 _SERIES_BELOW = 0.25
@@ -144,8 +162,10 @@ def _excess(r: Tensor) -> Tensor:
     series = near / math.factorial(last) + 1.0 / math.factorial(last - 1)
     for k in range(last - 2, 1, -1):
         series = series * near + 1.0 / math.factorial(k)
+    # The exporter to ONNX that traces has no expm1.
+    growth = torch.expm1(r) if torch._C._get_tracing_state() is None else torch.exp(r) - 1.0
     # The bound keeps inf - inf out at r = inf; e^r is infinite there in either precision.
-    return torch.where(small, near * near * series, torch.expm1(r) - r.clamp(max=1e4))
+    return torch.where(small, near * near * series, growth - r.clamp(max=1e4))
 
 
 def _divergence(mu: Tensor, x: Tensor, prior: tuple[Tensor, Tensor] | None) -> Tensor:

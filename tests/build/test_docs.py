@@ -45,6 +45,7 @@ def blocks(name: str) -> list[tuple[str, str]]:
     [
         "index.md",
         "use-the-ops.md",
+        "export.md",
         "choose-free-bits.md",
         "free-bits.md",
         "is-my-vae-collapsed.md",
@@ -127,7 +128,8 @@ def test_several_processes(tmp_path: Path) -> None:
 def test_every_page_is_known_here_and_links_lead_somewhere() -> None:
     pages = {path.name for path in DOCS.glob("*.md")}
     assert pages == {
-        "index.md", "use-the-ops.md", "aggregate-posterior.md", "choose-free-bits.md", "free-bits.md",
+        "index.md", "export.md", "integrations.md", "use-the-ops.md",
+        "aggregate-posterior.md", "choose-free-bits.md", "free-bits.md",
         "is-my-vae-collapsed.md", "use-a-model.md", "collapse-in-your-text.md",
         "train.md", "multi-gpu.md", "api.md", "install.md", "install-matrix.md", "migration.md",
         "performance.md", "architecture.md", "reliability.md",

@@ -6,6 +6,10 @@
     from vaekernels.integrations import pyro                 # Normal
     from vaekernels.integrations import pythae               # VAE, BetaVAE, ..., vae_loss
     from vaekernels.integrations import lightning            # CollapseMonitor
+    from vaekernels.integrations import monai                # patch(), unpatch(), kl_loss
+    from vaekernels.integrations import multivae             # patch(), unpatch()
+    from vaekernels.integrations import torchrl              # DreamerModelLoss
 
-`torch_distributions` needs torch alone. ``pip install 'vaekernels[integrations]'`` installs all of them.
+`torch_distributions` needs torch alone. ``pip install 'vaekernels[integrations]'`` installs all of
+them but multivae, which needs a torchvision that fits the torch in use.
 """
