@@ -123,7 +123,11 @@ def test_text(tmp_path: Path) -> None:
     path = tmp_path / "corpus.txt"
     path.write_bytes("\ufeff".encode() + "\r\n".join([*lines[:30], "", "  ", *lines[30:]]).encode())
     data, said = load(f"text:{path}", vocabulary=12)
-    assert isinstance(data, Text) and not said
+    assert isinstance(data, Text) and data.unit == "word"
+    assert said == [
+        "16.1 % of the words are unknown to the vocabulary of 12 (--set data.vocabulary), which lowers the "
+        "NLL: an unknown one is easily guessed"
+    ]
     assert (len(data.train), len(data.heldout)) == (54, 6)
     # by frequency, then by the alphabet
     assert data.vocabulary[4:] == (".", "is", "number", "the", "even", "odd", "0", "1")
@@ -183,6 +187,32 @@ def test_lines_left_out_are_counted(tmp_path: Path) -> None:
     data, said = load(f"text:{path}", max_tokens=8)
     assert len(data.train) + len(data.heldout) == 50
     assert said == ["left out 3 of 53 lines, longer than 8 words (--set data.max_tokens)"]
+
+
+@pytest.mark.parametrize(
+    ("line", "unit", "reason"),
+    [
+        ("未来を創る {} 技術の力", "char", "most of the text is in a script without spaces between words"),
+        ("อนาคตเริ่มต้นที่นี่ {}", "char", "most of the text is in a script without spaces between words"),
+        ("name{}", "char", "most lines are a single word"),
+        ("Donaudampfschifffahrtsgesellschaftskapitän{} und", "char", "words have 23 characters in the mean"),
+        ("technology {} for tomorrow", "word", None),
+        ("기술이 {} 미래를 만든다", "word", None),
+    ],
+)
+def test_a_token_is_a_word_or_a_character(line: str, unit: str, reason: str | None, tmp_path: Path) -> None:
+    lines = [line.format(i % 10) for i in range(60)]
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    data, said = load(f"text:{path}")
+    assert isinstance(data, Text) and data.unit == unit
+    assert said == (
+        [] if reason is None else [f"a token is a character, for {reason} (--set data.tokens=word)"]
+    )
+    assert {data.sentence(row) for row in data.train} <= set(lines)
+    for given in ("word", "char"):
+        chosen, said = load(f"text:{path}", tokens=given)
+        assert isinstance(chosen, Text) and chosen.unit == given and not said
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from vaekernels.training.config import settings as texts
 from vaekernels.training.data import Arrays
 from vaekernels.training.data.base import digest
 from vaekernels.training.demo import DEMOS, Outcome, tables
-from vaekernels.training.errors import CheckpointError
+from vaekernels.training.errors import DataError
 from vaekernels.training.run import open_run
 
 pytestmark = [
@@ -133,13 +133,16 @@ def test_a_report_that_cannot_be_written_is_reported(monkeypatch: pytest.MonkeyP
     assert "error: cannot write the report into run: Read-only file system" in output
 
 
-def test_a_run_of_other_data_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_other_data_is_opened_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer(settings("digits"), Path("run")).fit()
     state = torch.load("run/checkpoint.pt", weights_only=True)
     torch.save(state | {"data": "f" * 64}, "run/checkpoint.pt")
     checkpoint.seal(Path("run/checkpoint.pt"))
-    with pytest.raises(CheckpointError, match="was trained on other digits data"):
-        open_run(Path("run"), quiet)
+    run = open_run(Path("run"), quiet)
+    assert run.missing is not None and "was trained on other digits data" in run.missing
+    assert len(run.data.heldout) == 0
+    with pytest.raises(DataError, match="was trained on other digits data"):
+        run.require_examples()
 
 
 def test_curves_are_those_of_the_log() -> None:

@@ -216,6 +216,7 @@ def diagnose(
         engine.set_threads(EngineConfig(threads=threads))
         run = commands.or_newest(run)
         opened = open_run(run, lambda text: print(text, file=sys.stderr), device=device)
+        opened.require_examples()
         report = diagnosis.diagnose(opened, n=n, k=k, seed=seed, budget_s=budget, train=train)
         try:
             page = diagnosis.save(report, run, diagnosis.extras(opened))

@@ -94,6 +94,8 @@ def encode(
     if out is not None and out.suffix not in (".npy", ".csv"):
         raise InputError(f"--out must end in .npy or .csv, got {out}")
     opened = _opened(run)
+    if data is None:
+        opened.require_examples()
     codes = opened.encode(opened.data.heldout if data is None else inputs.examples(opened.data, data))
     if out is not None:
         _write(out, _codes_file(codes, out.suffix))
@@ -387,6 +389,7 @@ def _rates(run: Run) -> list[float]:
         found = json.loads(run.folder.metrics.read_text(encoding="utf-8"))["heldout"]["rate_per_dim"]
         return [float(rate) for rate in found]
     except (OSError, ValueError, KeyError, TypeError):  # not trained to its end: there is no METRICS yet
+        run.require_examples()
         return run.encode(run.data.heldout).rate.mean(dim=0).tolist()
 
 

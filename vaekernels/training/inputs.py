@@ -26,6 +26,8 @@ HELD_OUT = "heldout:"
 def example(data: Data, given: str) -> Any:
     """One example: a sentence, the path of an image file, or ``heldout:N``, number N of the held-out ones."""
     if given.startswith(HELD_OUT):
+        if not len(data.heldout):
+            raise InputError(f"{given!r}: the data of the run are not there")
         number = given.removeprefix(HELD_OUT)
         if not number.isdecimal() or int(number) >= len(data.heldout):
             raise InputError(f"{given!r}: takes heldout:0 to heldout:{len(data.heldout) - 1}")

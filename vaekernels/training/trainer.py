@@ -313,6 +313,7 @@ class Trainer:
             "progress": self.progress.state_dict(),
             "random": checkpoint.random_states(self.fabric, self.noise),
             "data": self.data.sha256,
+            "meaning": self.data.meaning(),
             "config": settings.to_toml(self.config),
         }
         checkpoint.save(self.fabric, self.folder.checkpoint, state)

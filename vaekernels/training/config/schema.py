@@ -117,7 +117,9 @@ class DataConfig:
     ``npz:PATH``. ``array``: which array of an npz file. ``binarize``: grey levels become 0 and 1, at half of
     the largest ("threshold"), or each once and for all with its grey as the probability of a 1 ("sample",
     Salakhutdinov & Murray 2008). Text only: ``vocabulary``, the words known, the four
-    special tokens included; ``max_tokens``, the longest line of a text file that is kept.
+    special tokens included; ``max_tokens``, the longest line of a text file that is kept; ``tokens``, of a
+    text file: "word", separated by white space, "char", or "auto": characters where the script has no spaces,
+    words are longer than 20 characters in the mean, or most lines are one word.
 
     The user's own: ``max_gib``, data of more GiB are refused, compressed ones before they are unpacked;
     ``corrupt``: an image file that cannot be read ends the run ("abort"), or is left out and counted
@@ -129,6 +131,7 @@ class DataConfig:
     binarize: Literal["no", "threshold", "sample"] = "no"
     vocabulary: Vocabulary = 2000
     max_tokens: Count = 100
+    tokens: Literal["auto", "word", "char"] = "auto"
     max_gib: Positive = 4.0
     corrupt: Literal["abort", "skip"] = "abort"
 

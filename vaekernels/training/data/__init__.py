@@ -10,14 +10,25 @@ from collections.abc import Callable
 
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data.arrays import load_idx, load_npz
-from vaekernels.training.data.base import Arrays, Data, Factors, Text
+from vaekernels.training.data.base import Arrays, Data, Factors, Text, without_examples
 from vaekernels.training.data.batches import Batches
 from vaekernels.training.data.images import binarized, load_digits, load_images
 from vaekernels.training.data.synthetic import load_sprites, load_synthetic_text
 from vaekernels.training.data.text import load_docstrings, load_text
 from vaekernels.training.errors import DataError
 
-__all__ = ["DATASETS", "OWN", "Arrays", "Batches", "Data", "Factors", "Text", "is_own", "load"]
+__all__ = [
+    "DATASETS",
+    "OWN",
+    "Arrays",
+    "Batches",
+    "Data",
+    "Factors",
+    "Text",
+    "is_own",
+    "load",
+    "without_examples",
+]
 
 Loader = Callable[[DataConfig, Callable[[str], None]], Data]
 
