@@ -184,7 +184,7 @@ def sealed(state: object, path: Path) -> None:
         (lambda path: path.write_bytes(b""), "is damaged or no checkpoint"),
         (lambda path: path.write_bytes(path.read_bytes() + b"more"), "it has no checksum at its end"),
         (lambda path: torch.save(torch.load(path), path), "it has no checksum at its end"),
-        (lambda path: sealed({"model": {}}, path), "is not a vaekernels checkpoint of format 4"),
+        (lambda path: sealed({"model": {}}, path), "is not a vaekernels checkpoint of format 5"),
         (lambda path: sealed(Path("evil"), path), "is damaged or no checkpoint"),
     ],
 )

@@ -34,7 +34,7 @@ __all__ = [
     "write_text",
 ]
 
-FORMAT = 4
+FORMAT = 5
 _LABEL = b"sha256:"
 _SEAL = len(_LABEL) + 2 * hashlib.sha256().digest_size
 

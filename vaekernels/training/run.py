@@ -170,8 +170,6 @@ def open_run(path: Path | str, say: Callable[[str], None] = print, *, device: st
         data = datasets.load(config.data, say)
         checkpoint.require_same_data(state, folder.checkpoint, data)
     except (DataError, CheckpointError) as error:
-        if "meaning" not in state:  # of an older version
-            raise
         missing = str(error)
         try:
             data = datasets.without_examples(config.data.name, state["meaning"], str(state["data"]))

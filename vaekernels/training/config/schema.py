@@ -140,10 +140,10 @@ class DataConfig:
 class ModelConfig:
     """The model, and what it does against collapse by its construction.
 
-    ``kind``: "auto" is "gru" for text, "mlp" else. ``likelihood`` (images and vectors): "auto" is "bernoulli"
-    for data of two values, "discretized-logistic" for more, "gaussian" for real numbers. ``sigma``: the
-    standard deviation of the Gaussian likelihood (None: learned). ``embedding``: text only. ``top_dim``: the
-    upper layer of the ladder (None: half of ``latent_dim``). ``latent_channels``: of the convolutional model,
+    ``kind``: "auto" is "gru" for text, "conv" for images of 16x16 and more, "mlp" else. ``likelihood``
+    (images and vectors): "auto" is "bernoulli" for data of two values, "discretized-logistic" for more,
+    "gaussian" for real numbers. ``sigma``: the standard deviation of the Gaussian likelihood (None: learned).
+    ``embedding``: text only. ``top_dim``: the upper layer of the ladder (None: half of ``latent_dim``). ``latent_channels``: of the convolutional model,
     a latent per position, [B, C, H/4, W/4], in place of a vector (None).
 
     ``delta``: the log-variance is bounded so that every dimension has at least this rate (delta-VAE, Razavi

@@ -9,7 +9,7 @@ import torch
 from vaekernels.training.config import ModelConfig
 from vaekernels.training.data.base import Arrays, Data, Text
 from vaekernels.training.errors import ConfigError
-from vaekernels.training.models.base import VAE, LatentLayer, Sample, reset
+from vaekernels.training.models.base import VAE, LatentLayer, Sample, Standardized, reset
 from vaekernels.training.models.conv import ConvVAE
 from vaekernels.training.models.ladder import LadderVAE
 from vaekernels.training.models.likelihoods import (
@@ -64,7 +64,11 @@ def build(config: ModelConfig, data: Data) -> VAE:
             f"this machine has {there / 2**30:,.0f}; make model.hidden ({config.hidden}) or another size "
             f"smaller"
         )
-    return _build(config, data)
+    model = _build(config, data)
+    inputs = getattr(model, "inputs", None)
+    if isinstance(inputs, Standardized) and len(data.train):
+        inputs.fit(data.train, model.decoder.likelihood)  # type: ignore[arg-type]  # all with inputs have one
+    return model
 
 
 def describe(config: ModelConfig) -> list[str]:
