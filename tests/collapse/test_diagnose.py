@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from vaekernels import collapse
 from vaekernels.collapse import verdict
 from vaekernels.collapse.estimate import Estimate
-from vaekernels.collapse.verdict import Dim, rule
+from vaekernels.collapse.verdict import Dim, advice, rule
 
 MODEL = Linear.worth([0.8, 0.3, 0.0], generator(0))
 X = MODEL.sample(400, generator(1))
@@ -336,6 +337,14 @@ def test_what_is_decided_comes_before_what_is_only_reported(monkeypatch: pytest.
 def dim(state: str, rate: float = 0.5) -> Dim:
     estimate = Estimate(rate, rate, rate)
     return Dim(0, state, "", estimate, estimate, estimate, estimate, None, 1.0)  # type: ignore[arg-type]
+
+
+def test_a_constant_encoder_is_named_before_the_decoder() -> None:
+    for variance, constant in ((1e-12, True), (1e-4, False)):
+        dims = [replace(dim("pruned", 0.0), mu_variance=variance)] * 3
+        found = advice("collapsed", "model collapse", None, dims)
+        assert found[0].startswith("encoder constant: ") == constant
+    assert not advice("informative", None, None, [dim("active")])[0].startswith("encoder")
 
 
 def interval(middle: float, half: float = 0.01) -> Estimate:

@@ -3,6 +3,7 @@ model, its reasons and advice."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
@@ -48,6 +49,8 @@ LOW_RATE = 0.1
 EMPTY_SHARE = 0.3
 """Share of information in a rate below which the rate is called empty."""
 NEAR = 0.5
+CONSTANT = 1e-8
+"""Variance of mu below which a dimension is constant: a ten-thousandth of the prior's standard deviation."""
 LAG = 0.05
 """Gain of refined inference, in nats, from which a collapse is the encoder's."""
 
@@ -314,6 +317,15 @@ def _subtype(gain: Estimate | None) -> tuple[str | None, str]:
 def advice(verdict: Verdict, subtype: str | None, overfit: bool | None, dims: Sequence[Dim]) -> list[str]:
     """What to do about it."""
     found = [_ADVICE[subtype if subtype is not None else verdict]]
+    most = max((dim.mu_variance for dim in dims), default=math.inf)
+    if verdict in ("collapsed", "rate-only", "near-collapsed") and most < CONSTANT:
+        # A weaker decoder does not cure an encoder that cannot tell the examples apart.
+        found.insert(
+            0,
+            f"encoder constant: over the examples the variance of mu is {most:.1g} at most, so no decoder "
+            f"could use z. Look at the encoder first: are its inputs centred and scaled, are its units "
+            f"saturated, does its gradient vanish?",
+        )
     by_state: dict[State, list[int]] = {}
     for dim in dims:
         by_state.setdefault(dim.state, []).append(dim.index)
