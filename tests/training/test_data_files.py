@@ -23,7 +23,7 @@ from PIL import EpsImagePlugin, Image, ImageOps
 from vaekernels.training import data as datasets
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data import Arrays, Data, Text
-from vaekernels.training.data.base import UNK
+from vaekernels.training.data.base import UNK, split
 from vaekernels.training.errors import DataError
 
 DRAW = np.random.default_rng(0)
@@ -403,7 +403,7 @@ def test_npz_with_an_array_of_another_name(tmp_path: Path) -> None:
         (np.array([object()] * 50), "not an npz file of plain arrays"),
         (GREY[:, 0, 0], "shape [50]; takes [N, D] vectors"),
         (GREY[:, :0], "shape [50, 0, 5]"),
-        (np.where(np.arange(50)[:, None] == 31, np.nan, np.zeros((50, 2))), "example 31 holds NaN, inf"),
+        (np.where(np.arange(50)[:, None] == 31, np.nan, np.zeros((50, 2))), "the first is in example 31"),
         (np.full((50, 2), 1e300), "example 0 holds NaN, inf or a value beyond float32"),
     ],
 )
@@ -423,9 +423,7 @@ def test_files_that_are_no_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "single.npy", GREY)
     assert "damaged, or not an npz file" in refused(f"npz:{cut}")
     assert "damaged, or not an npz file" in refused(f"npz:{tmp_path / 'text.npz'}")
-    assert "is a single array; save it with numpy.savez(PATH, x=array)" in refused(
-        f"npz:{tmp_path / 'single.npy'}"
-    )
+    assert "is a single array; name it npy:" in refused(f"npz:{tmp_path / 'single.npy'}")
 
 
 def npz_of(path: Path, member: bytes, name: str = "x.npy") -> None:
@@ -610,3 +608,91 @@ def test_one_value_alone_is_not_data_of_two(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.zeros((50, 6, 5), np.uint8))
     found, said = load(f"npz:{tmp_path / 'x.npz'}")
     assert isinstance(found, Arrays) and found.levels == 256 and said == []
+
+
+# --- tables
+
+
+def table(rows: int = 60) -> np.ndarray:
+    draw = np.random.default_rng(1)
+    return draw.normal(size=(rows, 3)) * [1e3, 1e-2, 1.0] + [5e4, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("header", [True, False])
+def test_csv(delimiter: str, header: bool, tmp_path: Path) -> None:
+    x = table()
+    lines = [delimiter.join(f"{value:.9g}" for value in row) for row in x]
+    if delimiter == ";":
+        lines = [line.replace(".", ",") for line in lines]
+    (tmp_path / "t.csv").write_text(
+        "\n".join([*([delimiter.join(["pay", "tax", "a b"])] * header), *lines]) + "\n\n"
+    )
+    np.save(tmp_path / "t.npy", x)
+    found, said = load(f"csv:{tmp_path / 't.csv'}")
+    other, _ = load(f"npy:{tmp_path / 't.npy'}")
+    assert isinstance(found, Arrays) and found.standardize and not said and found.shape == (3,)
+    torch.testing.assert_close(found.train, other.train)
+    plain, _ = load(f"csv:{tmp_path / 't.csv'}", standardize="no")
+    assert isinstance(plain, Arrays) and not plain.standardize and torch.equal(plain.train, found.train)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n1,2\n3,x\n", "line 3, column 'b': 'x' is no number; leave the column out"),
+        ("1,2\n3\n", "line 2: 1 cells, the first line has 2"),
+        ("", "holds no line"),
+        (
+            "a,b\n" + "1,2\n" * 49 + "3,\n",
+            "1 of 100 values are missing (NaN), in column 'b'; the first is in example 49",
+        ),
+        ("1,2\n" * 49 + "3,NA\n", "in column 1; the first is in example 49. --set data.missing=mean puts"),
+        ("a,b\n" + "1,\n" * 50, "50 of 100 values are missing"),
+        ("1,2\n" * 49 + "3,inf\n", "example 49 holds NaN, inf"),
+    ],
+)
+def test_bad_csv(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(content)
+    said = refused(f"csv:{tmp_path / 't.csv'}")
+    assert message in said and said.startswith(str(tmp_path / "t.csv"))
+
+
+def test_missing_values_become_the_mean_of_the_training_data(tmp_path: Path) -> None:
+    x = table()
+    x[7, 1] = x[9, 2] = np.nan
+    np.save(tmp_path / "t.npy", x)
+    found, said = load(f"npy:{tmp_path / 't.npy'}", missing="mean")
+    assert said == [
+        "2 of 180 values are missing (NaN), in columns 1, 2: the mean of the column is put in their place"
+    ]
+    train, _ = split(torch.from_numpy(x))
+    torch.testing.assert_close(found.train, torch.where(train.isnan(), train.nanmean(dim=0), train).float())
+    x[:, 0] = np.nan
+    np.save(tmp_path / "t.npy", x)
+    assert "all values of the training data are missing in column 0" in refused(
+        f"npy:{tmp_path / 't.npy'}", missing="mean"
+    )
+
+
+def test_constant_columns_are_named(tmp_path: Path) -> None:
+    x = table()
+    x[:, 1] = 0.1
+    (tmp_path / "t.csv").write_text("\n".join(["pay,tax,age", *(",".join(map(str, row)) for row in x)]))
+    _, said = load(f"csv:{tmp_path / 't.csv'}")
+    assert said == ["constant over the training data: column 'tax'"]
+
+
+def test_only_vectors_of_real_numbers_are_standardized(tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", GREY)
+    found, _ = load(f"npy:{tmp_path / 't.npy'}")
+    assert isinstance(found, Arrays) and not found.standardize
+    assert "data.standardize is for vectors of real numbers" in refused(
+        f"npy:{tmp_path / 't.npy'}", standardize="yes"
+    )
+    np.savez(tmp_path / "t.npz", x=GREY)
+    assert (
+        refused(f"npz:{tmp_path / 't.npy'}")
+        == f"{tmp_path}/t.npy is a single array; name it npy:{tmp_path}/t.npy"
+    )
+    assert "an archive of arrays is npz:" in refused(f"npy:{tmp_path / 't.npz'}")

@@ -109,6 +109,21 @@ def test_a_traversal_changes_one_dimension() -> None:
     assert run.traverse(0).shape == (6, 1, 4, 4)
 
 
+def test_a_table_goes_in_and_comes_out_in_its_own_units() -> None:
+    x = np.random.default_rng(0).normal(size=(200, 1)) @ np.array([[1e3, 1e-2]]) + np.array([5e4, 3.0])
+    Path("t.csv").write_text("\n".join(["pay,tax", *(f"{a:.9g},{b:.9g}" for a, b in x)]))
+    run = trained("digits", "data.name=csv:t.csv model.sigma=0.3 optim.epochs=30")
+    decoded = run.decode(run.encode(x))
+    assert isinstance(decoded, torch.Tensor)
+    spread = (decoded - torch.from_numpy(x)).abs().mean(dim=0) / torch.from_numpy(x).std(dim=0)
+    assert (spread < 0.3).all(), "in units of the columns' own spread"
+    assert json.loads(Path("run/metrics.json").read_text())["heldout"]["nll"] < 10
+    Path("t.csv").unlink()
+    torch.testing.assert_close(
+        vk.training.open_run("run", say=lambda text: None).decode(run.encode(x)), decoded
+    )
+
+
 @pytest.mark.parametrize("tokens", ["word", "char"])
 def test_a_text_run_works_without_its_corpus(tokens: str) -> None:
     lines = [f"the cat {i % 7} sees {'a dog' if i % 2 else 'it'}" for i in range(80)]

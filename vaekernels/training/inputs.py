@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from vaekernels._files import lines_of
 from vaekernels.training.data import OWN, Arrays, Data, Text
 from vaekernels.training.data.arrays import native
 from vaekernels.training.data.base import opened
+from vaekernels.training.data.csv_tables import read_csv
 from vaekernels.training.data.images import SUFFIXES, image_paths, read_image
 from vaekernels.training.errors import DataError, InputError
 
@@ -76,28 +75,22 @@ def _array(path: Path) -> np.ndarray:
     with opened(path) as file:
         try:
             if suffix == ".csv":
-                return _table(file.read().decode("utf-8-sig"))
+                return _table(file.read().decode("utf-8-sig"), str(path))
             loaded = np.load(file, allow_pickle=False)
             return loaded if isinstance(loaded, np.ndarray) else loaded["x"]
         except KeyError as error:
             raise DataError(f"{path} has no array 'x'") from error
-        except MemoryError:
+        except (DataError, MemoryError):
             raise
         except Exception as error:  # numpy and zipfile raise a dozen types for damaged files
             raise DataError(f"{path}: no .npy, .npz or .csv file of plain numbers ({error})") from error
 
 
-def _table(text: str) -> np.ndarray:
+def _table(text: str, where: str) -> np.ndarray:
     """[N, D]. With a header that names columns mu_0, mu_1, ... those alone."""
-    rows = [row for row in csv.reader(io.StringIO(text)) if row]
-    try:
-        [float(cell) for cell in rows[0]]
-    except ValueError:
-        header, *rows = rows
-        named = [place for place, name in enumerate(header) if name.startswith("mu_")]
-        if named:
-            rows = [[row[place] for place in named] for row in rows]
-    return np.array([[float(cell) for cell in row] for row in rows], dtype=np.float64)
+    array, columns = read_csv(text, where)
+    named = [place for place, name in enumerate(columns) if name.startswith("mu_")]
+    return array[:, named] if named else array
 
 
 def _image(path: Path, data: Arrays) -> Tensor:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vaekernels.training.config import DataConfig
-from vaekernels.training.data.arrays import load_idx, load_npz
+from vaekernels.training.data.arrays import load_idx, load_npy, load_npz
 from vaekernels.training.data.base import Arrays, Data, Factors, Text, without_examples
 from vaekernels.training.data.batches import Batches
+from vaekernels.training.data.csv_tables import load_csv
 from vaekernels.training.data.images import binarized, load_digits, load_images
 from vaekernels.training.data.synthetic import load_sprites, load_synthetic_text
 from vaekernels.training.data.text import load_docstrings, load_text
@@ -44,6 +45,8 @@ OWN: dict[str, Loader] = {
     "text": load_text,
     "images": load_images,
     "npz": load_npz,
+    "npy": load_npy,
+    "csv": load_csv,
 }
 """The user's own data, named ``KIND:PATH``."""
 

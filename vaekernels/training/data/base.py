@@ -95,10 +95,11 @@ class Data(ABC):
 @dataclass(frozen=True)
 class Arrays(Data):
     """Images [N, channels, height, width] or vectors [N, D]. uint8 values 0 .. levels-1, or, where ``levels``
-    is None, real numbers (float32)."""
+    is None, real numbers (float32). ``standardize``: whether a model shifts and scales every column."""
 
     levels: int | None
     factors: Factors | None = None
+    standardize: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -117,13 +118,14 @@ class Arrays(Data):
         return float(math.prod(self.shape))
 
     def meaning(self) -> dict[str, Any]:
-        return {"shape": list(self.shape), "levels": self.levels}
+        return {"shape": list(self.shape), "levels": self.levels, "standardize": self.standardize}
 
     @property
     def described(self) -> str:
         values = "real values" if self.levels is None else f"{self.levels} levels"
         if not self.is_image:
-            return f"vectors of {self.shape[0]} numbers, {values}"
+            scaled = ", standardized" if self.standardize else ""
+            return f"vectors of {self.shape[0]:,} numbers, {values}{scaled}"
         channels, height, width = self.shape
         return f"{height}x{width} images, {channels} channel{'s' if channels > 1 else ''}, {values}"
 
@@ -169,7 +171,7 @@ def without_examples(name: str, meaning: Mapping[str, Any], sha256: str) -> Data
         return Text(name, none, none, sha256, tuple(meaning["vocabulary"]), unit=meaning["unit"])
     levels = meaning["levels"]
     none = torch.empty(0, *meaning["shape"], dtype=torch.float32 if levels is None else torch.uint8)
-    return Arrays(name, none, none, sha256, levels=levels)
+    return Arrays(name, none, none, sha256, levels=levels, standardize=meaning["standardize"])
 
 
 def tokens_of(line: str, unit: Unit) -> list[str]:

@@ -82,7 +82,7 @@ def load_images(config: DataConfig, say: Callable[[str], None]) -> Data:
     images = [image for _, image in read]
     if colour:
         images = [image if image.ndim == 3 else np.stack([image] * 3, axis=2) for image in images]
-    return as_arrays(config.name, torch.from_numpy(np.stack(images)), str(root), say)
+    return as_arrays(config, torch.from_numpy(np.stack(images)), str(root), say)
 
 
 def image_paths(root: Path, say: Callable[[str], None]) -> list[Path]:

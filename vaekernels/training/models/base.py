@@ -9,10 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from vaekernels.training.models.likelihoods import Likelihood
+from vaekernels.training.models.standardized import Standardized
 
-__all__ = ["VAE", "ArrayDecoder", "ArrayVAE", "LatentLayer", "Sample", "Standardized", "reset"]
-
-_PART = 1024  # examples
+__all__ = ["VAE", "ArrayDecoder", "ArrayVAE", "LatentLayer", "Sample", "reset"]
 
 
 class LatentLayer(NamedTuple):
@@ -67,38 +66,6 @@ class VAE(nn.Module, ABC):
     def forward(self, x: Tensor, sample: Sample) -> Tensor:
         """log p(x|z) of one z per example, drawn by ``sample``, [B]."""
         return self.log_likelihood(x, sample(self.moments(x)))
-
-
-class Standardized(nn.Module):
-    """What an encoder of arrays sees: features less their mean over the training data, divided by their
-    standard deviation, that of each column of vectors, of images one for all pixels. Of bytes of thousands of
-    pixels as they are, whose mean is far from 0, tanh units soon saturate, and mu is the same for all x."""
-
-    mean: Tensor
-    scale: Tensor
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("scale", torch.ones(shape))
-
-    def forward(self, features: Tensor) -> Tensor:
-        return (features - self.mean) * self.scale
-
-    @torch.no_grad()
-    def fit(self, x: Tensor, likelihood: Likelihood) -> None:
-        """Mean and scale of the examples ``x``, summed in float64 over parts of them."""
-        parts = torch.split(x, _PART)
-        total = torch.stack([likelihood.features(part).double().sum(dim=0) for part in parts]).sum(dim=0)
-        mean = total / len(x)
-        squares = torch.stack(
-            [(likelihood.features(part).double() - mean).square().sum(dim=0) for part in parts]
-        )
-        variance = squares.sum(dim=0) / len(x)
-        if variance.dim() > 1:
-            variance = variance.mean().expand_as(variance)
-        self.mean.copy_(mean)
-        self.scale.copy_(torch.where(variance > 0, variance.rsqrt(), 1.0))
 
 
 class ArrayDecoder(nn.Module):

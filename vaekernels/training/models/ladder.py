@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vaekernels.training.models.base import VAE, LatentLayer, Sample, Standardized
+from vaekernels.training.models.base import VAE, LatentLayer, Sample
 from vaekernels.training.models.likelihoods import Likelihood
 from vaekernels.training.models.posterior import Posterior, committed, widened
+from vaekernels.training.models.standardized import Standardized
 
 __all__ = ["LadderVAE"]
 
