@@ -17,6 +17,7 @@ pytest.importorskip("lightning_fabric", reason="the trainer needs vaekernels[tra
 pytest.importorskip("typer", reason="the trainer needs vaekernels[train]")
 pytest.importorskip("rich", reason="the trainer needs vaekernels[train]")
 
+import numpy as np
 import torch
 from tiny_runs import (
     epochs_of,
@@ -283,3 +284,24 @@ def test_a_folder_that_cannot_be_written_is_one_line() -> None:
     assert call("train", "digits", *SMALL, "--run-dir", "file/run", status=1) == (
         "error: cannot make file/run: Not a directory\n"
     )
+
+
+def test_a_run_finds_its_data_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they were moved and the new place is given; data that have changed are refused."""
+    np.savez("x.npz", x=np.random.default_rng(0).random((60, 6)) > 0.5)
+    call("train", "npz:x.npz", *SMALL, "--run-dir", "run")
+    run = str(Path("run").absolute())
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    call("train", "--resume", run, "--epochs", "3")
+    call("diagnose", run, "-n", "54", "-k", "3", "--no-train")
+    moved = (tmp_path / "x.npz").rename(tmp_path / "y.npz")
+    assert f"the data of {run} are no longer at {tmp_path}/x.npz; if they were moved" in call(
+        "train", "--resume", run, "--epochs", "4", status=1
+    )
+    call("train", "--resume", run, "--epochs", "4", "--set", f"data.name=npz:{moved}")
+    call("diagnose", run, "-n", "54", "-k", "3", "--no-train")
+    np.savez(moved, x=np.random.default_rng(1).random((60, 6)) > 0.5)
+    said = call("train", "--resume", run, "--epochs", "5", status=1)
+    assert f"{moved} has changed since {run} was trained on it" in said
+    assert "has changed since" in call("diagnose", run, status=1)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 
 from vaekernels._files import write_atomically
-from vaekernels.training.data import Data
+from vaekernels.training.data import Data, is_own
 from vaekernels.training.errors import CheckpointError
 
 __all__ = [
@@ -87,10 +87,14 @@ def require_same_data(state: dict[str, Any], path: Path, data: Data) -> None:
     """CheckpointError unless the run of the checkpoint was trained on ``data``."""
     trained_on = str(state.get("data"))
     if trained_on != data.sha256:
-        raise CheckpointError(
-            f"{path} was trained on other {data.name} data (sha256 {trained_on[:12]}, here "
-            f"{data.sha256[:12]}): docstrings, for one, differ between versions of Python"
-        )
+        hashes = f"sha256 {trained_on[:12]}, here {data.sha256[:12]}"
+        if is_own(data.name):
+            raise CheckpointError(
+                f"{data.name.partition(':')[2]} has changed since {path.parent} was trained on it, or is "
+                f"read with other settings ({hashes}): put the file back as it was, or train anew"
+            )
+        reason = ": docstrings differ between versions of Python" if data.name == "docstrings" else ""
+        raise CheckpointError(f"{path} was trained on other {data.name} data ({hashes}){reason}")
 
 
 def misfit(path: Path, config: Path, error: Exception) -> CheckpointError:

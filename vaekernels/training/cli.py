@@ -175,7 +175,11 @@ def train(
 
 def _train(chosen: Config, fabric: Fabric, resume: Path | None, run_dir: Path | None) -> None:
     console = display.console(quiet=not fabric.is_global_zero)
-    data = datasets.load(chosen.data, console.print)
+    data = (
+        datasets.load(chosen.data, console.print)
+        if resume is None
+        else RunFolder(resume).load_data(chosen, console.print)
+    )
     combinations.resolve(chosen, data)  # what it refuses leaves no empty folder
     directory = resume or run_dir or engine.once(fabric, lambda: new_run_folder(chosen.data.name))
     trainer = Trainer(chosen, data, directory, console, resume=resume is not None, fabric=fabric)

@@ -41,6 +41,7 @@ RUNS = Path("runs")
 
 # May differ between a run and its resumption: they do not change which run it is.
 _RESUMABLE = (
+    "data.name",  # files may have been moved; that the data are the same tells their hash
     "optim.epochs",
     "engine.device",
     "engine.devices",
@@ -123,6 +124,21 @@ class RunFolder:
             raise CheckpointError(f"no run in {self.path} (it has no {CONFIG})")
         return settings.load(self.config)
 
+    def load_data(self, config: Config, say: Callable[[str], None]) -> Data:
+        """The data of the run in this folder. DataError if they cannot be read, and what to do where they are
+        no longer there."""
+        try:
+            return datasets.load(config.data, say)
+        except DataError as error:
+            path = datasets.path_of(config.data.name)
+            if path is None or os.path.lexists(path):
+                raise
+            kind = config.data.name.partition(":")[0]
+            raise DataError(
+                f"the data of {self.path} are no longer at {path}; if they were moved, write the new place, "
+                f"name = '{kind}:PATH', into {self.config}"
+            ) from error
+
     def require_same(self, saved: Config, given: Config) -> None:
         """ConfigError if ``given`` is another run than ``saved``."""
         changed = {key: values for key, values in differences(saved, given).items() if key not in _RESUMABLE}
@@ -167,7 +183,7 @@ def open_run(path: Path | str, say: Callable[[str], None] = print, *, device: st
     state = checkpoint.load(folder.checkpoint)
     missing: str | None = None
     try:
-        data = datasets.load(config.data, say)
+        data = folder.load_data(config, say)
         checkpoint.require_same_data(state, folder.checkpoint, data)
     except (DataError, CheckpointError) as error:
         missing = str(error)

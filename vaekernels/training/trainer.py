@@ -27,6 +27,7 @@ from vaekernels.training import (
     objectives,
     strategies,
 )
+from vaekernels.training import data as datasets
 from vaekernels.training.config import Config, combinations, settings
 from vaekernels.training.data import Batches, Data
 from vaekernels.training.errors import ConfigError, Interrupted, NonFiniteError
@@ -65,6 +66,7 @@ class Trainer:
         fabric: Fabric | None = None,
     ) -> None:
         combinations.check(config)
+        config = replace(config, data=datasets.located(config.data))
         self.config = config = combinations.resolve(config, data)
         self.data = data
         self.folder = RunFolder(run_dir)

@@ -36,7 +36,8 @@ def load_csv(config: DataConfig, say: Callable[[str], None]) -> Data:
 
 def read_csv(text: str, where: str) -> tuple[np.ndarray, tuple[str, ...]]:
     """float64 [N, D] and the names of the columns, none where the first line holds numbers alone. Cells are
-    separated by semicolons or tabs, where the first line has one (then 1,5 is 1.5), or commas; an empty one, NA, NaN, null or ? is NaN.
+    separated by semicolons or tabs, where the first line has one (then 1,5 is 1.5), or by commas; an empty
+    one, NA, NaN, null or ? is NaN.
     DataError with the line and the column of a cell that is no number."""
     first = text.lstrip("\r\n").partition("\n")[0]
     delimiter = next((each for each in ";\t" if each in first), ",")
