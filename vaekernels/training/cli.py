@@ -187,6 +187,8 @@ def _train(chosen: Config, fabric: Fabric, resume: Path | None, run_dir: Path | 
     evaluation = trainer.fit()
     for table in display.evaluation_tables(evaluation):
         console.print(table)
+    for line in trainer.closing():
+        console.print(line, soft_wrap=True)
     console.print(f"all of it is in {directory}", soft_wrap=True)
 
 

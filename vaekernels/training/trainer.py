@@ -20,6 +20,7 @@ from torch import Tensor
 from vaekernels.collapse import CollapseWarning
 from vaekernels.training import (
     checkpoint,
+    closing,
     display,
     engine,
     models,
@@ -100,7 +101,10 @@ class Trainer:
         self._forward, self.optimizer = self.fabric.setup(self.elbo, optimizer)
 
         # what is measured and written down
-        self.monitor = monitor(self.model, data.heldout, device=device)
+        self.monitor = monitor(
+            self.model, data.heldout, steps=config.optim.epochs * len(self.batches), device=device
+        )
+        self._sigmas: list[float] = []  # learned, before and after the last epoch
         self.log = Log(self.folder.log, self.fabric, tensorboard=config.engine.tensorboard)
         try:
             engine.once(self.fabric, self._hold if resume else self._create)
@@ -146,6 +150,7 @@ class Trainer:
     def _epoch(self, bar: display.Bar) -> Evaluation:
         progress, strategy = self.progress, self.strategy
         started = time.perf_counter() - progress.seconds
+        self._sigmas = self._sigma()
         self.elbo.train()
         if progress.batch == 0:
             self._say(strategy.start_epoch(progress.epoch, self.model, self.optimizer.optimizer))
@@ -155,6 +160,7 @@ class Trainer:
             progress.count(step, len(batch))
             progress.seconds = time.perf_counter() - started
             self._after_step(step, bar)
+        self._sigmas += self._sigma()
         evaluation = self._evaluate()
         progress.seconds = time.perf_counter() - started
         self._say(strategy.end_epoch(evaluation.mi_lower.value))
@@ -235,6 +241,17 @@ class Trainer:
         self._stop = True
 
     # --- what is measured and said
+
+    def closing(self) -> list[str]:
+        """After :meth:`fit`: the verdict in a line, and what to do now, as commands."""
+        return closing.lines(self.monitor.history, self._sigmas, self.config, self.folder.path)
+
+    def _sigma(self) -> list[float]:
+        """That of a Gaussian likelihood that learns it."""
+        likelihood = getattr(self.model.decoder, "likelihood", None)
+        if isinstance(likelihood, models.Gaussian) and likelihood.fixed is None:
+            return [likelihood.log_sigma.exp().item()]
+        return []
 
     def _evaluate(self) -> Evaluation:
         step = self.progress.step
