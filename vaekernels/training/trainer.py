@@ -116,6 +116,11 @@ class Trainer:
             self._release()
             raise
 
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are trained."""
+        return self.progress.epoch >= self.config.optim.epochs
+
     # --- the loop
 
     def fit(self) -> Evaluation:
@@ -138,7 +143,7 @@ class Trainer:
             stop_requests(self.request_stop),
             display.progress_bar(self.console, epochs=epochs, steps=steps, done=self.progress.step) as bar,
         ):
-            while self.progress.epoch < epochs:
+            while not self.finished:
                 evaluation = self._epoch(bar)
         evaluation = evaluation or self._evaluate()
         self.log.close()
@@ -355,6 +360,11 @@ class Trainer:
             raise
         except Exception as error:  # a dozen types, for what is not of the type that it should be
             raise checkpoint.misfit(path, self.folder.config, error) from error
+        if self.progress.epoch > self.config.optim.epochs:
+            raise ConfigError(
+                f"the run in {self.folder.path} has trained {self.progress.epoch} epochs, epochs is "
+                f"{self.config.optim.epochs}: a trained epoch cannot be taken back, so start a new run"
+            )
         if not same_noise:
             seed, rank = self.config.engine.seed, self.fabric.global_rank
             self.noise.manual_seed(derive(seed, "noise", rank, path.name, self.progress.step))
