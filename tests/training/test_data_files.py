@@ -269,21 +269,19 @@ def write_broken(folder: Path) -> None:
     (folder / "z.png").write_bytes((folder / "0" / "00.png").read_bytes()[:40])
 
 
-def write_deep(folder: Path) -> None:
-    Image.fromarray(np.zeros((6, 5), dtype=np.uint16)).save(folder / "z.png")
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (write_large, "images of different size: {folder}/0/00.png is 5x6, {folder}/z.png is 7x6; resize"),
+        (
+            write_large,
+            "images of different size: {folder}/0/00.png is 5x6, {folder}/z.png is 7x6; --set data.size",
+        ),
         (write_broken, "{folder}/z.png: damaged or no image"),
-        (write_deep, "{folder}/z.png: pixels of mode 'I;16'; takes 8-bit grey or colour images"),
     ],
 )
 def test_bad_images(spoil: Callable[[Path], None], message: str, folder: Path) -> None:
     spoil(folder)
-    assert message.format(folder=folder) in refused(f"images:{folder}")
+    assert message.format(folder=folder) in refused(f"images:{folder}", corrupt="abort")
 
 
 def test_folders_without_images(folder: Path, tmp_path: Path) -> None:
@@ -313,12 +311,14 @@ def test_hidden_files_are_no_images(folder: Path) -> None:
 def test_files_that_are_no_images_abort_or_are_counted(folder: Path) -> None:
     (folder / "1" / "a.jpg").write_text("no image")
     (folder / "1" / "b.png").write_bytes((folder / "0" / "00.png").read_bytes()[:60])
-    said = refused(f"images:{folder}")
+    said = refused(f"images:{folder}", corrupt="abort")
     assert said.startswith(f"{folder}/1/a.jpg: damaged or no image (")
     assert said.endswith("; --set data.corrupt=skip leaves such files out")
-    data, told = load(f"images:{folder}", corrupt="skip")
+    data, told = load(f"images:{folder}")
     assert rows(data) == {image.tobytes() for image in GREY} and len(data.train) == 45
-    assert told[-1].startswith(f"left out 2 of 52 files, the first of them {folder}/1/a.jpg: damaged")
+    assert told[-1].startswith(
+        f"left out 2 of 52 files: {folder}/1/a.jpg, {folder}/1/b.png. {folder}/1/a.jpg: damaged"
+    )
     for path in folder.rglob("*.png"):
         path.write_text("no image")
     assert "none of 52 files is an image" in refused(f"images:{folder}", corrupt="skip")
@@ -329,7 +329,7 @@ def test_no_other_program_is_started_for_an_image(folder: Path, monkeypatch: pyt
     (folder / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 6\nshowpage\n")
     started: list[str] = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append("gs"))
-    assert f"{folder}/a.png: damaged or no image" in refused(f"images:{folder}")
+    assert f"{folder}/a.png: damaged or no image" in refused(f"images:{folder}", corrupt="abort")
     assert started == []
 
 
@@ -348,9 +348,65 @@ def test_photos_are_turned_upright(orientation: int, tmp_path: Path) -> None:
     assert rows(data) == {image.tobytes() for image in upright}
 
 
+def one_of(found: Data, shape: tuple[int, ...]) -> torch.Tensor:
+    """The image that is all of the examples."""
+    x = torch.cat([found.train, found.heldout])
+    assert x.shape[1:] == shape and bool((x == x[0]).all())
+    return x[0]
+
+
+def test_transparent_images_lie_on_white(tmp_path: Path) -> None:
+    pixels = np.zeros((6, 5, 4), np.uint8)
+    pixels[..., 0], pixels[2:, :, 3] = 200, 255
+    for number in range(50):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    found, said = load(f"images:{tmp_path}")
+    image = one_of(found, (3, 6, 5))
+    assert image[:, :2].eq(255).all() and image[:, 2:].flatten(1).float().mean(dim=1).tolist() == [200, 0, 0]
+    assert said[1:] == ["50 of 50 images are transparent in places, where white is put"]
+    for number in range(50):
+        Image.fromarray(pixels[..., [0, 3]], "LA").save(tmp_path / f"{number}.png")
+    image = one_of(load(f"images:{tmp_path}")[0], (1, 6, 5))
+    assert image[0, :2].eq(255).all() and image[0, 2:].eq(200).all()
+
+
+def test_grey_of_16_bits_becomes_that_of_8(tmp_path: Path) -> None:
+    for number in range(50):
+        Image.fromarray(np.full((6, 5), 257 * number + 40, np.uint16)).save(tmp_path / f"{number:02}.png")
+    found, said = load(f"images:{tmp_path}")
+    assert rows(found) == {bytes([number]) * 30 for number in range(50)}
+    assert said[1:] == ["50 of 50 images are grey of 16 bits, reduced to 8"]
+
+
+def test_palettes_of_greys_are_grey(tmp_path: Path) -> None:
+    for number in range(50):
+        image = Image.fromarray((GREY[0] > 99).astype(np.uint8), "P")
+        image.putpalette([0, 0, 0, 255, 255, 255])
+        image.save(tmp_path / f"{number}.png")
+    found, _ = load(f"images:{tmp_path}")
+    assert (
+        isinstance(found, Arrays)
+        and found.levels == 2
+        and one_of(found, (1, 6, 5)).sum() == (GREY[0] > 99).sum()
+    )
+
+
+def test_images_of_any_size_are_resized_and_cropped(tmp_path: Path) -> None:
+    for number in range(50):
+        shape = (20, 40 + number) if number % 2 else (30 + number, 10)
+        pixels = np.zeros((*shape, 3), np.uint8)
+        pixels[shape[0] // 2 - 5 : shape[0] // 2 + 5, shape[1] // 2 - 5 : shape[1] // 2 + 5] = 200
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    found, _ = load(f"images:{tmp_path}", size=4)
+    assert isinstance(found, Arrays) and found.shape == (3, 4, 4)
+    assert bool((torch.cat([found.train, found.heldout])[:, :, 1:3, 1:3] > 150).all())
+
+
 def test_too_many_pixels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert f"{folder}/0/00.png: damaged or no image (Image size (30 pixels)" in refused(f"images:{folder}")
+    assert f"{folder}/0/00.png: damaged or no image (Image size (30 pixels)" in refused(
+        f"images:{folder}", corrupt="abort"
+    )
     monkeypatch.undo()
     said = refused(f"images:{folder}", max_gib=1000 / 2**30)
     assert said.startswith(f"{folder}: 50 images: 0.0 GiB, more than data.max_gib 9.31323e-07")

@@ -96,7 +96,9 @@ def encode(
     opened = _opened(run)
     if data is None:
         opened.require_examples()
-    codes = opened.encode(opened.data.heldout if data is None else inputs.examples(opened.data, data))
+    codes = opened.encode(
+        opened.data.heldout if data is None else inputs.examples(opened.data, data, opened.config.data.size)
+    )
     if out is not None:
         _write(out, _codes_file(codes, out.suffix))
     if as_json:
@@ -128,7 +130,7 @@ def interpolate(
 ) -> None:
     """Decode the codes on the line from A to B: sentences, or a picture."""
     opened = _opened(run)
-    ends = [inputs.example(opened.data, each) for each in (a, b)]
+    ends = [inputs.example(opened.data, each, opened.config.data.size) for each in (a, b)]
     for given in (a, b):
         if not given.startswith(inputs.HELD_OUT) and (unknown := opened.unknown(given)):
             _say(f"not in the vocabulary: {', '.join(unknown)}")
@@ -168,7 +170,7 @@ def traverse(
     if dims is None:
         most = sorted(range(len(rates)), key=lambda dim: -rates[dim])[:8]
         dims = sorted(most)
-    z = None if of is None else opened.encode(inputs.example(opened.data, of))
+    z = None if of is None else opened.encode(inputs.example(opened.data, of, opened.config.data.size))
     rows = [opened.traverse(dim, z=z) for dim in dims]
     if as_json:
         shown = {str(dim): _plain(row) for dim, row in zip(dims, rows, strict=True)}

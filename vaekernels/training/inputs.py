@@ -22,7 +22,7 @@ __all__ = ["codes", "example", "examples"]
 HELD_OUT = "heldout:"
 
 
-def example(data: Data, given: str) -> Any:
+def example(data: Data, given: str, size: int | None = None) -> Any:
     """One example: a sentence, the path of an image file, or ``heldout:N``, number N of the held-out ones."""
     if given.startswith(HELD_OUT):
         if not len(data.heldout):
@@ -34,11 +34,11 @@ def example(data: Data, given: str) -> Any:
     if isinstance(data, Text):
         return given
     if isinstance(data, Arrays) and data.is_image:
-        return _image(Path(given), data)
+        return _image(Path(given), data, size)
     raise InputError(f"{given!r}: a model of vectors takes held-out examples here, heldout:0 and so on")
 
 
-def examples(data: Data, given: str) -> Any:
+def examples(data: Data, given: str, size: int | None = None) -> Any:
     """All examples in a file, in its order: sentences, one per line; images of a folder or file; an array in
     an .npy, .npz or .csv file. The kind may stand before the path, as in the name of a data set."""
     kind, colon, rest = given.partition(":")
@@ -56,7 +56,7 @@ def examples(data: Data, given: str) -> Any:
     assert isinstance(data, Arrays)
     if data.is_image and (path.is_dir() or path.suffix.lower() in SUFFIXES):
         paths = image_paths(path, lambda text: None) if path.is_dir() else [path]
-        return torch.cat([_image(each, data) for each in paths])
+        return torch.cat([_image(each, data, size) for each in paths])
     return _array(path)
 
 
@@ -93,14 +93,14 @@ def _table(text: str, where: str) -> np.ndarray:
     return array[:, named] if named else array
 
 
-def _image(path: Path, data: Arrays) -> Tensor:
-    """[1, C, H, W], in [0, 1]."""
+def _image(path: Path, data: Arrays, size: int | None) -> Tensor:
+    """[1, C, H, W], in [0, 1]; resized and cropped where the data of the run were, to ``size``."""
     if data.levels is None:
         raise InputError(
             f"{path}: the data of this run are real numbers, of a range of their own: give an array"
         )
     channels, height, width = data.shape
-    pixels = torch.from_numpy(np.array(read_image(path))).float() / 255
+    pixels = torch.from_numpy(np.array(read_image(path, size))).float() / 255
     if pixels.shape[:2] != (height, width):
         raise InputError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, the run takes {width}x{height}")
     pixels = pixels.movedim(-1, 0) if pixels.dim() == 3 else pixels.unsqueeze(0)

@@ -163,8 +163,9 @@ class Weighted(Objective):
         config = self.config
         return (
             f"warning: the reconstruction is a {config.reconstruction} over "
-            f"{round(self.task.data_dims, 1):,.9g} data dims, the KL a {config.kl} over {self.task.latent_dim} latent dims, so beta {config.beta:g} "
-            f"acts like {self.effective_beta:g}; with both as sums, objective.beta={self.effective_beta:g} "
+            f"{round(self.task.data_dims, 1):,.9g} data dims, the KL a {config.kl} over "
+            f"{self.task.latent_dim} latent dims, so beta {config.beta:g} acts like "
+            f"{self.effective_beta:g}; with both as sums, objective.beta={self.effective_beta:g} "
             f"says so"
         )
 

@@ -126,7 +126,8 @@ class DataConfig:
     model, which takes and gives the units of the data ("auto": of vectors of real numbers); the NLL is then
     that of the standardized data. ``missing``: a NaN in a table ends the run ("abort"), or becomes the mean
     of its column ("mean"). ``corrupt``: an image file that cannot be read ends the run ("abort"), or is left
-    out and counted ("skip").
+    out, counted and named ("skip"). ``size``: images are resized until the shorter side has so many pixels,
+    and the middle of the longer one is kept (None: all images must be of one size).
     """
 
     name: Text
@@ -136,7 +137,8 @@ class DataConfig:
     max_tokens: Count = 100
     tokens: Literal["auto", "word", "char"] = "auto"
     max_gib: Positive = 4.0
-    corrupt: Literal["abort", "skip"] = "abort"
+    corrupt: Literal["abort", "skip"] = "skip"
+    size: Units | None = None
     standardize: Literal["auto", "no", "yes"] = "auto"
     missing: Literal["abort", "mean"] = "abort"
 
