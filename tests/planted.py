@@ -33,6 +33,9 @@ class Planted:
     redundant: frozenset[int] = frozenset()
     rate: float | None = None
     information: float | None = None
+    findings: frozenset[str] = frozenset()
+    open: frozenset[str] = frozenset()
+    """findings that lie too near to their threshold to tell"""
 
     def diagnose(self, seed: int) -> collapse.Report:
         return collapse.diagnose(
@@ -215,7 +218,17 @@ def majority(seed: int) -> Planted:
 
     states = [["active", "active", "active", "active", "pruned"][i] for i in place.tolist()]
     copies = frozenset(place.argsort()[:3].tolist())
-    return Planted(encode, log_likelihood, x[:N], x[N:], "informative", states, redundant=copies)
+    return Planted(
+        encode,
+        log_likelihood,
+        x[:N],
+        x[N:],
+        "informative",
+        states,
+        redundant=copies,
+        findings=frozenset({"aggregate_kl", "z_free_gain"}),
+        open=frozenset({"information_share", "svi_gain"}),
+    )
 
 
 def memoriser(seed: int) -> Planted:
@@ -272,7 +285,15 @@ def floored(seed: int) -> Planted:
     states = ["active" if worth else "rate-only" for worth in nats]
     rate = 1.7 + 6 * 0.245
     return Planted(
-        encode, model.log_likelihood, heldout, train, "partial", states, rate=rate, information=1.7
+        encode,
+        model.log_likelihood,
+        heldout,
+        train,
+        "partial",
+        states,
+        rate=rate,
+        information=1.7,
+        findings=frozenset({"aggregate_kl", "svi_gain"}),
     )
 
 
@@ -295,6 +316,69 @@ def nearly(seed: int) -> Planted:
     )
 
 
+def spread(seed: int) -> Planted:
+    """A hundred dimensions say the same with a lot of noise each, and the decoder averages them: one alone
+    holds 0.002 nats, all together log(1 + 100 SNR) / 2 = 0.17."""
+    rng = generator(seed)
+    x, dims, share = torch.randn(2 * N, 1, generator=rng), 100, 0.004
+    snr = share / (1 - share)
+    variance = 1 / (1 + dims * snr)
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        mu = share**0.5 * x.expand(-1, dims)
+        return mu, torch.full_like(mu, math.log(1 - share))
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        mean = variance * snr / share**0.5 * z.sum(dim=1, keepdim=True)
+        return normal(x, mean, variance**0.5)
+
+    information = 0.5 * math.log1p(dims * snr)
+    rate = -dims * 0.5 * math.log1p(-share)
+    return Planted(
+        encode, log_likelihood, x[:N], x[N:], "informative", ["low-rate"] * dims, rate=rate,
+        information=information,
+    )  # fmt: skip
+
+
+def few_of_many(seed: int) -> Planted:
+    """Three of 48 dimensions work."""
+    rng = generator(seed)
+    nats = permuted([0.7] * 3 + [0.0] * 45, rng)
+    model = Linear.worth(nats, rng)
+    heldout, train = model.splits(rng)
+    states = ["active" if worth else "pruned" for worth in nats]
+    return Planted(
+        model.encode, model.log_likelihood, heldout, train, "informative", states, rate=2.1, information=2.1
+    )
+
+
+def ring(seed: int) -> Planted:
+    """mu on a circle of radius 6 with sd e^-2: I = log(12 pi / (sqrt(2 pi e) sd)), and most of the rate is
+    the distance of the aggregate posterior from the prior."""
+    angle = 2 * math.pi * torch.rand(2 * N, 1, generator=generator(seed))
+
+    def circle(angle: Tensor) -> Tensor:
+        return 6 * torch.cat([angle.cos(), angle.sin()], dim=1)
+
+    def encode(angle: Tensor) -> tuple[Tensor, Tensor]:
+        return circle(angle), torch.full((len(angle), 2), -4.0)
+
+    def log_likelihood(angle: Tensor, z: Tensor) -> Tensor:
+        return normal(circle(angle), z, 0.05**0.5)
+
+    return Planted(
+        encode,
+        log_likelihood,
+        angle[:N],
+        angle[N:],
+        "informative",
+        ["active"] * 2,
+        rate=18 + math.exp(-4) - 1 + 4,
+        information=math.log(12 * math.pi) - 0.5 * math.log(2 * math.pi * math.e) + 2,
+        findings=frozenset({"information_share", "aggregate_kl"}),
+    )
+
+
 CASES: dict[str, Callable[[int], Planted]] = {
     case.__name__.replace("_", "-"): case
     for case in (
@@ -308,5 +392,8 @@ CASES: dict[str, Callable[[int], Planted]] = {
         linear_gaussian,
         floored,
         nearly,
+        spread,
+        few_of_many,
+        ring,
     )
 }

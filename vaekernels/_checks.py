@@ -204,8 +204,8 @@ def check_aggregate_call(
     check_posteriors(mu.shape[0], mu.shape[1], examples, own)
     if own is not None and (first < 0 or z.shape[0] + first > mu.shape[0]):
         raise ValueError(
-            f"{own} needs the posterior of each row of z, got {z.shape[0]} samples from number {first} on and "
-            f"{mu.shape[0]} posteriors"
+            f"{own} needs the posterior of each row of z, got {z.shape[0]} samples from number {first} on "
+            f"and {mu.shape[0]} posteriors"
         )
 
 

@@ -8,6 +8,7 @@ Right on [B, D], images and video alike.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -55,10 +56,19 @@ class DiagonalGaussian:
       CPU), the sample is the mean and no random number is drawn.
     - Random numbers come from Philox (`vaekernels.rng_state`): the same generator gives other numbers than
       there. `sample` takes a state too, and `sample_kl` gives sample and KL in one pass.
+    - From a generator or a state the numbers go by the order of a contiguous tensor, whatever the moments'
+      memory format, so that an image with a generator of its own gets one latent in every batch. Without
+      either they go by storage order, as in the ops.
     - `kl` raises for another distribution that is deterministic, from which no divergence is finite (there
       inf or NaN). `nll` does not divide by the variance, and stays finite where that underflows.
     - Log-variances outside [-30, 20] are clamped, as there; on the bounds the gradient is one.
-    - `logvar`, `std` and `var` are computed when they are asked for, and not kept.
+    - `logvar`, `std` and `var` are computed when they are first read, from then on they are kept.
+
+    The attributes `mean`, `logvar`, `std`, `var` and `parameters` may be assigned, and changed in place. As
+    there, `sample` goes by `mean` and `std`, `kl` and `nll` go by `mean`, `logvar` and `var`, and none of
+    them follows another: an assigned `std` changes no KL. A posterior of which one was changed computes by
+    plain PyTorch; so does one of which `std`, `logvar` or `var` was read in inference mode or in compiled
+    code, where a change in place cannot be seen.
 
     Args:
         moments: mean, then log-variance, along `dim`; float32, bfloat16, float16 or float64.
@@ -71,33 +81,53 @@ class DiagonalGaussian:
 
     def __init__(self, moments: Tensor, deterministic: bool = False, dim: int = 1) -> None:
         self._shape = _checks.packed_shape(moments, dim)
-        self.parameters = moments
+        self._moments = self.parameters = moments
         self.deterministic = deterministic
         self.dim = _checks.index("dim", dim)
+        self._grad = torch.is_grad_enabled()
+        # What was read or assigned, and the version of what was computed here (None: it cannot be told).
+        self._kept: dict[str, Tensor] = {}
+        self._versions: dict[str, int | None] = {}
 
     def __repr__(self) -> str:
         kind = ", deterministic" if self.deterministic else ""
-        return f"{type(self).__name__}(shape={list(self._shape)}, dtype={self.parameters.dtype}{kind})"
+        return f"{type(self).__name__}(shape={list(self._shape)}, dtype={self._moments.dtype}{kind})"
 
     @property
     def mean(self) -> Tensor:
         """A view of the first half."""
-        return self.parameters.chunk(2, self.dim)[0]
+        return self._read("mean")
+
+    @mean.setter
+    def mean(self, value: Tensor) -> None:
+        self._assign("mean", value)
 
     @property
     def logvar(self) -> Tensor:
         """The second half, clamped to [-30, 20]."""
-        return self.parameters.chunk(2, self.dim)[1].clamp(*LOGVAR_BOUNDS)
+        return self._read("logvar")
+
+    @logvar.setter
+    def logvar(self, value: Tensor) -> None:
+        self._assign("logvar", value)
 
     @property
     def std(self) -> Tensor:
         """exp(logvar / 2); zeros where deterministic."""
-        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(0.5 * self.logvar)
+        return self._read("std")
+
+    @std.setter
+    def std(self, value: Tensor) -> None:
+        self._assign("std", value)
 
     @property
     def var(self) -> Tensor:
         """exp(logvar); zeros where deterministic."""
-        return torch.zeros_like(self.mean) if self.deterministic else torch.exp(self.logvar)
+        return self._read("var")
+
+    @var.setter
+    def var(self, value: Tensor) -> None:
+        self._assign("var", value)
 
     def mode(self) -> Tensor:
         """The mean."""
@@ -120,11 +150,17 @@ class DiagonalGaussian:
             if rng is not None:
                 raise ValueError("rng and generator must not be given together; drop one of them")
             return self._sample_rows(generator)
+        if not self._as_computed("mean", "std"):
+            return self.mean + self.std * self._noise(self.mean, generator, rng)
         if self.deterministic:
             return self.mean.clone()
-        return ops.reparameterize_packed(
-            self.parameters, self.dim, logvar_bounds=LOGVAR_BOUNDS, **self._source(generator, rng)
+        z = ops.reparameterize_packed(
+            self._ordered(generator, rng),
+            self.dim,
+            logvar_bounds=LOGVAR_BOUNDS,
+            **_source(self._moments, generator, rng),
         )
+        return self._in_format(z)
 
     def sample_kl(
         self,
@@ -133,38 +169,50 @@ class DiagonalGaussian:
         rng: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """`sample()` and `kl()` in one pass over the moments, forward and backward."""
-        if self.deterministic:
-            return self.mean.clone(), self._zeros()
+        if self.deterministic or not self._as_computed("mean", "logvar", "std", "var"):
+            return self.sample(generator, rng=rng), self.kl()
         z, kl, _ = ops.sample_kl_packed(
-            self.parameters,
+            self._ordered(generator, rng),
             self.dim,
             reduction="none",
             group_dims=(),
             batch_dims=self._batch_dims,
             logvar_bounds=LOGVAR_BOUNDS,
-            **self._source(generator, rng),
+            **_source(self._moments, generator, rng),
         )
-        return z, kl
+        return self._in_format(z), kl
 
     def kl(self, other: Moments | None = None, dims: int | Sequence[int] | None = None) -> Tensor:
         """KL(self || other) in nats, against N(0, I) where `other` is None; see `vaekernels.gaussian_kl`.
 
         Args:
-            other: a distribution with `mean` and `logvar`, which broadcast to the shape of this one's.
+            other: a distribution with `mean` and `logvar`, of as many axes at most; where its shape is the
+                larger one, this distribution broadcasts to it.
             dims: the axes of the mean to sum over; None: all but the batch, which gives [B].
 
         Raises:
-            ValueError: `other` is deterministic, or its shape does not broadcast to this one's.
+            ValueError: `other` is deterministic, or its shape and this one's do not broadcast.
         """
         if self.deterministic:
             return self._zeros()
-        prior = () if other is None else self._prior(other)
+        shape = self._shape if other is None else self._common_shape(other)
         summed = self._axes(dims)
-        kept = [axis for axis in range(len(self._shape)) if axis not in summed]
+        if not self._as_computed("mean", "logvar", "var") or (
+            isinstance(other, DiagonalGaussian) and not other._as_computed("mean", "logvar", "var")
+        ):
+            terms = self._kl_of_attributes(other)
+            return terms.sum(summed) if summed else terms
+        prior: list[Tensor] = []
+        if other is not None:
+            prior = [part.to(self._moments.dtype).expand(shape) for part in (other.mean, other.logvar)]
+        moments = self._moments
+        if shape != self._shape:
+            moments = torch.cat([half.expand(shape) for half in moments.chunk(2, self.dim)], self.dim)
+        kept = [axis for axis in range(len(shape)) if axis not in summed]
         # Sums over all axes behind the kept ones are the kernel's own reduction.
         whole = kept == list(range(len(kept)))
         kl = ops.gaussian_kl_packed(
-            self.parameters,
+            moments,
             self.dim,
             *prior,
             reduction="none" if whole else "elementwise",
@@ -180,21 +228,80 @@ class DiagonalGaussian:
         ...] gives [K, B]."""
         if self.deterministic:
             return self._zeros()
-        dtype = reference.compute_dtype(self.parameters.dtype)
-        logvar = self.logvar.to(dtype)
-        distance = (sample.to(dtype) - self.mean.to(dtype)) * torch.exp(-0.5 * logvar)
-        terms = 0.5 * (LOG_2PI + logvar + distance * distance)
+        dtype = reference.compute_dtype(self._moments.dtype)
+        logvar, distance = self.logvar.to(dtype), sample.to(dtype) - self.mean.to(dtype)
+        if self._as_computed("logvar", "var"):
+            distance = distance * torch.exp(-0.5 * logvar)
+            square = distance * distance
+        else:
+            square = distance * distance / self.var.to(dtype)
+        terms = 0.5 * (LOG_2PI + logvar + square)
         # Counted from the end, so that leading axes of samples stay.
         summed = [axis - len(self._shape) for axis in self._axes(dims)]
         return terms.sum(summed) if summed else terms
 
+    def _read(self, name: str) -> Tensor:
+        kept = self._kept.get(name)
+        if kept is None:
+            # As at construction, when diffusers' class computes them: read for a log, without gradients, they
+            # still have theirs in a loss.
+            with _outside_inference(self._moments), torch.set_grad_enabled(self._grad):
+                kept = self._kept[name] = self._computed(name)
+            self._versions[name] = _version(kept)
+        return kept
+
+    def _computed(self, name: str) -> Tensor:
+        if name == "mean":
+            return self._moments.chunk(2, self.dim)[0]
+        if name == "logvar":
+            return self._moments.chunk(2, self.dim)[1].clamp(*LOGVAR_BOUNDS)
+        if self.deterministic:
+            return torch.zeros_like(self._computed("mean"))
+        logvar = self._computed("logvar")
+        return torch.exp(0.5 * logvar) if name == "std" else torch.exp(logvar)
+
+    def _assign(self, name: str, value: Tensor) -> None:
+        self._kept[name] = value
+        self._versions.pop(name, None)
+
+    def _as_computed(self, *names: str) -> bool:
+        """Whether none of these attributes was assigned, or may have been changed in place."""
+        for name in names:
+            if name not in self._kept:
+                continue
+            if name not in self._versions:
+                return False
+            # The mean is a view of the moments, which a change in place reaches.
+            if name != "mean":
+                version = _version(self._kept[name])
+                if version is None or version != self._versions[name]:
+                    return False
+        return True
+
+    def _ordered(self, generator: torch.Generator | None, rng: Tensor | None) -> Tensor:
+        """The moments, contiguous where the order of the random numbers is promised."""
+        return self._moments if generator is None and rng is None else self._moments.contiguous()
+
+    def _in_format(self, z: Tensor) -> Tensor:
+        """z in the memory format of the mean."""
+        if self._moments.is_contiguous():
+            return z
+        like = torch.empty_like(self._moments.chunk(2, self.dim)[0])
+        return z if z.stride() == like.stride() else like.copy_(z)
+
+    @staticmethod
+    def _noise(like: Tensor, generator: torch.Generator | None, rng: Tensor | None) -> Tensor:
+        """Normals in `like`'s shape, dtype and device."""
+        zero = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+        return ops.reparameterize(zero, zero, **_source(zero, generator, rng))
+
     @property
     def _batch_dims(self) -> int:
-        return 0 if self.dim in (0, -self.parameters.ndim) else 1
+        return 0 if self.dim in (0, -self._moments.ndim) else 1
 
     def _zeros(self) -> Tensor:
-        dtype = reference.compute_dtype(self.parameters.dtype)
-        return torch.zeros(self._shape[: self._batch_dims], dtype=dtype, device=self.parameters.device)
+        dtype = reference.compute_dtype(self._moments.dtype)
+        return torch.zeros(self._shape[: self._batch_dims], dtype=dtype, device=self._moments.device)
 
     def _axes(self, dims: int | Sequence[int] | None) -> list[int]:
         """The axes to sum over, from 0 on; none for ()."""
@@ -210,40 +317,81 @@ class DiagonalGaussian:
                 )
         return sorted({axis % ndim for axis in axes})
 
-    def _prior(self, other: Moments) -> tuple[Tensor, Tensor]:
+    def _common_shape(self, other: Moments) -> tuple[int, ...]:
+        """The shape to which both broadcast."""
         if other.deterministic:
             raise ValueError(
                 "other must not be deterministic: no divergence from a point mass is finite; compare with "
                 "nll(other.mean), or build it with deterministic=False"
             )
-        parts = other.mean, other.logvar
+        theirs = tuple(other.mean.shape)
         try:
-            mean, logvar = (part.to(self.parameters.dtype).expand(self._shape) for part in parts)
-        except RuntimeError as error:
+            shape = tuple(torch.broadcast_shapes(self._shape, theirs))  # type: ignore[no-untyped-call]
+        except RuntimeError:
+            shape = ()
+        if len(shape) != len(self._shape):
             raise ValueError(
-                f"other must broadcast to the shape of this distribution, {list(self._shape)}, got "
-                f"{list(other.mean.shape)}"
-            ) from error
-        return mean, logvar
+                f"other must broadcast with the shape of this distribution, {list(self._shape)}, and have no "
+                f"more axes, got {list(theirs)}"
+            )
+        return shape
 
-    def _source(self, generator: torch.Generator | None, rng: Tensor | None) -> dict[str, Any]:
-        """Where the ops take their random numbers from."""
-        here = self.parameters.device
-        if generator is not None and rng is None and generator.device.type == "cpu" != here.type:
-            return {"rng": ops.rng_state(torch.empty(0), generator=generator).to(here)}
-        return {"generator": generator, "rng": rng}
+    def _kl_of_attributes(self, other: Moments | None) -> Tensor:
+        """The KL of each element, of attributes that may have been changed. Where a variance is that of its
+        log-variance, it keeps the digits of the op close to 0."""
+        dtype = reference.compute_dtype(self._moments.dtype)
+
+        def scales(of: Moments) -> list[Tensor]:
+            by_logvar = torch.exp(of.logvar)
+            return [t.to(dtype) for t in (of.logvar, getattr(of, "var", by_logvar), by_logvar)]
+
+        mean, (logvar, var, computed) = self.mean.to(dtype), scales(self)
+        prior: list[Tensor] = []
+        same, terms = var == computed, mean * mean + var - 1.0 - logvar
+        if other is not None:
+            their_mean, (their_logvar, their_var, computed) = other.mean.to(dtype), scales(other)
+            prior = [their_mean, their_logvar]
+            same = same & (their_var == computed)
+            terms = ((mean - their_mean).square() + var) / their_var - 1.0 - logvar + their_logvar
+        parts = torch.broadcast_tensors(mean, logvar, *prior)  # type: ignore[no-untyped-call]
+        kl = ops.gaussian_kl(*parts, batch_dims=min(1, mean.ndim), reduction="elementwise")
+        return torch.where(same, kl, 0.5 * terms)
 
     def _sample_rows(self, generators: Sequence[torch.Generator]) -> Tensor:
         if len(generators) == 1:
             return self.sample(generators[0])
-        rows = torch.split(self.parameters, 1) if self._batch_dims else (self.parameters,)
+        rows = torch.split(self._moments, 1) if self._batch_dims else (self._moments,)
         if len(generators) != len(rows):
             raise ValueError(
                 f"generator must be a torch.Generator or a list with one for each of the {len(rows)} rows, "
                 f"got {len(generators)}"
             )
+        if not self._as_computed("mean", "std"):
+            eps = [self._noise(self.mean[:1], generator, None) for generator in generators]
+            return self.mean + self.std * torch.cat(eps)
         parts = [
             DiagonalGaussian(row, self.deterministic, self.dim).sample(generator)
             for row, generator in zip(rows, generators, strict=True)
         ]
         return torch.cat(parts)
+
+
+def _version(t: Tensor) -> int | None:
+    """How often `t` was changed in place; None where torch does not count, or a trace cannot compare it."""
+    if torch.compiler.is_compiling() or t.is_inference():
+        return None
+    return t._version
+
+
+def _outside_inference(moments: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """So that what is computed of ordinary moments is no inference tensor, which backward does not take."""
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled() or moments.is_inference():
+        return contextlib.nullcontext()
+    return torch.inference_mode(False)
+
+
+def _source(like: Tensor, generator: torch.Generator | None, rng: Tensor | None) -> dict[str, Any]:
+    """Where the ops take their random numbers from."""
+    if generator is not None and rng is None and generator.device.type == "cpu" != like.device.type:
+        return {"rng": ops.rng_state(torch.empty(0), generator=generator).to(like.device)}
+    return {"generator": generator, "rng": rng}

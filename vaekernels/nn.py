@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from vaekernels import _checks, ops
 from vaekernels.ops import Clamp, Parameterization, Penalty, Reduction, SampleKL
+from vaekernels.schedules._arguments import state_device
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -56,7 +57,7 @@ class _Number(nn.Module):
         self.schedule: Scheduled | None = None
         self.number: float | None = None
         if _checks.is_array(given):
-            given = torch.as_tensor(given)
+            given = torch.as_tensor(given, device=state_device(None))
         if isinstance(given, Tensor):
             self.register_buffer("constant", given.detach().clone(), persistent=False)
         elif hasattr(given, "__float__") and not isinstance(given, bool):
@@ -81,6 +82,19 @@ class _Number(nn.Module):
             return self.schedule.value.to(device)
         return self.get_buffer("constant") if self.number is None else self.number
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # No checkpoint holds the constant: where `to_empty` gives it other memory, it is written anew.
+        kept = self._buffers.get("constant")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if kept is not None and not (moved := self.get_buffer("constant")).is_meta:
+            if kept.is_meta:
+                raise ValueError(
+                    "a tensor of the module was made under torch.device('meta') and has no values; give a "
+                    "number, an array or a tensor with device='cpu'"
+                )
+            moved.copy_(kept)
+        return self
+
     def __repr__(self) -> str:
         if self.schedule is not None:
             return f"{type(self.schedule).__name__}(now {self.schedule.value.item():g})"
@@ -96,7 +110,7 @@ class _Number(nn.Module):
                     f"{type(value).__name__} for {key!r}"
                 )
             dtype = torch.int64 if isinstance(value, int) else torch.float64
-            destination[prefix + key] = torch.tensor(value, dtype=dtype)
+            destination[prefix + key] = torch.tensor(value, dtype=dtype, device="cpu")
 
     def _load_from_state_dict(
         self,

@@ -74,6 +74,9 @@ def rng_state(like: Tensor, *, generator: torch.Generator | None = None) -> Tens
     Given to an op as `rng`, it makes sampling a pure function: equal states give equal samples. The generator
     (the device's default one where None) moves on, so that no two states are alike and `torch.manual_seed`
     reproduces a run. The numbers are those of Philox4x32-10 (Salmon et al. 2011), the same on every device.
+    They go by storage order, that of z's elements in memory: equal values in another memory format
+    (channels_last, a transposed mu) get other noise from the same state. Where that must not be, give the op
+    contiguous tensors, as `vaekernels.distributions.DiagonalGaussian` does with a state or a generator.
 
     Raises TypeError or ValueError where `like` is no tensor or the generator does not fit it.
 
@@ -109,7 +112,8 @@ def reparameterize(
         num_samples: K, for z of shape ``[K, *mu.shape]`` from one reading of mu and logvar; None for the
             shape of mu.
         generator: the torch.Generator to draw from instead of the default one. Not while compiling.
-        rng: a state from `rng_state`, in place of a generator: the same state gives the same z.
+        rng: a state from `rng_state`, in place of a generator: the same state gives the same z for tensors of
+            one memory format, see `rng_state`.
         parameterization: what `logvar` holds: "logvar", "log_std", "std" or "softplus" (the standard
             deviation is log(1 + e^s)). A negative std gives NaN.
         logvar_bounds: (lo, hi), clamps the log-variance; the gradient is zero outside and one on the bounds.

@@ -75,7 +75,7 @@ def test_infonce_codes_are_other_examples_of_the_same_half() -> None:
 def test_importance_weighting_of_an_exact_posterior_is_the_evidence(linear: tuple[Linear, Tensor]) -> None:
     model, x = linear
     behind = Model(model.encode, model.log_likelihood)
-    found = decoder.importance_nll(behind, x, codes_of(model, x), 3, generator(4))
+    found = decoder.importance(behind, x, codes_of(model, x), 3, generator(4)).nll
     torch.testing.assert_close(found, evidence(model, x), rtol=1e-4, atol=1e-4)
 
 
@@ -91,7 +91,7 @@ def test_importance_weighting_of_a_wrong_posterior_tends_to_the_evidence(
     behind = Model(wrong, model.log_likelihood)
     codes = Codes.draw(*wrong(x), generator(2))
     truth = evidence(model, x).mean().item()
-    few, many = (decoder.importance_nll(behind, x, codes, k, generator(4)).mean().item() for k in (1, 200))
+    few, many = (decoder.importance(behind, x, codes, k, generator(4)).nll.mean().item() for k in (1, 200))
     assert few > many + 0.1 and many == pytest.approx(truth, abs=0.03) and many > truth - 0.01
 
 
@@ -219,3 +219,17 @@ def test_redundancy() -> None:
     # No one looks.
     assert redundant(lambda x, z: -(x**2).sum(dim=1), [[0, 1, 2], [0, 3]]) == {}
     assert cost([[0, 1, 2], [0, 3]], 10) == 10 * (4 + 3)
+
+
+def test_many_codes_keep_the_dtype_of_the_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the memory, the same numbers to rounding."""
+    mu, logvar = torch.randn(40, 3, generator=generator(0)), torch.zeros(40, 3)
+    in_double = Codes.draw(mu, logvar, generator(1))
+    monkeypatch.setattr(decoder, "_DOUBLE", 100)
+    monkeypatch.setattr(decoder, "_DRAWN", 16)
+    kept = Codes.draw(mu, logvar, generator(1))
+    assert in_double.eps.dtype == torch.float64 and {part.dtype for part in kept} == {torch.float32}
+    rows = torch.tensor([3, 39])
+    for a, b in ((kept.of(rows), in_double.of(rows)), (kept.prior(0, 40), in_double.prior(0, 40))):
+        assert a.dtype == torch.float64
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)

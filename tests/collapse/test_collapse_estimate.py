@@ -128,6 +128,11 @@ def test_holm_by_hand(values: list[float], lows: list[float]) -> None:
 def test_holm_of_exact_zeros() -> None:
     nothing = [Estimate(0.0, 0.0, 0.0)] * 3
     assert holm_low(nothing, 100) == [0.0, 0.0, 0.0]
+    one = [Estimate(1.0, 0.5, 1.5)]
+    assert holm_low(one, 50) == pytest.approx([0.5])
+    assert holm_low(one * 2, [50, 4]) == pytest.approx([holm_low(one * 2, 50)[0], holm_low(one * 2, 4)[1]])
+    # half the chance of being wrong once is half of it for each of two
+    assert holm_low(one, 50, tail=0.0125) == pytest.approx(holm_low([*one, Estimate(0.0, -9.0, 9.0)], 50)[:1])
     assert holm_high(nothing, 100, 0.01) == [0.0, 0.0, 0.0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -72,16 +73,36 @@ def test_bounds_are_their_definition(n: int, dims: int) -> None:
 
 def test_fewer_codes_when_there_are_too_many_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
     mu, logvar, z = channel(400, 2, 1.0, seed=3)
-    monkeypatch.setattr(information, "_PAIRS", 400 * 2 * 100)
-    bounds = mi_bounds(mu, logvar, z, generator=generator(0))
-    assert bounds.cap == pytest.approx(math.log(100))
-    columns = torch.randperm(400, generator=generator(0))[:100].tolist()
-    for i in (columns[0], next(i for i in range(400) if i not in columns)):
-        others = [j for j in columns if j != i]
-        lower, upper = by_definition(mu[[i, *others]], logvar[[i, *others]], z[[i, *others]])
-        assert bounds.lower[i].item() == pytest.approx(lower[0].item())
-        assert bounds.upper[i].item() == pytest.approx(upper[0].item())
-    assert bounds.lower.mean().item() < 1.15 and bounds.upper.mean().item() > 0.85
+    monkeypatch.setattr(information, "_PAIRS", 200 * 2 * 100)
+    monkeypatch.setattr(information, "_JOINT_PAIRS", 2 * 200**2)
+    monkeypatch.setattr(information, "_LEAST_CODES", 10)
+    monkeypatch.setattr(information, "_ENOUGH", 200)
+    bounds = mi_bounds(mu, logvar, z)
+    assert (bounds.cap, bounds.cap_dims) == pytest.approx((math.log(200), math.log(100)))
+    assert bounds.rows.tolist() == list(range(200)) and bounds.lower_dims.shape == (200, 2)
+    lower, upper = by_definition(mu[:200], logvar[:200], z[:200])
+    torch.testing.assert_close(bounds.lower, lower, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(bounds.upper, upper, rtol=1e-10, atol=1e-10)
+    for i in (7, 150):  # one of the codes that are compared with, and another
+        rows = [i, *(j for j in range(100) if j != i)]
+        lower, upper = by_definition(mu[rows, :1], logvar[rows, :1], z[rows, :1])
+        assert bounds.lower_dims[i, 0].item() == pytest.approx(lower[0].item())
+        assert bounds.upper_dims[i, 0].item() == pytest.approx(upper[0].item())
+    at_random = mi_bounds(mu, logvar, z, generator=generator(0))
+    some = torch.randperm(400, generator=generator(0))[:200]
+    assert torch.equal(at_random.rows, some)
+    torch.testing.assert_close(at_random.lower, by_definition(mu[some], logvar[some], z[some])[0])
+
+
+@pytest.mark.parametrize("dims", [1, 16, 256, 4096, 1 << 20])
+def test_more_examples_are_never_compared_with_fewer(dims: int) -> None:
+    sizes = [information.compared(n, dims) for n in (2, 100, 500, 2048, 10_000, 50_000, 10**6)]
+    for fewer, more in itertools.pairwise(sizes):
+        assert all(a <= b for a, b in zip(fewer, more, strict=True))
+    joint, codes, number = sizes[-1]
+    least = information._LEAST_CODES**2 * dims
+    assert joint * joint * dims <= max(information._JOINT_PAIRS, least)
+    assert codes <= number and codes * number * dims <= max(information._PAIRS, least)
 
 
 @pytest.mark.parametrize("nats, dims", [(0.1, 1), (1.0, 1), (1.0, 4), (3.32, 4), (3.32, 16)])

@@ -73,13 +73,13 @@ def measured(model: Linear, n: int, seed: int) -> dict[str, Estimate]:
     split.encode()
     split.shuffle()
     split.decode_information(32, n)
-    split.importance(4)
+    split.importance(4, min(n, 512))
     found = split.estimates(["rate", "mi_lower", "mi_upper", "nelbo", "nll", "delta_shuffle", "i_dec"])
     columns = importance_columns(split.columns["nelbo"], split.nll["importance"])
     found["iwae_nll"] = split.bootstrap.of_means(columns, importance_mean)[0]
     found["mi bracket"] = bracket(found["mi_lower"], found["mi_upper"])
     dims = split.per_dim()
-    use = split.use_estimates(split.lost([torch.tensor([d]) for d in range(len(model.w))]))
+    use = split.use_estimates(split.lost([torch.tensor([d]) for d in range(len(model.w))], split.use_n))
     for d in range(len(model.w)):
         found |= {
             f"rate {d}": dims.rate[d],

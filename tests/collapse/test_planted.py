@@ -31,8 +31,12 @@ def check_truths(case: Planted, report: Report) -> None:
             assert estimate.low - slack <= truth <= estimate.high + slack + 0.05 * truth, name
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("seed", [0, 1])
+SLOWER = {"spread", "few-of-many"}
+
+
+@pytest.mark.parametrize(
+    "name, seed", [(name, seed) for name in CASES for seed in (0, 1) if seed == 0 or name not in SLOWER]
+)
 def test_planted(name: str, seed: int) -> None:
     case = CASES[name](seed)
     report = case.diagnose(seed)
@@ -40,6 +44,7 @@ def test_planted(name: str, seed: int) -> None:
     assert states(report) == case.states, [dim.reason for dim in report.dims]
     assert report.overfit == case.overfit
     assert {dim.index for dim in report.dims if dim.redundant} == case.redundant
+    assert set(report.findings) - case.open == case.findings, report.findings
     check_truths(case, report)
     # every number that decided is told
     assert all(any(c.isdigit() for c in reason) for reason in report.reasons)
@@ -72,12 +77,13 @@ def test_twenty_seeds_of_every_planted_case() -> None:
                     found.count("undetermined"),
                     {dim.index for dim in report.dims if dim.redundant} == case.redundant,
                     report.overfit == case.overfit,
+                    set(report.findings) - case.open == case.findings,
                 ]
             )
     header = ["case", "seed", "truth", "verdict", "overfit", "dims", "dims right", "dims undetermined"]
     with open(RESULTS, "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(
-            [[*header, "redundancy right", "overfit right"], *rows]
+            [[*header, "redundancy right", "overfit right", "findings right"], *rows]
         )
     wrong = [row for row in rows if row[2] != row[3]]
     assert not [row for row in wrong if str(row[3]).startswith(("collapsed", "informative"))]
@@ -86,5 +92,6 @@ def test_twenty_seeds_of_every_planted_case() -> None:
     dims, right, undetermined = (sum(int(str(row[i])) for row in rows) for i in (5, 6, 7))
     assert undetermined <= 0.05 * dims
     assert right + undetermined >= 0.99 * dims
-    # A test at 2.5% that nothing is better on the train split: 180 cases in which nothing is.
+    assert sum(not row[10] for row in rows) <= 0.05 * len(rows)
+    # A test at 2.5% that nothing is better on the train split: all but the memoriser's cases.
     assert sum(not row[9] for row in rows) <= 0.025 * len(rows) + 3 * (0.025 * len(rows)) ** 0.5

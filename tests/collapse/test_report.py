@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import builtins
+import dataclasses
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from vaekernels import _files, collapse
 from vaekernels.collapse import Curve, Extras, TextTable, tables
-from vaekernels.collapse.report import JSON, PAGE
+from vaekernels.collapse.report import JSON, PAGE, SCHEMA
 
 MODEL = Linear.worth([0.8, 0.3, 0.04, 0.0], generator(0))
 X = MODEL.sample(600, generator(1))
@@ -56,7 +57,7 @@ def test_json(report: collapse.Report, tmp_path: Path) -> None:
     report.save(tmp_path)
     said = json.loads((tmp_path / JSON).read_text(encoding="utf-8"))
     assert said == json.loads(json.dumps(report.to_json()))
-    assert said["schema"] == 2 and said["verdict"] == report.verdict
+    assert said["schema"] == SCHEMA and said["verdict"] == report.verdict
     assert said["metrics"]["rate"] == [
         getattr(report.metrics["rate"], end) for end in ("value", "low", "high")
     ]
@@ -235,9 +236,51 @@ def test_two_models_are_compared_by_example(report: collapse.Report) -> None:
         elsewhere.iwae_difference(report)
 
 
-def test_not_measured_likelihoods_are_not_compared(report: collapse.Report, bare: collapse.Report) -> None:
+def test_every_metric_is_paired(report: collapse.Report, tmp_path: Path) -> None:
+    """A decoder that reads half of z: what the encoder alone decides is the same, and known to be."""
+
+    def half(x: Tensor, z: Tensor) -> Tensor:
+        return MODEL.log_likelihood(x, torch.cat([z[:, :1], torch.zeros_like(z[:, 1:])], dim=1))
+
+    other = collapse.diagnose(MODEL.encode, half, X, **SETTINGS)  # type: ignore[arg-type]
+    found = other.difference(report)
+    assert set(found) == {name for name, each in other.metrics.items() if each is not None}
+    for name in ("rate", "mi_lower", "mi_upper", "active_units", "aggregate_kl", "information_share"):
+        assert (found[name].low, found[name].value, found[name].high) == (0, 0, 0), name
+    assert found["delta_shuffle"].high < 0 and found["nelbo"].low > 0 and found["iwae_nll"].low > 0
+    mine, theirs = other.metrics["nelbo"], report.metrics["nelbo"]
+    assert mine is not None and theirs is not None
+    # paired: each NELBO alone is known less well
+    assert found["nelbo"].high - found["nelbo"].low < mine.high - mine.low
+    other.save(tmp_path / "other")
+    loaded = collapse.Report.load(tmp_path / "other").difference(report)
+    for name, each in found.items():
+        assert loaded[name].value == each.value
+        assert (loaded[name].low, loaded[name].high) == pytest.approx((each.low, each.high), abs=1e-4)
+    told = other.against(report, ("runs/half", "runs/whole"))
+    assert max(map(len, told.splitlines())) <= 100
+    assert told.startswith(
+        "runs/half uses a part of its latent, runs/whole uses its latent; runs/half costs "
+    )
+    nothing = report.against(report)
+    assert "no difference in likelihood (IWAE) is seen: 0.00 [0.00, 0.00]" in " ".join(nothing.split())
+
+
+def test_who_uses_its_latent(report: collapse.Report) -> None:
+    ignored = collapse.diagnose(
+        MODEL.encode, lambda x, z: MODEL.log_likelihood(x, 0 * z), X, **SETTINGS  # type: ignore[arg-type]
+    )  # fmt: skip
+    told = " ".join(report.against(ignored, ("A", "B")).split())
+    assert told.startswith("A uses its latent, B does not use its latent; A gains ")
+    told = " ".join(ignored.against(report, ("B", "A")).split())
+    assert told.startswith("B does not use its latent, A uses its latent; B costs ")
+
+
+def test_not_measured_likelihoods_are_not_compared(report: collapse.Report) -> None:
+    bare = dataclasses.replace(report, metrics=report.metrics | {"iwae_nll": None})
     with pytest.raises(ValueError, match="iwae_nll was not measured in both reports"):
         bare.iwae_difference(report)
+    assert "the likelihoods (IWAE) were not both measured" in bare.against(report)
 
 
 def test_nothing_is_nan(report: collapse.Report) -> None:

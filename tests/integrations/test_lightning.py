@@ -130,6 +130,57 @@ def test_a_checkpoint_carries_the_history_on(tmp_path):
     assert [reading.step for reading in resumed.monitor.history] == list(range(10, 2 * EPOCH, 10))
 
 
+def test_two_monitors_each_have_their_readings_in_a_checkpoint(tmp_path):
+    def monitors():
+        return [
+            CollapseMonitor(every_n_steps=20, grace_steps=1000, n=64, prefix="top/"),
+            CollapseMonitor(every_n_steps=40, grace_steps=1000, n=64, prefix="bottom/"),
+        ]
+
+    first, again = monitors(), monitors()
+    trainer, _ = fit(1.0, first, epochs=1, limit_train_batches=40)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    fit(1.0, again, epochs=2, limit_train_batches=40, ckpt=tmp_path / "a.ckpt")
+    for monitor, resumed, steps in zip(first, again, ([20, 40, 60, 80], [40, 80]), strict=True):
+        assert [reading.step for reading in resumed.monitor.history] == steps
+        assert resumed.monitor.history[: len(steps) // 2] == monitor.monitor.history
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_the_first_validation_may_be_later_than_the_first_epoch(sanity):
+    monitor = CollapseMonitor(every_n_steps=10, grace_steps=1000, n=64)
+    fit(
+        1.0,
+        monitor,
+        epochs=2,
+        limit_train_batches=10,
+        num_sanity_val_steps=sanity,
+        check_val_every_n_epoch=2,
+    )
+    assert [reading.step for reading in monitor.monitor.history] == [10, 20]
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "64-true", "bf16-mixed", "32-true"])
+def test_every_precision_of_the_trainer(precision):
+    dtypes = set()
+
+    class Watched(Module):
+        def encode(self, x):
+            dtypes.add((x.dtype, torch.zeros(()).dtype))
+            return super().encode(x)
+
+        def configure_optimizers(self):  # Adam's epsilon is 0 in float16
+            return torch.optim.SGD(self.parameters(), lr=1e-5)
+
+    monitor = CollapseMonitor(every_n_steps=5, grace_steps=1000, n=64)
+    fit(1.0, monitor, epochs=1, limit_train_batches=5, module=Watched(1.0), precision=precision)
+    (reading,) = monitor.monitor.history
+    assert reading.shuffle_gap is not None and monitor.monitor.ignored == 0
+    of = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+    assert dtypes == {(of.get(precision, torch.float32),) * 2}
+    assert torch.get_default_dtype() is torch.float32
+
+
 def test_modules_that_do_not_fit():
     class Bare(Module):
         encode = None

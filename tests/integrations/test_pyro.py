@@ -83,3 +83,19 @@ def test_it_is_a_distribution_of_pyro():
 
 def test_the_example():
     assert "ELBO" in run_example("pyro_vae.py")
+
+
+def test_a_forecaster_takes_it_as_noise():
+    """pyro.contrib.forecast has a table of distributions by their exact classes."""
+    from pyro.contrib.forecast import Forecaster, ForecastingModel
+
+    class Model(ForecastingModel):
+        def model(self, zero_data, covariates):
+            scale = pyro.sample("scale", dist.LogNormal(-1.0, 1.0).expand([1]).to_event(1))
+            self.predict(Normal(0.0, scale), zero_data)
+
+    pyro.set_rng_seed(0)
+    pyro.clear_param_store()
+    data = torch.randn(20, 1)
+    forecaster = Forecaster(Model(), data, torch.zeros(20, 0), num_steps=2, log_every=0)
+    assert forecaster(data, torch.zeros(25, 0), num_samples=3).shape == (3, 5, 1)

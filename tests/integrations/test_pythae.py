@@ -51,6 +51,62 @@ def test_loss_and_gradients(name, kind):
     same_gradients(ours, model)
 
 
+def with_loss_function(base: type) -> type:
+    class Weighted(base):
+        def loss_function(self, *arguments):
+            _, reconstruction, rate = super().loss_function(*arguments)
+            return reconstruction + 100.0 * rate, reconstruction, rate
+
+    return Weighted
+
+
+def with_sample_gauss(base: type) -> type:
+    class Fixed(base):
+        def _sample_gauss(self, mu, std):
+            return mu, torch.zeros_like(std)
+
+    return Fixed
+
+
+def with_both_on_the_object(base: type) -> type:
+    class Replaced(base):
+        def __init__(self, config):
+            super().__init__(config)
+            self._sample_gauss = lambda mu, std: (mu + std, torch.ones_like(std))
+
+    return Replaced
+
+
+@pytest.mark.parametrize("override", [with_loss_function, with_sample_gauss, with_both_on_the_object])
+@pytest.mark.parametrize("name", CASES)
+def test_a_subclass_that_overrides_a_method_is_asked(name, override):
+    cls, config_cls, ours_cls, options = CASES[name]
+    config = config_cls(input_dim=(1, 8, 8), latent_dim=6, **options)
+    model, ours = override(cls)(config), override(ours_cls)(config)
+    ours.load_state_dict(model.state_dict())
+    inputs = {"data": torch.rand(16, 1, 8, 8)}
+    if override is with_loss_function:
+        eps = noise_of_seed(5, torch.zeros(16, 6))
+        torch.nn.Module.__setattr__(model, "_sample_gauss", lambda mu, std: (mu + eps * std, eps))
+    expected, got = model(inputs), ours(inputs)
+    for key in expected:
+        within_rounding(got[key], expected[key])
+    expected.loss.backward()
+    got.loss.backward()
+    same_gradients(ours, model)
+
+
+def test_free_bits_reach_a_subclass_through_super():
+    Weighted = with_loss_function(fused.VAE)
+    config = theirs.VAEConfig(input_dim=(1, 8, 8), latent_dim=6)
+    model, inputs = Weighted(config, free_bits=5.0), {"data": torch.rand(16, 1, 8, 8)}
+    loss, reconstruction, _ = fused.VAE.loss_function(
+        model, *(torch.rand(16, 64),) * 2, *(torch.zeros(16, 6),) * 2, None
+    )
+    assert loss.item() == pytest.approx(reconstruction.item() + 5.0 * 6)
+    assert model(inputs).loss.isfinite()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_loss_functions_alone(name):
     model, ours = pair(name, "mse")

@@ -113,6 +113,21 @@ def test_patch_and_unpatch_rebind_every_module_of_scvi():
     assert type(inference["qz"]) is torch.distributions.Normal
 
 
+def test_a_module_that_says_dist_normal():
+    from scvi.external.cytovi import _model
+    from scvi.external.mrvi_torch import _module
+
+    for module in (_model, _module):
+        assert module.dist is torch.distributions
+        for _ in range(2):
+            fused.patch()
+            assert module.dist.Normal is fused.Normal
+            assert module.dist.Categorical is torch.distributions.Categorical
+        for _ in range(2):
+            fused.unpatch()
+            assert module.dist is torch.distributions
+
+
 def test_their_trainer_and_their_readouts(patched):
     owner = model("SCVI")
     owner.train(max_epochs=15, accelerator="cpu", batch_size=32, enable_progress_bar=False)

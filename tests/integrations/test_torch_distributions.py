@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -173,3 +174,88 @@ def test_what_is_inherited_stays(backend):
 def test_integers_are_an_error():
     with pytest.raises(TypeError, match="parameters of a Normal must be float32"):
         Normal(torch.zeros(3, dtype=torch.int64), torch.ones(3, dtype=torch.int64)).rsample()
+
+
+def test_parameters_may_change_in_place_after_a_sample(backend):
+    loc, scale = parameters(3)
+    z = Normal(loc, scale).rsample()
+    with torch.no_grad():
+        eps = (z - loc) / scale
+        loc.add_(1.0)
+        scale.clamp_(min=5.0)
+    z.sum().backward()
+    assert torch.equal(loc.grad, torch.ones(3))
+    torch.testing.assert_close(scale.grad, eps)
+
+
+def test_a_negative_scale_without_validation(backend):
+    """torch's is loc + scale eps, and its divergence takes the square."""
+    scale = torch.tensor([-1.0, 1.0, -0.5], requires_grad=True)
+    ours, theirs = (cls(torch.zeros(3), scale, validate_args=False) for cls in (Normal, Torchs))
+    eps = noise_of_seed(2, torch.zeros(3))
+    assert torch.equal(ours.rsample(), scale * eps)
+    prior = Torchs(1.0, 2.0)
+    for p, q in ((0, 1), (1, 0)):
+        a = kl_divergence(*((ours, prior) if p < q else (prior, ours)))
+        b = kl_divergence(*((theirs, prior) if p < q else (prior, theirs)))
+        within_rounding(a, b)
+        within_rounding(*(torch.autograd.grad(each.sum(), scale)[0] for each in (a, b)))
+
+
+def test_a_librarys_own_divergence_for_a_subclass_stays_its_own(registered):
+    class Mine(Torchs):
+        pass
+
+    kept = dict(torch.distributions.kl._KL_REGISTRY)
+    try:
+        torch.distributions.register_kl(Torchs, Mine)(lambda p, q: torch.tensor(-1.0))
+        torch.distributions.register_kl(Mine, Torchs)(lambda p, q: torch.tensor(-2.0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            for cls in (Normal, Torchs):
+                assert kl_divergence(cls(0.0, 1.0), Mine(0.0, 1.0)) == -1.0
+                assert kl_divergence(Mine(0.0, 1.0), cls(0.0, 1.0)) == -2.0
+    finally:
+        torch.distributions.kl._KL_REGISTRY.clear()
+        torch.distributions.kl._KL_REGISTRY.update(kept)
+        torch.distributions.kl._KL_MEMOIZE.clear()
+
+
+@pytest.mark.parametrize("method", ["rsample", "sample", "kl"])
+def test_a_trace_is_torchs_own(method):
+    """Without a warning, and with what draws known to TorchScript, which then expects no equal runs."""
+
+    def f(loc, scale):
+        p = Normal(loc, scale, validate_args=False)
+        return (
+            kl_divergence(p, Normal(2.0 * loc, scale, validate_args=False))
+            if method == "kl"
+            else getattr(p, method)()
+        )
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", torch.jit.TracerWarning)
+        traced = torch.jit.trace(f, (torch.zeros(3, 2), torch.ones(3, 2)), check_trace=False)
+    assert any(node.isNondeterministic() for node in traced.graph.nodes()) is (method != "kl")
+    assert "vaekernels" not in str(traced.graph)
+    out = traced(torch.zeros(5, 2), torch.ones(5, 2))
+    assert out.shape == (5, 2)
+
+
+def test_a_sample_has_the_dtype_of_loc(backend):
+    for loc, scale in (
+        (torch.float32, torch.float64),
+        (torch.float64, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ):
+        ours, theirs = (
+            cls(torch.zeros(3, dtype=loc), torch.ones(3, dtype=scale)) for cls in (Normal, Torchs)
+        )
+        for shape in ((), (2,)):
+            assert ours.sample(shape).dtype == theirs.sample(shape).dtype == loc
+            assert ours.rsample(shape).dtype == theirs.rsample(shape).dtype
+    mixed = Normal(torch.zeros(3), torch.ones(3, dtype=torch.float64))
+    torch.manual_seed(1)
+    z = mixed.rsample()
+    torch.manual_seed(1)
+    assert torch.equal(mixed.sample(), z.float())

@@ -139,7 +139,7 @@ def test_kl_to_another_distribution(name, backend):
 def test_the_other_distribution_broadcasts(backend):
     posterior, prior = DiagonalGaussian(torch.tensor([[2.0, 0.0], [0.0, 0.0]])), torch.zeros(1, 2)
     assert posterior.kl(DiagonalGaussian(prior)).tolist() == [2.0, 0.0]
-    with pytest.raises(ValueError, match=r"broadcast to the shape .* \[2, 1\], got \[3, 1\]"):
+    with pytest.raises(ValueError, match=r"broadcast with the shape .* \[2, 1\], and .*, got \[3, 1\]"):
         posterior.kl(DiagonalGaussian(torch.zeros(3, 2)))
 
 
@@ -265,3 +265,130 @@ def test_dims_beyond_the_mean_are_an_error():
 def test_repr():
     assert repr(DiagonalGaussian(torch.zeros(2, 4))) == "DiagonalGaussian(shape=[2, 2], dtype=torch.float32)"
     assert "deterministic" in repr(DiagonalGaussian(torch.zeros(2, 4), deterministic=True))
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_an_image_with_a_generator_of_its_own_gets_one_latent_in_every_batch(batch, device, backend):
+    """torch's convolutions return channels_last for one batch size and a contiguous tensor for another."""
+    t = moments((3, 8, 4, 5), device=device).detach()
+    alone = DiagonalGaussian(t[:1].contiguous())
+    rows = t[:batch].contiguous(memory_format=torch.channels_last)
+    for changed in (False, True):
+        together = DiagonalGaussian(rows)
+        if changed:
+            together.std, alone.std = together.std.clone(), alone.std.clone()
+        seeds = [torch.Generator().manual_seed(i) for i in range(batch)]
+        z, expected = together.sample(seeds), alone.sample(torch.Generator().manual_seed(0))
+        assert torch.equal(z[:1], expected)
+        if batch > 1:
+            assert not torch.allclose(z[1], z[0])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_state_and_a_generator_go_by_the_order_of_a_contiguous_tensor(name, device, backend):
+    shape, dim = LAYOUTS[name]
+    t = moments(shape, device=device).detach()
+    reordered = t.mT.contiguous().mT if t.ndim > 1 else t
+    a, b = DiagonalGaussian(t, dim=dim), DiagonalGaussian(reordered, dim=dim)
+    state, seed = vk.rng_state(t), lambda: torch.Generator(device).manual_seed(1)
+    for x, y in (
+        (a.sample(rng=state), b.sample(rng=state)),
+        (a.sample(seed()), b.sample(seed())),
+        (a.sample_kl(rng=state)[0], b.sample_kl(rng=state)[0]),
+        (a.sample_kl(seed())[0], b.sample_kl(seed())[0]),
+    ):
+        assert torch.equal(x, y)
+        assert y.stride() == torch.empty_like(b.mean).stride()
+
+
+ATTRIBUTES = ("mean", "logvar", "std", "var")
+
+
+def changed(posterior: DiagonalGaussian, name: str, how: str) -> None:
+    if how == "assigned":
+        setattr(posterior, name, 2.0 * getattr(posterior, name))
+    else:
+        getattr(posterior, name).mul_(2.0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("how", ["assigned", "in place"])
+@pytest.mark.parametrize("name", ATTRIBUTES)
+def test_a_changed_attribute_counts(name, how, mode, device, backend):
+    """`sample` goes by mean and std, `kl` and `nll` by mean, logvar and var, each as it now is."""
+    with mode():
+        t, other = (moments((3, 4, 2, 2), torch.float64, device).detach() * x for x in (1.0, 0.3))
+        posterior, prior = DiagonalGaussian(t), DiagonalGaussian(other)
+        state = vk.rng_state(t)
+        kept = {each: getattr(DiagonalGaussian(t.clone()), each).double() for each in ATTRIBUTES}
+        changed(posterior, name, how)
+        kept[name] = 2.0 * kept[name]
+        mean, logvar, std, var = (kept[each] for each in ATTRIBUTES)
+        z, kl = posterior.sample_kl(rng=state)
+        close(z, mean + std * noise(state, mean.shape))
+        assert torch.equal(z, posterior.sample(rng=state)) and torch.equal(kl, posterior.kl())
+        close(kl, 0.5 * (mean**2 + var - 1 - logvar).sum((1, 2, 3)))
+        m, lv = halves(other, 1)
+        exact = 0.5 * ((mean - m) ** 2 / lv.exp() + var / lv.exp() - 1 - logvar + lv)
+        close(posterior.kl(prior), exact.sum((1, 2, 3)))
+        close(posterior.kl(prior, dims=()), exact)
+        exact = 0.5 * ((m - mean) ** 2 / var + lv.exp() / var - 1 - lv + logvar)
+        close(prior.kl(posterior), exact.sum((1, 2, 3)))
+        x = torch.ones_like(mean)
+        close(posterior.nll(x, ()), 0.5 * (math.log(2 * math.pi) + logvar + (1 - mean) ** 2 / var))
+        assert torch.equal(posterior.mode(), posterior.mean)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attributes_that_were_only_read_change_nothing(dtype, mode, device, backend):
+    t = moments((3, 4), dtype, device)
+    read, fresh, state = DiagonalGaussian(t), DiagonalGaussian(t), vk.rng_state(t)
+    with mode():
+        assert [getattr(read, name) is getattr(read, name) for name in ATTRIBUTES] == [True] * 4
+        assert not torch.isnan(read.kl()).any()
+    # What was read without gradients has them in a loss.
+    (gradient,) = torch.autograd.grad((read.mean * read.std * read.var * read.logvar).sum(), t)
+    (exact,) = torch.autograd.grad((fresh.mean * fresh.std * fresh.var * fresh.logvar).sum(), t)
+    close(gradient, exact.double())  # added up in another order
+    assert torch.equal(read.kl(), fresh.kl()) and torch.equal(read.sample(rng=state), fresh.sample(rng=state))
+    with torch.inference_mode():
+        inside, tiny = DiagonalGaussian(t.clone()), DiagonalGaussian(torch.tensor([[1e-5, 1e-4]]))
+        inside.std, tiny.std, tiny.var  # noqa: B018
+        close(inside.sample(rng=state), fresh.sample(rng=state).double())
+        assert tiny.kl().item() == pytest.approx(0.5 * (1e-10 + 0.5e-8), rel=1e-3)
+
+
+def test_an_assigned_attribute_has_gradients_of_its_own(backend):
+    t, std = moments((3, 8)), torch.rand(3, 4, requires_grad=True)
+    posterior, state = DiagonalGaussian(t), vk.rng_state(t)
+    posterior.std = std
+    z = posterior.sample(rng=state)
+    to_t, to_std = torch.autograd.grad(z.sum(), (t, std))
+    close(to_std, noise(state, z.shape))
+    assert to_t.tolist() == [[1.0] * 4 + [0.0] * 4] * 3
+
+
+def test_assigned_moments_are_no_part_of_the_results(backend):
+    """As in diffusers, whose results come from the other attributes; `parameters` is what was given."""
+    t = moments((3, 8)).detach()
+    posterior, state = DiagonalGaussian(t), vk.rng_state(t)
+    z = posterior.sample(rng=state)
+    posterior.parameters = posterior.parameters * 0
+    assert torch.equal(posterior.sample(rng=state), z) and not posterior.parameters.any()
+
+
+def test_a_deterministic_one_with_an_assigned_std_draws(backend):
+    t = moments((3, 8)).detach()
+    posterior, state = DiagonalGaussian(t, deterministic=True), vk.rng_state(t)
+    posterior.std = torch.ones(3, 4)
+    close(posterior.sample(rng=state), t[:, :4].double() + noise(state, (3, 4)))
+
+
+def test_a_larger_other_distribution(backend):
+    t, other = moments((1, 4, 2, 2)).detach(), moments((3, 4, 2, 2)).detach() * 0.5
+    (m, lv), (mp, lp) = halves(t, 1), halves(other, 1)
+    exact = 0.5 * ((m - mp) ** 2 / lp.exp() + (lv - lp).exp() - 1 - (lv - lp)).sum((1, 2, 3))
+    close(DiagonalGaussian(t).kl(DiagonalGaussian(other)), exact)
+    with pytest.raises(ValueError, match=r"have no more axes, got \[1, 1, 2, 2, 2\]"):
+        DiagonalGaussian(t).kl(DiagonalGaussian(torch.zeros(1, 1, 2, 2, 4), dim=-1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -223,3 +224,49 @@ def test_errors_at_construction(arguments, error, message):
 def test_groups_that_do_not_fit_are_an_error(backend):
     with pytest.raises(ValueError, match=r"groups must be the shape of the rates, \[3\] here, got \[4\]"):
         GaussianLatent(4)(TABLE)
+
+
+def layer_with_schedules() -> GaussianLatent:
+    return GaussianLatent(3, beta=Linear(1.0, steps=10), free_bits=FreeBits(0.5, ramp=10))
+
+
+@pytest.mark.parametrize("how", ["to_empty", "assign"])
+def test_a_module_built_without_memory_and_filled_from_a_checkpoint(how, backend):
+    full = layer_with_schedules()
+    for _ in range(5):
+        full.step()
+    with torch.device("meta"):
+        layer = layer_with_schedules()
+        layer.step()
+        assert layer(torch.zeros(2, 6, device="meta")).kl.is_meta
+        saved = layer.state_dict()["beta.steps"]
+    assert saved.item() == 1
+    if how == "to_empty":
+        layer.to_empty(device="cpu").load_state_dict(full.state_dict())
+    else:
+        layer.load_state_dict(full.state_dict(), assign=True)
+    assert torch.equal(layer(TABLE, rng=RNG).kl, full(TABLE, rng=RNG).kl)
+    layer.step()
+    assert layer.beta.schedule.value.item() == pytest.approx(0.6)
+
+
+def test_a_controller_built_without_memory_can_be_stepped():
+    with torch.device("meta"):
+        control = PIController(target=4.0)
+        control.step(6.0)
+    plain = PIController(target=4.0)
+    plain.step(6.0)
+    assert control.state_dict() == plain.state_dict() and repr(control) == repr(plain)
+
+
+def test_constant_free_bits_survive_to_empty(backend):
+    floors = np.array([0.3, 0.1, 0.2], dtype=np.float32)
+    with torch.device("meta"):
+        layer = GaussianLatent(3, free_bits=floors)
+    layer.to_empty(device="cpu").load_state_dict(GaussianLatent(3, free_bits=0.0).state_dict())
+    assert layer(TABLE).kl.item() == pytest.approx(1.0 + 0.25 + 0.2)
+    assert layer.half().free_bits.constant.tolist() == torch.from_numpy(floors).half().tolist()
+    with torch.device("meta"):
+        without_values = GaussianLatent(3, free_bits=torch.full((3,), 0.1))
+    with pytest.raises(ValueError, match=r"under torch.device\('meta'\) and has no values; give a number"):
+        without_values.to_empty(device="cpu")

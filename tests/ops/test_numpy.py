@@ -8,6 +8,7 @@ import torch
 
 import vaekernels as vk
 from vaekernels import schedules
+from vaekernels.collapse import CollapseMonitor
 from vaekernels.distributions import DiagonalGaussian
 from vaekernels.nn import GaussianLatent
 
@@ -106,3 +107,13 @@ def test_what_is_no_int_stays_an_error(wrong):
             call()
     with pytest.raises(ValueError, match="steps must be a whole number"):
         schedules.Linear(1.0, steps=wrong)
+
+
+def test_the_numbers_of_a_monitor():
+    monitor = CollapseMonitor(
+        lambda x: (x, x), torch.zeros(8, 2), every_n_steps=three, n=np.int64(8), patience=two, grace_steps=one
+    )
+    assert len(monitor.heldout) == 8 and type(monitor.every_n_steps) is int
+    for wrong in (np.float32(8), np.bool_(True), True, 8.0, three):
+        with pytest.raises(ValueError, match="n must be an int of at least 4, got"):
+            CollapseMonitor(lambda x: (x, x), torch.zeros(8, 2), n=wrong)

@@ -145,7 +145,11 @@ def test_runs_are_compared_from_their_reports() -> None:
     reports = [vk.collapse.Report.load(name) for name in "ab"]
     gap = reports[1].iwae_difference(reports[0])
     assert second["iwae_nll_less_first"] == [gap.value, gap.low, gap.high]
-    assert first["verdict"] == reports[0].verdict
+    assert first["verdict"] == reports[0].verdict and first["less_first"] is None
+    assert second["less_first"]["iwae_nll"] == second["iwae_nll_less_first"]
+    assert set(second["less_first"]) == set(reports[1].difference(reports[0]))
+    told, _ = call("diagnose", "b", "-n", "50", "-k", "3", "--no-train", "--against", "a")
+    assert "likelihood (IWAE)" in told and "difference [95%, paired]" in told
     Path("a/report.json").write_text("{}")
     assert "`vaekernels diagnose a` makes it anew" in call("compare", "a", "b", status=1)[1]
 
@@ -154,6 +158,8 @@ def test_reports_on_other_examples_are_shown_side_by_side_but_not_subtracted() -
     trained("docstrings", folder="a")
     trained("digits", folder="b")
     assert "not comparable" in call("compare", "a", "b")[0]
+    told = call("diagnose", "a", "-n", "50", "-k", "3", "--no-train", "--against", "b", status=1)[1]
+    assert "a and b cannot be compared: the reports differ in data_sha256" in told
     told = json.loads(call("compare", "a", "b", "--json")[0])["runs"][1]
     assert told["iwae_nll_less_first"] is None and "differ in data_sha256" in told["not_comparable"]
 

@@ -237,6 +237,15 @@ def test_an_unknown_preset_names_the_nearest() -> None:
             "objective.layer_balance=true model.kind=ladder",
             "objective.layer_balance has no effect without objective.anneal",
         ),
+        (
+            "objective.tc_beta=6 model.kind=ladder",
+            "objective.tc_beta does not go with model.kind 'ladder': the",
+        ),
+        (
+            "objective.mi_weight=0 objective.pi_target=2",
+            "objective.mi_weight has no meaning with objective.pi",
+        ),
+        ("objective.tc_beta=6 optim.batch_size=1", "optim.batch_size must be at least 2, got 1"),
         ("model.top_dim=3", "model.top_dim is for model.kind 'ladder', which is 'auto'"),
         (
             "model.latent_channels=3 model.kind=mlp",

@@ -287,9 +287,9 @@ def outcome(title: str, verdict: str, figures: dict[str, Estimate], samples: lis
     empty: dict[str, Any] = {name: None for name in ("overfit", "excluded", "train")}
     subtype = "model collapse" if verdict == "collapsed" else None
     report = Fixed(
-        verdict=verdict, subtype=subtype, reasons=[], advice=[], metrics=dict(figures), gaps={}, dims=[],
-        rate_distortion={}, settings={"examples": {"heldout": 9}}, checks={}, cost={}, skipped={},
-        samples=None, **empty,  # type: ignore[arg-type]
+        verdict=verdict, subtype=subtype, reasons=[], findings={}, advice=[], metrics=dict(figures),
+        gaps={}, classes={}, dims=[], rate_distortion={}, settings={"examples": {"heldout": 9}},
+        checks={}, cost={}, skipped={}, samples=None, **empty,  # type: ignore[arg-type]
     )  # fmt: skip
     seen = gallery.Sentences([], [], samples, [])
     return Outcome(title, "report.html", report, seen, {})

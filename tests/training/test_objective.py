@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("lightning_fabric", reason="the trainer needs vaekernels[train]")
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vaekernels.training import objectives
 from vaekernels.training.config import (
@@ -21,20 +21,20 @@ from vaekernels.training.config import (
     OptimConfig,
     StrategyConfig,
 )
-from vaekernels.training.latents import Terms
-from vaekernels.training.models import LatentLayer
+from vaekernels.training.latents import ELBO, Terms
+from vaekernels.training.models import VAE, LatentLayer
 from vaekernels.training.objectives import Objective, Task
 from vaekernels.training.strategies import describe
 
 pytestmark = pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning")
 
-B, D = 6, 4
+B, D, N = 6, 4, 30
 
 
 def build(text: bool = False, **config: Any) -> Objective:
     return objectives.build(
         ObjectiveConfig(**config),
-        Task(text=text, data_dims=50.0, latent_dim=D, epochs=4, steps_per_epoch=5),
+        Task(text=text, data_dims=50.0, latent_dim=D, examples=N, epochs=4, steps_per_epoch=5),
     )
 
 
@@ -133,6 +133,74 @@ def test_one_group_is_one_for_each_layer() -> None:
     torch.testing.assert_close(loss.double(), 20.0 + expected, rtol=1e-5, atol=1e-5)
 
 
+class OneLayer(VAE):
+    """Its moments are its parameters, its NLL is 20, and it remembers its z."""
+
+    latent_dim = D
+
+    def __init__(self, moments: Tensor) -> None:
+        super().__init__()
+        self.given = nn.Parameter(moments)
+
+    def moments(self, x: Tensor) -> Tensor:
+        return self.given
+
+    def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:
+        self.z = z
+        return torch.full((len(x),), -20.0)
+
+    def generate(self, z: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+def stratified(z: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """(information, total correlation) by the definition (Chen et al. 2018, appendix C.2), float64: the own
+    posterior weighs 1 / N, the next one (N - M + 1) / (N (M - 1)), every other one 1 / (M - 1)."""
+    z, (mu, logvar) = z.double(), moments.double().chunk(2, dim=1)
+    density = torch.distributions.Normal(mu, (logvar / 2).exp()).log_prob(z.unsqueeze(1))
+    weights = torch.full((B, B), 1 / (B - 1), dtype=torch.float64)
+    for i in range(B):
+        weights[i, i] = 1 / N
+        weights[i, (i + 1) % B] = (N - B + 1) / (N * (B - 1))
+    log_qz = torch.logsumexp(density.sum(2) + weights.log(), dim=1)
+    product = torch.logsumexp(density + weights.log().unsqueeze(2), dim=1).sum(1)
+    own = density.diagonal().T.sum(1)
+    return (own - log_qz).mean(), (log_qz - product).mean()
+
+
+@pytest.mark.parametrize(
+    "config", [{"tc_beta": 6.0}, {"mi_weight": 0.0}, {"tc_beta": 2.0, "mi_weight": 0.5, "beta": 3.0}], ids=str
+)
+def test_the_parts_of_the_kl_are_weighed(config: dict[str, Any]) -> None:
+    objective, model = build(**config), OneLayer(layer(0))
+    terms = ELBO(model, objective.options)(torch.zeros(B, 1), B)
+    loss = objective.loss(terms)
+    (gradient,) = torch.autograd.grad(loss, model.given)
+    moments = model.given.detach().double().requires_grad_()
+    mu, logvar = moments.chunk(2, dim=1)
+    eps = (model.z.detach().double() - mu.detach()) * (-0.5 * logvar.detach()).exp()
+    information, correlation = stratified(mu + (0.5 * logvar).exp() * eps, moments)
+    kl = elements(moments).sum(dim=1).mean()
+    kl = (
+        kl
+        + (config.get("tc_beta", 1.0) - 1.0) * correlation
+        + (config.get("mi_weight", 1.0) - 1.0) * information
+    )
+    exact = 20.0 + config.get("beta", 1.0) * kl
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        gradient.double(), torch.autograd.grad(exact, moments)[0], rtol=1e-4, atol=1e-5
+    )
+    torch.testing.assert_close(objective.kl(terms).double(), kl, rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_of_one_example_has_no_parts() -> None:
+    objective = build(tc_beta=6.0)
+    terms = ELBO(OneLayer(layer(0)[:1]), objective.options)(torch.zeros(1, 1), 1)
+    assert terms.parts is None
+    assert objective.loss(terms).isfinite()
+
+
 def test_balancing_splits_the_gradient_between_posterior_and_learned_prior() -> None:
     def gradients(**config: Any) -> tuple[float, Tensor, Tensor]:
         objective = build(**config)
@@ -225,7 +293,7 @@ def test_a_floor_that_falls() -> None:
     ],
 )
 def test_weights_go_by_epochs(config: dict[str, Any], expected: list[float]) -> None:
-    task = Task(text=False, data_dims=50.0, latent_dim=D, epochs=4, steps_per_epoch=5)
+    task = Task(text=False, data_dims=50.0, latent_dim=D, examples=N, epochs=4, steps_per_epoch=5)
     schedule = objectives.weight_schedule(ObjectiveConfig(**config), task)
     assert [schedule.at(t) for t in range(21)] == pytest.approx(expected)
 
@@ -258,7 +326,7 @@ def test_the_state_continues(config: dict[str, Any]) -> None:
 # --- in words
 
 
-IN_WORDS = Task(text=False, data_dims=64, latent_dim=8, epochs=20, steps_per_epoch=26)
+IN_WORDS = Task(text=False, data_dims=64, latent_dim=8, examples=N, epochs=20, steps_per_epoch=26)
 
 
 def said(**objective: Any) -> str:
@@ -293,6 +361,10 @@ def said(**objective: Any) -> str:
         ({"capacity": 25.0}, "C: 0 to 25 nats over 10 epochs"),
         ({"pi_target": 4.0}, "holds the rate at 4 nats; effective beta = the weight, 0 to 1"),
         ({"geco_target": 20.0}, "effective beta = 1 / lambda"),
+        (
+            {"tc_beta": 6.0, "mi_weight": 0.0},
+            "of the KL counts its total correlation 6 times, its information I(x; z) 0 times",
+        ),
     ],
 )
 def test_the_objective_in_words(objective: dict[str, Any], words: str) -> None:

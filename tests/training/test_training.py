@@ -92,6 +92,7 @@ RUNS = {
     "ladder": ("digits", "model.kind=ladder objective.kl_balance=0.8 objective.geco_target=8"),
     "batch norm": ("digits", "model.kind=conv model.batch_norm=0.7 objective.capacity=3"),
     "aggressive": ("digits", "strategy.aggressive=true strategy.inner_steps=6 strategy.check_every=2"),
+    "parts": ("digits", "objective.tc_beta=4 objective.mi_weight=0.5 objective.anneal=linear"),
     "pretrained": ("docstrings", "strategy.pretrain_epochs=1 objective.anneal=cyclical"),
 }
 
@@ -99,7 +100,10 @@ RUNS = {
 @pytest.mark.parametrize(
     ("run_of", "steps"),
     [("text", (1,)), ("text", (14,)), ("text", (2, 30)), ("images", (3,)), ("images", (15,))]
-    + [(name, (5, 17, 29)) for name in ("word dropout", "ladder", "batch norm", "aggressive", "pretrained")],
+    + [
+        (name, (5, 17, 29))
+        for name in ("word dropout", "ladder", "batch norm", "parts", "aggressive", "pretrained")
+    ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     run_of: str, steps: tuple[int, ...], tmp_path: Path

@@ -51,6 +51,7 @@ SCENARIOS = {
         "digits",
         f"objective.capacity=1 objective.clamp=sample objective.capacity_gamma=2 {EVERY_STEP}",
     ),
+    "parts": ("digits", f"objective.tc_beta=4 objective.mi_weight=0.5 {EVERY_STEP}"),
     "ladder": ("digits", f"model.kind=ladder objective.free_bits=0.3 objective.group=all {EVERY_STEP}"),
 }
 
@@ -154,8 +155,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str,
 def one_process(
     own: torch.Generator, noise: list[torch.Generator], seen: list[dict[str, Any]]
 ) -> Callable[..., vk.SampleKL]:
-    """`sample_kl_packed` in which the noise of row i is that which process i % 2 draws for it: the same
-    states as the pair. What it is given and gives is kept in ``seen``. Calls with another generator than
+    """`sample_kl_packed` in which the noise of a row is that which its process draws for it: the same states
+    as the pair. What it is given and gives is kept in ``seen``. Calls with another generator than
     ``own``, that of the training, are left as they are."""
     fused = ops.sample_kl_packed
 
@@ -164,9 +165,13 @@ def one_process(
     ) -> vk.SampleKL:
         if generator is not own:
             return fused(moments, dim, *prior, generator=generator, rng=rng, **options)
-        z = torch.empty_like(moments.chunk(2, dim=dim)[0])
-        for rank, each in enumerate(noise):
-            z[rank::WORLD] = vk.reparameterize_packed(moments[rank::WORLD].contiguous(), generator=each)
+        parts = torch.tensor_split(moments, WORLD)
+        z = torch.cat(
+            [
+                vk.reparameterize_packed(part.contiguous(), generator=each)
+                for part, each in zip(parts, noise, strict=True)
+            ]
+        )
         kl, rate = vk.gaussian_kl_packed(moments, dim, *prior, return_per_group=True, **options)
         seen.append({"moments": moments.detach(), "kl": kl.detach(), **options})
         return vk.SampleKL(z, kl, rate)
@@ -219,7 +224,8 @@ def test_a_clamp_on_each_process_alone_would_be_seen(tmp_path: Path, monkeypatch
     for each in seen:
         floor = each["free_bits"]
         halves = [
-            vk.gaussian_kl_packed(each["moments"][rank::WORLD], free_bits=floor) for rank in range(WORLD)
+            vk.gaussian_kl_packed(half, free_bits=floor)
+            for half in torch.tensor_split(each["moments"], WORLD)
         ]
         pairs.append((float(each["kl"]), float(sum(halves) / WORLD)))
     assert max(abs(whole - halves) / whole for whole, halves in pairs) > 0.02

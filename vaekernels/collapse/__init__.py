@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from vaekernels.collapse.diagnosis import diagnose
 from vaekernels.collapse.estimate import Estimate, bootstrap_mean
-from vaekernels.collapse.examples import flatten_latents
+from vaekernels.collapse.examples import flatten_latents, whiten_latents
 from vaekernels.collapse.extras import Curve, Extras, TextTable
 from vaekernels.collapse.metrics import (
     ACTIVE_THRESHOLD,
@@ -47,4 +47,5 @@ __all__ = [
     "moments",
     "rate_per_dim",
     "shuffle_nll",
+    "whiten_latents",
 ]

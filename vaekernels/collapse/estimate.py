@@ -155,30 +155,36 @@ def along_cycle(differences: Tensor, permutation: Tensor) -> Tensor:
     return mean + deviations * (1 + 2 * correlation).clamp_min(floor).sqrt()
 
 
-def holm_low(estimates: Sequence[Estimate], n: int, null: float = 0.0) -> list[float]:
-    """Lower ends for all ``estimates`` at once: with probability 0.975 every end that exceeds ``null`` does
-    so rightly (Holm 1979). ``n`` examples each.
+def holm_low(
+    estimates: Sequence[Estimate], n: int | Sequence[int], null: float = 0.0, tail: float = TAIL
+) -> list[float]:
+    """Lower ends for all ``estimates`` at once: with probability 1 - ``tail`` every end that exceeds ``null``
+    does so rightly (Holm 1979). ``n`` examples each, or those of each.
 
     Estimates are tested in the order of how many half widths they lie above ``null``, the r-th at the level
-    0.025 / (m - r), until one fails; the rest keep its level. 1000 resamples do not resolve such tails, so
+    tail / (m - r), until one fails; the rest keep its level. 1000 resamples do not resolve such tails, so
     the half width is that of the interval times the ratio of t quantiles.
     """
     ends = [0.0] * len(estimates)
+    numbers = [n] * len(estimates) if isinstance(n, int) else n
     order = sorted(range(len(estimates)), key=lambda i: _half_widths(estimates[i], null), reverse=True)
     remaining = len(estimates)
     for i in order:
         estimate = estimates[i]
-        stretch = t_quantile(TAIL / remaining, n - 1) / t_quantile(TAIL, n - 1)
+        freedom = numbers[i] - 1
+        stretch = t_quantile(tail / remaining, freedom) / t_quantile(TAIL, freedom)
         ends[i] = estimate.value - (estimate.value - estimate.low) * stretch
         if ends[i] > null:
             remaining -= 1
     return ends
 
 
-def holm_high(estimates: Sequence[Estimate], n: int, null: float) -> list[float]:
+def holm_high(
+    estimates: Sequence[Estimate], n: int | Sequence[int], null: float, tail: float = TAIL
+) -> list[float]:
     """Upper ends for all ``estimates`` at once, as :func:`holm_low` gives lower ones."""
     mirrored = [Estimate(-e.value, -e.high, -e.low) for e in estimates]
-    return [-end for end in holm_low(mirrored, n, -null)]
+    return [-end for end in holm_low(mirrored, n, -null, tail)]
 
 
 def _half_widths(estimate: Estimate, null: float) -> float:

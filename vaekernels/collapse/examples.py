@@ -6,14 +6,24 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
-from collections.abc import Sequence, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
-__all__ = ["Encode", "Examples", "LogLikelihood", "digest", "flatten_latents", "select", "take"]
+__all__ = [
+    "Encode",
+    "Examples",
+    "LogLikelihood",
+    "Prior",
+    "digest",
+    "flatten_latents",
+    "select",
+    "take",
+    "whiten_latents",
+]
 
 Examples: TypeAlias = Tensor | tuple[Tensor, ...]
 """A tensor, or several with the same examples along their first axes."""
@@ -81,6 +91,36 @@ def select(name: str, data: object, n: int, generator: torch.Generator) -> Examp
     )
 
 
+def labels_of(
+    name: str, labels: object, data: object, n: int, generator: torch.Generator
+) -> tuple[Tensor, list[str]]:
+    """The labels of the examples that :func:`select` chooses with such a generator: numbers from 0, int64
+    [n], and what the numbers stand for.
+
+    TypeError for what is no tensor, array or sequence of numbers; ValueError unless there is one an example.
+    """
+    try:
+        given = torch.as_tensor(labels).cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must be numbers, one for each example, got {type(labels).__name__}: {error}"
+        ) from error
+    data = tuple(data) if isinstance(data, list) else data
+    if isinstance(data, Tensor | tuple):
+        available = count(data)
+    else:
+        available = len(data) if isinstance(data, Sized) else len(given)
+    if given.dim() != 1 or len(given) != available:
+        raise ValueError(
+            f"{name} must have one label for each of the {available} examples, got shape {list(given.shape)}"
+        )
+    chosen = torch.arange(available)[:n]
+    if isinstance(data, Sized):
+        chosen = _chosen(name, available, n, generator)
+    values, numbers = torch.unique(given[chosen], return_inverse=True)
+    return numbers, [f"{value:g}" if isinstance(value, float) else str(value) for value in values.tolist()]
+
+
 def digest(x: Examples) -> str:
     """sha256 of types, shapes and bytes."""
     found = hashlib.sha256()
@@ -121,6 +161,47 @@ def flatten_latents(
         return log_likelihood(x, z.reshape(len(z), *shape))
 
     return flat_encode, flat_log_likelihood
+
+
+Prior: TypeAlias = tuple[Tensor, Tensor] | Callable[[Any], tuple[Tensor, Tensor]]
+"""(mu, logvar) of p(z) = N(mu, diag exp(logvar)), [D] each, or a function of x that gives those of p(z|x),
+[B, D] each."""
+
+
+def whiten_latents(
+    encode: Encode, log_likelihood: LogLikelihood, prior: Prior
+) -> tuple[Encode, LogLikelihood]:
+    """The two functions of a model with a Gaussian prior of its own, as functions of the latent in which that
+    prior is N(0, I): z' = (z - mu_p) / sd_p.
+
+    ``prior``: (mu_p, logvar_p), [D] each, of a learned prior that is the same for every example, or a
+    function of x that returns them, [B, D] each: a conditional prior, p(z|x), where x has what it depends on.
+    KL divergences, information and likelihoods are those of z. Another example's code is shuffled as its
+    place relative to the prior. ValueError, when called, if the shapes do not fit.
+    """
+
+    def moments(x: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        mu, logvar = prior(x) if callable(prior) else prior
+        found = []
+        for name, part in (("mu", mu), ("logvar", logvar)):
+            if part.shape not in (like.shape, like.shape[1:]):
+                raise ValueError(
+                    f"the {name} of prior must be of shape {list(like.shape[1:])}, or {list(like.shape)} as "
+                    f"a function of x, got {list(part.shape)}"
+                )
+            found.append(part.detach().to(device=like.device, dtype=like.dtype))
+        return found[0], found[1]
+
+    def white_encode(x: Any, /) -> tuple[Tensor, Tensor]:
+        mu, logvar = encode(x)
+        mu_p, logvar_p = moments(x, mu)
+        return (mu - mu_p) * torch.exp(-0.5 * logvar_p), logvar - logvar_p
+
+    def white_log_likelihood(x: Any, z: Tensor, /) -> Tensor:
+        mu_p, logvar_p = moments(x, z)
+        return log_likelihood(x, mu_p + torch.exp(0.5 * logvar_p) * z)
+
+    return white_encode, white_log_likelihood
 
 
 def _all_tensors(parts: Sequence[object]) -> bool:

@@ -8,7 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Curve", "Extras", "Samples", "TextTable"]
+__all__ = ["Curve", "Extras", "Resampled", "Samples", "TextTable"]
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """A metric on resamples of ``examples`` examples. They are the same for every model that is measured on
+    those with the same seed, so the differences of ``values`` are those of two models on the same
+    resamples."""
+
+    examples: int
+    values: Tensor
+    """float64 [1000]"""
 
 
 @dataclass(frozen=True)
@@ -19,6 +30,8 @@ class Samples:
     """-log p(x|z) of every held-out example, [n], with its "own" z, a "shuffled" one, one of the "prior"; the
     "importance"-weighted -log p(x) of the first of them, [<= n]"""
     nelbo: Tensor | None
+    resampled: dict[str, Resampled]
+    """metric -> what pairs it with that of another model"""
     shown: list[int]
     """the dimensions of ``z``, those with the highest rates"""
     z: Tensor

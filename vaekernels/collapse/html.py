@@ -63,7 +63,8 @@ def render(said: Mapping[str, Any], samples: Samples, extras: Extras) -> str:
     return environment.get_template("report.html.j2").render(
         said=said,
         headline=tables.headline(said),
-        labels=tables.LABELS,
+        labels=tables.labels(said),
+        classes=tables.classes_of(said),
         metrics=tables.metrics_of(said),
         train=tables.train_of(said),
         gaps=tables.gaps_of(said),

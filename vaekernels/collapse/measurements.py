@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,11 +15,13 @@ from vaekernels.collapse import decoder
 from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import TAIL, Bootstrap, Estimate, along_cycle, binomial_tail
 from vaekernels.collapse.examples import Examples, count, take
-from vaekernels.collapse.extras import Samples
-from vaekernels.collapse.information import mi_bounds
+from vaekernels.collapse.extras import Resampled, Samples
+from vaekernels.collapse.information import compared, joint_bounds, mi_bounds
 from vaekernels.collapse.metrics import ACTIVE_THRESHOLD, derangement
 from vaekernels.collapse.model import Model, require_finite
+from vaekernels.collapse.strata import bounds_within, comparable, derangement_within, joint_within
 from vaekernels.collapse.svi import Refinement, refine
+from vaekernels.collapse.verdict import EPS_GLOBAL, Together
 
 __all__ = ["Encoded", "Measurements"]
 
@@ -28,12 +31,17 @@ NEVER = 100.0
 """Nats by which a likelihood of 0 under another code counts as worse than under the own one."""
 REFINED = 128
 """Examples on which inference is refined."""
+LEAST_REFINED, LEAST_WEIGHTED = 16, 32
+"""Of both, as few as a budget may leave."""
 WEIGHTED = 512
 """Examples of the importance-weighted likelihood."""
 CONTRASTED = 512
 """Examples of a train split for I_dec."""
 
+OF_CLASSES = ("rate", "nll", "nelbo", "delta_shuffle")
+"""What is also said of each class."""
 SHOWN_DIMS = 16
+_ROWS = 1 << 10
 _COLUMNS = 1 << 12  # resampled at once: 32 MiB of means
 
 # One stream of random numbers for each use, so that leaving one out changes no other.
@@ -57,18 +65,33 @@ class Encoded(NamedTuple):
 class Measurements:
     """Of one split: its examples, their codes, and in ``columns`` a float64 [n] for every measure, whose mean
     is the measure and which may be resampled as if the examples were independent. A measure of fewer examples
-    has those of the first."""
+    has those of the first: single dimensions are measured on ``dims_n``, of which ``mu``, ``logvar`` and
+    ``rates`` are."""
 
-    def __init__(self, name: str, model: Model, x: Examples, seed: int, number: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: Model,
+        x: Examples,
+        seed: int,
+        number: int,
+        beta: float = 1.0,
+        active_threshold: float = ACTIVE_THRESHOLD,
+        strata: Tensor | None = None,
+    ) -> None:
         self.name = name
         self.model = model
         self.x = x
         self.n = count(x)
+        self._strata = strata
+        self.beta, self.active_threshold = beta, active_threshold
         self._seed, self._number = seed, number
         self.columns: dict[str, Tensor] = {}
         self.nll: dict[str, Tensor] = {}  # under its own code, a shuffled one, one of the prior
         self.bootstrap = self.subset(self.n)
-        self.use_n = self.n
+        self.use_n = self.dims_n = self.n
+        self.refined_n, self.weighted_n = min(self.n, REFINED), min(self.n, WEIGHTED)
+        self.resampled: dict[str, Resampled] = {}
         self.caps: dict[str, float] = {}
         self.tau: tuple[float, float] | None = None
         self.contrasts: decoder.Contrasts | None = None
@@ -77,23 +100,34 @@ class Measurements:
     def _stream(self, name: str) -> torch.Generator:
         return stream(self._seed, name, self._number)
 
-    def encode(self) -> None:
-        mu, logvar = self.model.moments(self.x)
-        require_finite(f"encode ({self.name})", torch.cat([mu, logvar], dim=1))
-        codes = Codes.draw(mu, logvar, self._stream("noise"))
-        self.mu, self.logvar, self.codes = mu.cpu().double(), logvar.cpu().double(), codes
-        self.z = codes.own(0, self.n)
-        dims = self.mu.shape[1]
-        self.use_n = min(self.n, max(_USE_LEAST, USE_PAIRS // dims))
+    def encode(self, enough: Callable[[], bool] = lambda: False) -> None:
+        """The codes, of fewer examples where it is ``enough`` after a batch."""
+        mu, logvar = self.model.moments(self.x, enough)
+        if len(mu) < self.n:
+            self.x, self.n = take(self.x, slice(0, len(mu))), len(mu)
+            self.bootstrap = self.subset(self.n)
+        rate = torch.empty(self.n, dtype=torch.float64)
+        for a in range(0, self.n, _ROWS):
+            part = mu[a : a + _ROWS].cpu().double(), logvar[a : a + _ROWS].cpu().double()
+            rate[a : a + _ROWS] = ops.gaussian_kl(*part, reduction="none")
+        # The rate of NaN is NaN, and that of inf inf.
+        require_finite(f"encode ({self.name})", rate)
+        self.codes = Codes.draw(mu, logvar, self._stream("noise"))
+        self.dims = mu.shape[1]
+        self.use_n = self.examples_for(self.dims)
+        if self._strata is None:
+            self.bounds = mi_bounds(mu, logvar, self.codes.own(0, max(compared(self.n, self.dims))))
+        else:
+            n = comparable(self._strata[: self.n], self.dims)
+            self.bounds = bounds_within(mu[:n], logvar[:n], self.codes.own(0, n), self._strata[:n])
+        self.dims_n = len(self.bounds.lower_dims)
+        self.mu, self.logvar = (part[: self.dims_n].cpu().double() for part in (mu, logvar))
         self.rates = ops.gaussian_kl(self.mu, self.logvar, reduction="elementwise")
-        bounds = mi_bounds(mu, logvar, self.z, generator=self._stream("codes"))
-        self.bounds = bounds
-        self.caps |= {"mi_lower": bounds.cap}
-        rate = self.rates.sum(dim=1)
-        self.columns |= {"rate": rate, "mi_lower": bounds.lower, "mi_upper": bounds.upper}
+        self.caps |= {"mi_lower": self.bounds.cap}
+        self.columns |= {"rate": rate, "mi_lower": self.bounds.lower, "mi_upper": self.bounds.upper}
 
     def shuffle(self) -> None:
-        permutation = derangement(self.n, generator=self._stream("pairs"))
+        permutation = self._pairs("pairs", self.n)
         own = self._finite(self.model.nll(self.x, self.codes.own))
         self.nll["own"] = own
         shuffled = self._floored(
@@ -116,48 +150,97 @@ class Measurements:
             k,
             self._stream("contrasts"),
             lambda nll: self._floored("i_dec", nll, own=nll[:, 0]),
+            self._strata,
         )
         found = self.contrasts.infonce()
         self.tau = found.tau
-        self.caps["i_dec"] = math.log(decoder.contrasts(n, k))
+        self.caps["i_dec"] = math.log(self.contrast_codes(n, k))
         self.columns["i_dec"] = self._finite(found.resample)
+
+    def contrast_codes(self, n: int, k: int) -> int:
+        """K of I_dec on ``n`` examples."""
+        return decoder.contrasts(n, k, self._strata)
 
     def other_codes(self) -> None:
         own = self.nll["own"]
         self.nll["prior"] = self._floored("delta_prior", self.model.nll(self.x, self.codes.prior))
         mean = self._floored("delta_mean", self.model.nll(self.x, self.codes.mean))
+        self.nll["zero"] = self._floored("z_free_gain", self.model.nll(self.x, self.codes.zero))
         self.columns |= {"delta_prior": self.nll["prior"] - own, "delta_mean": mean - own}
 
-    def lost(self, groups: list[Tensor]) -> Tensor:
-        """Nats lost when each group of dimensions is shuffled, on the first ``use_n`` examples:
-        [use_n, groups]."""
-        x, codes = self.first(self.use_n), self.codes.first(self.use_n)
-        nll = decoder.shuffled_nll(self.model, x, codes, self._use_pairs(), groups)
-        return self._floored("use", nll, slice(0, self.use_n)) - self.nll["own"][: self.use_n, None]
+    def of_means(self, name: str, values: Tensor, function: Callable[[Tensor], Tensor]) -> Estimate:
+        """``function`` of the column means of ``values`` [n, M], which takes [..., M] to [..., 1]."""
+        bootstrap = self.subset(len(values))
+        centre, resampled = function(values.double().mean(dim=0)), function(bootstrap.means(values))
+        self.resampled[name] = Resampled(bootstrap.n, resampled[:, 0])
+        return bootstrap.interval(centre, resampled)[0]
+
+    def z_free_gain(self) -> Estimate:
+        """The NLL of the best of three models that the same decoder makes without an encoder (z of the prior,
+        z = 0, z of another example), less the NELBO."""
+        baselines = torch.stack([self.nll[name] for name in ("prior", "zero", "shuffled")], dim=1)
+        gains = baselines - self.columns["nelbo"][:, None]
+        return self.of_means("z_free_gain", gains, lambda means: means.min(dim=-1, keepdim=True).values)
+
+    def lost(self, groups: list[Tensor], n: int) -> Tensor:
+        """Nats lost when each group of dimensions is shuffled, on the first ``n`` examples: [n, groups]."""
+        x, codes = self.first(n), self.codes.first(n)
+        nll = decoder.shuffled_nll(self.model, x, codes, self._use_pairs(n), groups)
+        return self._floored("use", nll, slice(0, n)) - self.nll["own"][:n, None]
 
     def use_columns(self, lost: Tensor) -> Tensor:
-        """``lost``, or differences of its columns, ready to resample by ``subset(use_n)``."""
-        return along_cycle(lost, self._use_pairs())
+        """``lost``, or differences of its columns, ready to resample by ``subset(len(lost))``."""
+        return along_cycle(lost, self._use_pairs(len(lost)))
 
     def use_estimates(self, lost: Tensor) -> list[Estimate]:
-        return self.subset(self.use_n).estimates(self.use_columns(lost))
+        return self.subset(len(lost)).estimates(self.use_columns(lost))
 
-    def _use_pairs(self) -> Tensor:
-        return derangement(self.use_n, generator=self._stream("use"))
+    def _use_pairs(self, n: int) -> Tensor:
+        return self._pairs("use", n)
 
-    def refine(self) -> Refinement:
-        n = min(self.n, REFINED)
-        found = refine(self.model, self.first(n), self.mu[:n], self.logvar[:n], self._stream("refine"))
+    def _pairs(self, name: str, n: int) -> Tensor:
+        """Whose code each of the first ``n`` examples gets in the place of its own."""
+        if self._strata is None:
+            return derangement(n, generator=self._stream(name))
+        return derangement_within(self._strata[:n], self._stream(name))
+
+    def examples_for(self, groups: int) -> int:
+        """On how many examples so many groups of dimensions are shuffled."""
+        return min(self.n, max(_USE_LEAST, USE_PAIRS // max(groups, 1)))
+
+    def together(self, dims: list[int], n: int) -> Together:
+        """These dimensions as one code; their use on ``n`` examples, if not all of their rate is nothing."""
+        of = torch.tensor(dims)
+        rate = self.subset(self.dims_n).estimate(self.rates[:, of].sum(dim=1))
+        if rate.high < EPS_GLOBAL:
+            return Together(len(dims), rate, None, None, None)
+        joint = min(self.dims_n, compared(self.dims_n, len(dims))[0])
+        mu, logvar = self.mu[:joint, of], self.logvar[:joint, of]
+        z = self.codes.own(0, joint)[:, of]
+        if self._strata is None:
+            lower, upper = joint_bounds(mu, logvar, z)
+        else:
+            lower, upper = joint_within(mu, logvar, z, self._strata[:joint])
+        low, high = self.subset(joint).estimates(torch.stack([lower, upper], dim=1))
+        return Together(len(dims), rate, low, high, self.use_estimates(self.lost([of], n))[0])
+
+    def refine(self, n: int) -> Refinement:
+        """On the first ``n`` examples."""
+        self.refined_n = n
+        start = self.mu[:n], self.logvar[:n]
+        found = refine(self.model, self.first(n), *start, self._stream("refine"), self.beta)
         self._finite(found.at_posterior)
         at_prior = self._floored("svi_gain", found.at_prior, slice(0, n), found.at_posterior)
         return found._replace(at_prior=at_prior)
 
-    def importance(self, k: int) -> None:
-        n = min(self.n, WEIGHTED)
+    def importance(self, k: int, n: int) -> None:
+        """On the first ``n`` examples."""
+        self.weighted_n = n
         x, codes = self.first(n), self.codes.first(n)
-        self.nll["importance"] = self._finite(
-            decoder.importance_nll(self.model, x, codes, k, self._stream("importance"))
-        )
+        found = decoder.importance(self.model, x, codes, k, self._stream("importance"), self.beta)
+        self.nll["importance"] = self._finite(found.nll)
+        own = self._floored("code_gap", found.own, slice(0, n))
+        self.columns["code_gap"] = own + self.beta * self.columns["rate"][:n] - self._finite(found.least)
 
     def subset(self, n: int) -> Bootstrap:
         """For measures of the first ``n`` examples."""
@@ -165,7 +248,11 @@ class Measurements:
 
     def estimates(self, names: list[str]) -> dict[str, Estimate]:
         columns = torch.stack([self.columns[name] for name in names], dim=1)
-        found = self.subset(len(columns)).estimates(columns)
+        bootstrap = self.subset(len(columns))
+        resampled = bootstrap.means(columns)
+        found = bootstrap.interval(columns.mean(dim=0), resampled)
+        for place, name in enumerate(names):
+            self.resampled[name] = Resampled(len(columns), resampled[:, place])
         return {
             name: replace(estimate, saturated=self._saturated(name))
             for name, estimate in zip(names, found, strict=True)
@@ -202,34 +289,102 @@ class Measurements:
             return None
         return (int((costs.cumsum(0) < total / 2).sum()) + 1) / len(costs)
 
+    def by_class(self, numbers: Tensor, names: list[str]) -> dict[str, dict[str, Estimate]]:
+        """What was measured of the examples of each class alone; nothing of a class of one."""
+        measured = [name for name in OF_CLASSES if name in self.columns]
+        columns = torch.stack([self.columns[name] for name in measured], dim=1)
+        found: dict[str, dict[str, Estimate]] = {}
+        for number, label in enumerate(names):
+            rows = columns[numbers[: self.n] == number]
+            if len(rows) > 1:
+                estimates = Bootstrap(len(rows), generator=self._stream("bootstrap")).estimates(rows)
+                found[label] = dict(zip(measured, estimates, strict=True))
+        return found
+
     def point(self) -> tuple[float, float]:
         """On the rate-distortion plane."""
         return self.columns["rate"].mean().item(), self.columns["nll"].mean().item()
 
-    def aggregate_kl(self) -> Estimate:
-        """rate - I, between its bounds."""
-        upper, lower = self.bootstrap.estimates(
-            torch.stack(
-                [self.columns["rate"] - self.columns[name] for name in ("mi_lower", "mi_upper")], dim=1
+    def aggregate_kl(self) -> tuple[Estimate, Estimate]:
+        """KL(q(z) || p(z)) = rate - I between its bounds, and the share I / rate, which is 1 less that over
+        the rate.
+
+        Where the upper bound of I is lost to saturation, the lower one of the KL is that of the moments: of
+        all distributions with these means and variances, the one nearest to N(0, I) is the Gaussian with
+        independent dimensions.
+        """
+        saturated = self._saturated("mi_lower")
+        n = len(self.columns["mi_lower"])
+        values = torch.stack([self.columns[name][:n] for name in ("rate", "mi_lower", "mi_upper")], dim=1)
+        bootstrap = self.subset(n)
+        centre, resampled = values.mean(dim=0, keepdim=True), bootstrap.means(values)
+        nearest = self._moment_kl() if saturated else (torch.zeros(1), torch.zeros(1))
+        ends: list[Tensor] = []
+        for means, least in ((centre, nearest[0]), (resampled, nearest[1])):
+            rate, lower, upper = means.unbind(dim=1)
+            most, low = rate - lower, least if saturated else rate - upper
+            shares = [torch.where(rate > 0, kl / rate, 0.0) for kl in (low, most)]
+            ends.append(torch.stack([low, most, 1 - shares[1], 1 - shares[0]], dim=1))
+        for place, name in enumerate(("aggregate_kl", "information_share")):
+            middle = ends[1][:, 2 * place : 2 * place + 2].mean(dim=1)
+            self.resampled[name] = Resampled(n, middle)
+        found = [replace(each, saturated=saturated) for each in bootstrap.interval(ends[0][0], ends[1])]
+        return bracket(*found[:2]), bracket(*found[2:])
+
+    def parts(self) -> tuple[Estimate, Estimate]:
+        """The total correlation, sum_d I(x; z_d) - I(x; z), and the dimension-wise KL, rate less
+        sum_d I(x; z_d): with I(x; z) the parts of the rate (Chen et al. 2018). Between the bounds of the
+        information."""
+        bounds = self.bounds
+        n = min(len(bounds.lower), self.dims_n)
+        sums = bounds.lower_dims.sum(dim=1), bounds.upper_dims.sum(dim=1)
+        columns = (self.columns["rate"], bounds.lower, bounds.upper, *sums)
+        values = torch.stack([column[:n] for column in columns], dim=1)
+        bootstrap = self.subset(n)
+        ends: list[Tensor] = []
+        for means in (values.mean(dim=0, keepdim=True), bootstrap.means(values)):
+            rate, lower, upper, lower_dims, upper_dims = means.unbind(dim=1)
+            ends.append(
+                torch.stack([lower_dims - upper, upper_dims - lower, rate - upper_dims, rate - lower_dims], 1)
             )
-        )
-        return bracket(lower, upper) if not self._saturated("mi_lower") else at_most(upper)
+        for place, name in enumerate(("total_correlation", "dimension_wise_kl")):
+            self.resampled[name] = Resampled(n, ends[1][:, 2 * place : 2 * place + 2].mean(dim=1))
+        saturated = self._saturated("mi_lower")
+        found = [replace(each, saturated=saturated) for each in bootstrap.interval(ends[0][0], ends[1])]
+        return bracket(*found[:2]), bracket(*found[2:])
+
+    def _moment_kl(self) -> tuple[Tensor, Tensor]:
+        """sum_d KL(N(m_d, s_d^2) || N(0, 1)) with the moments of the aggregate posterior: [1], and of the
+        resamples [resamples]."""
+        bootstrap = self.subset(self.dims_n)
+        centre = torch.zeros(1, dtype=torch.float64)
+        resampled = torch.zeros(bootstrap.resamples, dtype=torch.float64)
+        second = self.mu.square() + torch.exp(self.logvar)
+        for first, squares in zip(
+            torch.split(self.mu, _COLUMNS, dim=1), torch.split(second, _COLUMNS, dim=1), strict=True
+        ):
+            values = torch.cat([first, squares], dim=1)
+            centre += _gaussian_kl_of(values.mean(dim=0, keepdim=True))
+            resampled += _gaussian_kl_of(bootstrap.means(values))
+        return centre, resampled
 
     def active_units(self) -> Estimate:
-        total, resampled = 0.0, torch.zeros(self.bootstrap.resamples, dtype=torch.float64)
+        bootstrap = self.subset(self.dims_n)
+        total, resampled = 0.0, torch.zeros(bootstrap.resamples, dtype=torch.float64)
         for part in torch.split(self.mu - self.mu.mean(dim=0), _COLUMNS, dim=1):
-            means = self.bootstrap.means(torch.cat([part, part.square()], dim=1))
+            means = bootstrap.means(torch.cat([part, part.square()], dim=1))
             first, second = means.chunk(2, dim=1)
-            resampled += (second - first.square() > ACTIVE_THRESHOLD).sum(dim=1)
-            total += float((part.square().mean(dim=0) > ACTIVE_THRESHOLD).sum())
+            resampled += (second - first.square() > self.active_threshold).sum(dim=1)
+            total += float((part.square().mean(dim=0) > self.active_threshold).sum())
         centre = torch.tensor([total], dtype=torch.float64)
-        return self.bootstrap.interval(centre, resampled[:, None])[0]
+        self.resampled["active_units"] = Resampled(self.dims_n, resampled)
+        return bootstrap.interval(centre, resampled[:, None])[0]
 
     def per_dim(self) -> Encoded:
         bounds = self.bounds
         rate = self._by_columns(self.rates)
         lower, upper = self._by_columns(bounds.lower_dims), self._by_columns(bounds.upper_dims)
-        lower = [replace(each, saturated=each.value > bounds.cap - 1) for each in lower]
+        lower = [replace(each, saturated=each.value > bounds.cap_dims - 1) for each in lower]
         least = self._by_columns(self.rates - bounds.upper_dims)
         most = self._by_columns(self.rates - bounds.lower_dims)
         mismatch = [
@@ -243,20 +398,21 @@ class Measurements:
         found: list[Estimate] = []
         for part in torch.split(torch.tensor(dims), _COLUMNS):
             values = torch.cat([self.bounds.upper_dims[:, part], self.rates[:, part]], dim=1)
-            found += self.bootstrap.of_means(values, _ratio)
+            found += self.subset(self.dims_n).of_means(values, _ratio)
         return found
 
     def samples(self) -> Samples:
         """What the pictures show beyond the estimates."""
         shown = self.rates.mean(dim=0).argsort(descending=True)[:SHOWN_DIMS].sort().values
-        return Samples(dict(self.nll), self.columns.get("nelbo"), shown.tolist(), self.z[:, shown])
+        z = torch.cat([self.codes.own(a, a + _ROWS)[:, shown] for a in range(0, self.n, _ROWS)])
+        return Samples(dict(self.nll), self.columns.get("nelbo"), self.resampled, shown.tolist(), z)
 
     def first(self, n: int) -> Examples:
         return take(self.x, slice(0, n)) if n < self.n else self.x
 
     def _by_columns(self, values: Tensor) -> list[Estimate]:
         parts = torch.split(values, _COLUMNS, dim=1)
-        return [estimate for part in parts for estimate in self.bootstrap.estimates(part)]
+        return [estimate for part in parts for estimate in self.subset(self.dims_n).estimates(part)]
 
     def _floored(
         self, name: str, nll: Tensor, rows: slice = slice(None), own: Tensor | None = None
@@ -287,6 +443,12 @@ def bracket(lower: Estimate, upper: Estimate) -> Estimate:
 def at_most(upper: Estimate) -> Estimate:
     """Of a divergence whose lower bound is lost to saturation: from 0, which is one as well."""
     return Estimate(max(upper.value, 0.0) / 2, 0.0, max(upper.high, 0.0), saturated=True)
+
+
+def _gaussian_kl_of(means: Tensor) -> Tensor:
+    """From the means of z and z^2, [..., 2 D]: sum_d KL(N(m_d, s_d^2) || N(0, 1)), [...]."""
+    first, second = means.chunk(2, dim=-1)
+    return 0.5 * (second - 1 - torch.log(second - first.square())).sum(dim=-1)
 
 
 def _ratio(means: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import RESAMPLES, Estimate, along_cycle, bootstrap_mean
 from vaekernels.collapse.examples import Encode, Examples, LogLikelihood, count
 from vaekernels.collapse.model import BATCH, Model, moments
+from vaekernels.collapse.pairing import derangement
 
 __all__ = [
     "ACTIVE_THRESHOLD",
@@ -48,16 +49,6 @@ def active_units(mu: Tensor, *, threshold: float = ACTIVE_THRESHOLD) -> Tensor:
     Reported because the field reports it; a near-dead dimension can be active, so it decides nothing.
     """
     return mu.cpu().double().var(dim=0, correction=0) > threshold
-
-
-def derangement(n: int, *, generator: torch.Generator | None = None) -> Tensor:
-    """A random permutation of 0..n-1 that is one single cycle, so no element stays in place. int64 [n]."""
-    if n < 2:
-        raise ValueError(f"n must be at least 2, got {n}: one example has no other to trade places with")
-    cycle = torch.randperm(n, generator=generator)
-    permutation = torch.empty_like(cycle)
-    permutation[cycle] = cycle.roll(1)
-    return permutation
 
 
 def shuffle_nll(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from vaekernels.collapse.budget import Pace
 from vaekernels.collapse.examples import Encode, Examples, LogLikelihood, count, take, to_device
 
 __all__ = ["BATCH", "Model", "NotFiniteError", "moments", "require_finite"]
@@ -17,7 +20,9 @@ CPU_BATCH, ACCELERATOR_BATCH = 128, 512
 """Those of a diagnosis. A GRU decoder with 2000 words evaluates 1.6 times as many examples a second in
 batches of 128 as of 256 on a CPU core, whose cache holds the former's logits."""
 
-_TRIED = 64  # examples on which the functions are tried before the work begins
+TRIED = 64
+"""Examples on which the functions are tried before the work begins."""
+_LEAST = 32
 _EQUAL = 1e-3  # relative: more than the order of additions changes, less than dropout does
 _SAME = 0.05  # of the spread over examples: more than another batch size changes, less than batch norm does
 
@@ -44,19 +49,23 @@ class Model:
         self.device = device
         self._batch_size = batch_size
         self.encoded = 0
+        self.dims = 0
         self.dtype = torch.get_default_dtype()
         self.latent_device = torch.device("cpu")
         self.counted = counted
 
     @property
     def batch_size(self) -> int:
-        if self._batch_size is not None:
-            return self._batch_size
+        return self._usual_batch() if self._batch_size is None else self._batch_size
+
+    def _usual_batch(self) -> int:
         return CPU_BATCH if self.latent_device.type == "cpu" else ACCELERATOR_BATCH
 
-    def moments(self, x: Examples) -> tuple[Tensor, Tensor]:
-        mu, logvar = moments(self.encode, x, device=self.device, batch_size=self.batch_size)
+    def moments(self, x: Examples, enough: Callable[[], bool] = lambda: False) -> tuple[Tensor, Tensor]:
+        """mu and logvar, of the first examples alone where it was ``enough`` after a batch of 32 or more."""
+        mu, logvar = moments(self.encode, x, device=self.device, batch_size=self.batch_size, enough=enough)
         self.encoded += len(mu)
+        self.dims = mu.shape[1]
         self.dtype, self.latent_device = mu.dtype, mu.device
         return mu, logvar
 
@@ -90,18 +99,24 @@ class Model:
             )
         return value
 
+    def hurry(self, seconds: float, pace: Pace) -> None:
+        """Batches that take so long at most, as far as single examples do."""
+        self._batch_size = max(1, min(self._usual_batch(), int(seconds / max(*pace, 1e-12))))
+
     @torch.no_grad()
-    def check(self, x: Examples) -> None:
+    def check(self, x: Examples, examples: int = TRIED) -> Pace:
         """ValueError if a function answers the same question twice in two ways: dropout, batch norm or
-        sampling left on."""
-        tried = take(x, slice(0, _TRIED))
+        sampling left on. Tried on the first ``examples``; returns how long the functions took."""
+        tried = take(x, slice(0, examples))
         half = count(tried) // 2
         mu, logvar = self.moments(tried)
         first = {"encode": torch.cat([mu, logvar], dim=1), "log_likelihood": self.evaluate(tried, mu)}
-        again = {
-            "encode": torch.cat(self.moments(tried), dim=1),
-            "log_likelihood": self.evaluate(tried, mu),
-        }
+        times = [time.perf_counter()]
+        again = {"encode": torch.cat(self.moments(tried), dim=1)}
+        times.append(time.perf_counter())
+        again["log_likelihood"] = self.evaluate(tried, mu)
+        times.append(time.perf_counter())
+        pace = Pace(*((b - a) / count(tried) for a, b in itertools.pairwise(times)))
         small = take(tried, slice(0, half))
         alone = {
             "encode": torch.cat(self.moments(small), dim=1),
@@ -124,15 +139,23 @@ class Model:
                         f"{difference:.2g}): batch norm is in train mode. Call eval() on the model before "
                         f"the diagnosis"
                     )
+        return pace
 
 
 @torch.no_grad()
 def moments(
-    encode: Encode, x: Examples, *, device: torch.device | str | None = None, batch_size: int = BATCH
+    encode: Encode,
+    x: Examples,
+    *,
+    device: torch.device | str | None = None,
+    batch_size: int = BATCH,
+    enough: Callable[[], bool] = lambda: False,
 ) -> tuple[Tensor, Tensor]:
-    """mu and logvar of every example, [N, D] each. ValueError if ``encode`` returns anything else."""
+    """mu and logvar of every example, [N, D] each; of the first of them, where after a batch there are 32 and
+    it is ``enough``. ValueError if ``encode`` returns anything else."""
     n = count(x)
-    chunks: list[tuple[Tensor, Tensor]] = []
+    mu = logvar = torch.empty(0)
+    filled = 0
     for i in range(0, n, batch_size):
         chunk = encode(to_device(take(x, slice(i, i + batch_size)), device))
         if (
@@ -141,15 +164,21 @@ def moments(
             or not all(isinstance(part, Tensor) for part in chunk)
         ):
             raise TypeError(f"encode must return the tensors (mu, logvar), got {type(chunk).__name__}")
-        chunks.append((chunk[0], chunk[1]))
-    mu = torch.cat([chunk[0] for chunk in chunks])
-    logvar = torch.cat([chunk[1] for chunk in chunks])
-    if mu.dim() != 2 or mu.shape != logvar.shape or len(mu) != n:
-        raise ValueError(
-            f"encode must return mu and logvar of shape [B, D] each; for {n} examples it gave "
-            f"{list(mu.shape)} and {list(logvar.shape)}; flatten_latents flattens the latent axes into one"
-        )
-    return mu, logvar
+        some = min(batch_size, n - i)
+        shapes = [tuple(part.shape) for part in chunk]
+        if not filled and len(shapes[0]) == 2 and shapes[0] == shapes[1]:
+            # Written in place: a list of batches and the whole of them would take twice the memory.
+            mu, logvar = (part.new_empty(n, part.shape[1]) for part in chunk)
+        if shapes != [(some, mu.shape[-1])] * 2:
+            raise ValueError(
+                f"encode must return mu and logvar of shape [B, D] each; for {some} examples it gave "
+                f"{list(shapes[0])} and {list(shapes[1])}; flatten_latents flattens the latent axes into one"
+            )
+        mu[i : i + some], logvar[i : i + some] = chunk
+        filled += some
+        if filled >= _LEAST and enough():
+            break
+    return mu[:filled], logvar[:filled]
 
 
 class NotFiniteError(ValueError):

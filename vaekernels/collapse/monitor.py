@@ -24,6 +24,7 @@ import torch
 from torch import nn
 
 from vaekernels import _native
+from vaekernels._checks import whole_number
 from vaekernels.collapse import metrics
 from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import Bootstrap, Estimate, along_cycle
@@ -127,16 +128,11 @@ class CollapseMonitor:
         batch_size: int = BATCH,
         seed: int = 0,
     ) -> None:
-        for name, value, least in (
-            ("every_n_steps", every_n_steps, 1),
-            ("n", n, 4),
-            ("patience", patience, 2),
-            ("grace_steps", grace_steps, 0),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        self.every_n_steps = _at_least("every_n_steps", every_n_steps, 1)
+        self.patience = _at_least("patience", patience, 2)
+        self.grace_steps = _at_least("grace_steps", grace_steps, 0)
+        n = _at_least("n", n, 4)
         self.encode, self.log_likelihood = encode, log_likelihood
-        self.every_n_steps, self.patience, self.grace_steps = every_n_steps, patience, grace_steps
         self.seed = seed
         self.modules, self.device, self.batch_size = list(modules), device, batch_size
         self.heldout = select("heldout", heldout, n, torch.Generator().manual_seed(seed))
@@ -250,6 +246,13 @@ class CollapseMonitor:
             f"{len(last.rate_per_dim)} (step {last.step}). Free bits, annealing or a weaker decoder help, "
             "see vaekernels.gaussian_kl and vaekernels.schedules; vaekernels.collapse.diagnose tells more"
         )
+
+
+def _at_least(name: str, value: Any, least: int) -> int:
+    whole = whole_number(value)
+    if whole is None or whole < least:
+        raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+    return whole
 
 
 def _absent(x: Any, z: Any) -> Any:

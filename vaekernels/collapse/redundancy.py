@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vaekernels.collapse.measurements import Measurements
-from vaekernels.collapse.verdict import EPS_USE, answers
+from vaekernels.collapse.verdict import EPS_USE, REDUNDANCY_TAIL, answers
 
 __all__ = ["clusters", "cost", "find_redundant"]
 
@@ -48,17 +48,18 @@ def find_redundant(split: Measurements, groups: list[list[int]]) -> dict[int, tu
     A member has one if keeping it, while the others are shuffled, saves nats. Where no single member saves
     any (a majority of three copies is needed, say), all of them have.
     """
-    together = split.lost([torch.tensor(group) for group in groups])
+    n = split.examples_for(cost(groups, 1))
+    together = split.lost([torch.tensor(group) for group in groups], n)
     estimates = split.use_estimates(together)
-    said = answers(estimates, estimates, split.use_n, EPS_USE)
+    said = answers(estimates, estimates, n, EPS_USE, REDUNDANCY_TAIL)
     used = [g for g, answer in enumerate(said) if answer.yes]
     if not used:
         return {}
     members = [(g, dim) for g in used for dim in groups[g]]
-    without = split.lost([torch.tensor([d for d in groups[g] if d != dim]) for g, dim in members])
+    without = split.lost([torch.tensor([d for d in groups[g] if d != dim]) for g, dim in members], n)
     saved = together[:, [g for g, _ in members]] - without
     estimates = split.use_estimates(saved)
-    kept = answers(estimates, estimates, split.use_n, EPS_USE)
+    kept = answers(estimates, estimates, n, EPS_USE, REDUNDANCY_TAIL)
     found: dict[int, tuple[int, ...]] = {}
     for g in used:
         helping = [

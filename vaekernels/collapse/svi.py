@@ -22,7 +22,7 @@ LEARNING_RATE = 0.1
 
 
 class Refinement(NamedTuple):
-    """NELBO per example in nats, float64 [N], each the mean over the same 16 noises."""
+    """NLL + beta KL per example in nats, float64 [N], each the mean over the same 16 noises."""
 
     at_posterior: Tensor
     at_prior: Tensor
@@ -39,10 +39,15 @@ def evaluations(n: int) -> int:
 
 
 def refine(
-    model: Model, x: Examples, mu: Tensor, logvar: Tensor, generator: torch.Generator | None
+    model: Model,
+    x: Examples,
+    mu: Tensor,
+    logvar: Tensor,
+    generator: torch.Generator | None,
+    beta: float = 1.0,
 ) -> Refinement:
     """40 steps of Adam (learning rate 0.1) on every example's own mu and logvar, from those of the encoder,
-    on NELBO = E_q[-log p(x|z)] + KL, with one fresh noise a step (the refinement of Kim et al. 2018, without
+    on E_q[-log p(x|z)] + beta KL, with one fresh noise a step (the refinement of Kim et al. 2018, without
     its training). The noises that evaluate are the same before and after, and none that the steps saw.
 
     A likelihood without a path to z in autograd's graph has gradient zero. cuDNN's recurrent nets have no
@@ -56,9 +61,9 @@ def refine(
         b = min(a + model.batch_size, n)
         some = _outside_inference(take(x, slice(a, b)))
         before = mu[a:b].cpu().double(), logvar[a:b].cpu().double()
-        after = _descend(model, gradient_of, some, *before, generator)
+        after = _descend(model, gradient_of, some, *before, generator, beta)
         nothing = torch.zeros_like(before[0]), torch.zeros_like(before[1])
-        values = [_nelbo(model, some, *moments, noises[:, a:b]) for moments in (before, nothing, after)]
+        values = [_cost(model, some, *moments, noises[:, a:b], beta) for moments in (before, nothing, after)]
         # Steps that led to where the likelihood is 0 are not taken.
         lost = values[2] == torch.inf
         values[2] = torch.where(lost, values[0], values[2])
@@ -74,6 +79,7 @@ def _descend(
     mu: Tensor,
     logvar: Tensor,
     generator: torch.Generator | None,
+    beta: float,
 ) -> tuple[Tensor, Tensor]:
     mu, logvar = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
     optimizer = torch.optim.Adam([mu, logvar], lr=LEARNING_RATE)
@@ -82,7 +88,8 @@ def _descend(
         with torch.enable_grad():
             z = mu + torch.exp(0.5 * logvar) * noise
             # The sum over examples: no example's gradient depends on another's.
-            loss = ops.gaussian_kl(mu, logvar, reduction="sum") + (z * gradient_of(x, z.detach())).sum()
+            rate = ops.gaussian_kl(mu, logvar, reduction="sum")
+            loss = beta * rate + (z * gradient_of(x, z.detach())).sum()
             mu.grad, logvar.grad = torch.autograd.grad(loss, [mu, logvar])
         optimizer.step()
         model.counted(count(x) * GRADIENT_COST)
@@ -119,13 +126,13 @@ class _Gradient:
 
 
 @torch.no_grad()
-def _nelbo(model: Model, x: Examples, mu: Tensor, logvar: Tensor, noises: Tensor) -> Tensor:
+def _cost(model: Model, x: Examples, mu: Tensor, logvar: Tensor, noises: Tensor, beta: float) -> Tensor:
     sd = torch.exp(0.5 * logvar)
     total = torch.zeros(len(mu), dtype=torch.float64)
     for noise in noises:
         total -= model.evaluate(x, mu + sd * noise).double().cpu()
         model.counted(len(mu))
-    return total / len(noises) + _rate(mu, logvar)
+    return total / len(noises) + beta * _rate(mu, logvar)
 
 
 def _rate(mu: Tensor, logvar: Tensor) -> Tensor:

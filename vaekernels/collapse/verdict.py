@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
 
-from vaekernels.collapse.estimate import Estimate, holm_high, holm_low
+from vaekernels.collapse.estimate import TAIL, Estimate, holm_high, holm_low
 
 __all__ = [
     "Answer",
@@ -21,6 +21,7 @@ __all__ = [
     "empty_shares",
     "ends",
     "excluded",
+    "findings",
     "rule",
     "state_of",
 ]
@@ -53,6 +54,13 @@ CONSTANT = 1e-8
 """Variance of mu below which a dimension is constant: a ten-thousandth of the prior's standard deviation."""
 LAG = 0.05
 """Gain of refined inference, in nats, from which a collapse is the encoder's."""
+HALF = 0.5
+"""Share of information in the whole rate below which a used latent is said to pay for little."""
+OFF_PRIOR = 1.0
+"""Nats between aggregate posterior and prior from which samples of the prior are said to be off: codes of the
+prior lie e times less densely there than codes of the data, or more."""
+GAP = 0.1
+"""Share of the rate that refined inference gains from which the encoder is said to lag."""
 
 THRESHOLDS = {
     "information": EPS_INFO,
@@ -62,6 +70,9 @@ THRESHOLDS = {
     "empty_share": EMPTY_SHARE,
     "near_collapsed": NEAR,
     "inference_lag": LAG,
+    "information_share": HALF,
+    "aggregate_kl": OFF_PRIOR,
+    "svi_gain_of_rate": GAP,
 }
 
 
@@ -75,9 +86,21 @@ class Answer(NamedTuple):
     """with the ends that decided: those of all dimensions together (Holm)"""
 
 
-def answers(lower: Sequence[Estimate], upper: Sequence[Estimate], n: int, threshold: float) -> list[Answer]:
-    """One question for many dimensions, from bounds (or twice the same estimates) on ``n`` examples."""
-    lows, highs = holm_low(lower, n), holm_high(upper, n, threshold)
+USE_TAIL, REDUNDANCY_TAIL = 0.02, 0.005
+"""Chance of a wrong answer about the use of any dimension alone, and in the second look at groups: together
+0.025, as for the information."""
+
+
+def answers(
+    lower: Sequence[Estimate],
+    upper: Sequence[Estimate],
+    n: int | Sequence[int],
+    threshold: float,
+    tail: float = TAIL,
+) -> list[Answer]:
+    """One question for many dimensions, from bounds (or twice the same estimates) on ``n`` examples, or those
+    of each. ``tail``: the chance that any of them is answered wrongly with yes, or with no."""
+    lows, highs = holm_low(lower, n, tail=tail), holm_high(upper, n, threshold, tail)
     found: list[Answer] = []
     for low, high, below, above in zip(lows, highs, lower, upper, strict=True):
         value = (below.value + above.value) / 2
@@ -124,6 +147,48 @@ class Dim:
     """dimensions that say the same; shuffled together they matter, this one alone does not"""
 
 
+def negligible(rate: float, information: Answer, use: Answer | None) -> bool:
+    """Whether a dimension has neither rate nor information nor use, alone."""
+    return rate < EPS_INFO and information.no and use is not None and use.no
+
+
+class Together(NamedTuple):
+    """All dimensions that are negligible alone, as one code: many small ones may hold a lot."""
+
+    number: int
+    rate: Estimate
+    lower: Estimate | None
+    """bounds of I(x; z) of these dimensions; None where their rate is no more than the threshold, which the
+    information cannot exceed, or where it was not measured"""
+    upper: Estimate | None
+    use: Estimate | None
+    """nats lost when all of them are shuffled"""
+
+    def state(self) -> tuple[State, str]:
+        """What the state of each of them is, and why."""
+        if self.rate.high < EPS_GLOBAL:
+            return "pruned", f"all {self.number} such dimensions together: rate {ends(self.rate)}"
+        if self.lower is None or self.upper is None or self.use is None:
+            return "undetermined", (
+                f"all {self.number} such dimensions together have a rate of {ends(self.rate)}, and what they "
+                f"do together was not measured"
+            )
+        both = Estimate((self.lower.value + self.upper.value) / 2, self.lower.low, self.upper.high)
+        told = (
+            f"all {self.number} such dimensions together: rate {ends(self.rate)}, information {ends(both)}, "
+            f"use {ends(self.use)}"
+        )
+        if both.high < EPS_GLOBAL and self.use.high < EPS_GLOBAL:
+            return "pruned", told
+        if both.low >= EPS_GLOBAL and self.use.low > 0 and self.use.value >= EPS_GLOBAL:
+            return "low-rate", told
+        if both.low >= EPS_GLOBAL and self.use.high < EPS_GLOBAL:
+            return "encoder-only", told
+        if both.high < EPS_GLOBAL:
+            return "rate-only", told
+        return "undetermined", told
+
+
 def state_of(
     rate: float,
     information: Answer,
@@ -144,7 +209,7 @@ def state_of(
         told += f"; shuffled together with {_listed(redundant)} it is used"
     if information.yes and used:
         return ("low-rate" if rate < LOW_RATE else "active"), told
-    if rate < EPS_INFO and information.no and use is not None and use.no:
+    if negligible(rate, information, use):
         return "pruned", told
     if rate >= EPS_INFO and (information.no or (share is not None and share.high < EMPTY_SHARE)):
         if share is not None:
@@ -258,7 +323,7 @@ def _by_rules(metrics: Mapping[str, Estimate | None], dims: Sequence[Dim]) -> Ru
             if used:
                 notes = [f"not collapsed: {_listed(used)} active or low-rate"]
                 continue
-            subtype, why = _subtype(metrics["svi_gain"])
+            subtype, why = _subtype(metrics["svi_gain"], metrics["code_gap"])
             reasons.append(why)
         if verdict == "informative":
             share = _share_of_work(dims, used)
@@ -305,18 +370,100 @@ def excluded(verdict: Verdict, n: int) -> str | None:
     return f"use by fewer than 3/n = {300 / n:.2g} % of the examples is not excluded"
 
 
-def _subtype(gain: Estimate | None) -> tuple[str | None, str]:
+def _subtype(gain: Estimate | None, gap: Estimate | None) -> tuple[str | None, str]:
+    """By the intervals: which of the two is at fault, or that this cannot be told."""
     if gain is None:
         return None, "whether better inference would help was not measured"
     refined = f"refining every q(z|x) by gradient gains {ends(gain)}"
-    if gain.value < LAG:
-        return "model collapse", f"better inference finds nothing either: {refined}, below {LAG:g}"
-    return "inference lag", f"better inference finds what the encoder does not: {refined}, at least {LAG:g}"
+    if gain.low >= LAG:
+        return (
+            "inference lag",
+            f"better inference finds what the encoder does not: {refined}, lower end at least {LAG:g}",
+        )
+    if gap is None:
+        return "cause unknown", f"{refined}; whether better codes exist was not measured"
+    better = f"importance weighting finds codes that are better by {ends(gap)}"
+    if gain.high < LAG and gap.high < LAG:
+        return (
+            "model collapse",
+            f"better inference finds nothing either: {refined}, and {better}, upper ends below {LAG:g}",
+        )
+    return "cause unknown", f"{refined}; {better}; the intervals do not lie on one side of {LAG:g}"
 
 
-def advice(verdict: Verdict, subtype: str | None, overfit: bool | None, dims: Sequence[Dim]) -> list[str]:
-    """What to do about it."""
-    found = [_ADVICE[subtype if subtype is not None else verdict]]
+class Finding(NamedTuple):
+    """Of a latent that is used: what is wrong with it all the same."""
+
+    told: str
+    advice: str
+
+
+FOUND_IN = frozenset({"informative", "partial", "rare-use"})
+"""Verdicts that the latent is used, which :func:`findings` qualify."""
+FINDINGS = {
+    "information_share": "most of the rate is no information",
+    "aggregate_kl": "samples from the prior will be off",
+    "svi_gain": "the encoder lags",
+    "z_free_gain": "worse than without its encoder",
+}
+"""Metric -> what a finding about it says, in short."""
+
+
+def findings(verdict: Verdict, metrics: Mapping[str, Estimate | None]) -> dict[str, Finding]:
+    """By metric, those whose interval lies beyond its threshold; none where z is not used, since then the
+    verdict says what is wrong."""
+    if verdict not in FOUND_IN:
+        return {}
+    share, aggregate, gain, free = (metrics[name] for name in FINDINGS)
+    rate = metrics["rate"]
+    found: dict[str, Finding] = {}
+    if share is not None and share.high < HALF:
+        found["information_share"] = Finding(
+            f"of the rate, a share of {ends(share)} is information: upper end below {HALF:g}",
+            "most of the rate is paid for nothing: raise beta or anneal it to 1, and clamp free bits after "
+            "the batch mean",
+        )
+    if aggregate is not None and aggregate.low >= OFF_PRIOR:
+        found["aggregate_kl"] = Finding(
+            f"the aggregate posterior is {ends(aggregate)} nats from the prior: lower end at least "
+            f"{OFF_PRIOR:g}",
+            "samples from the prior will be off, as the decoder has not seen such codes: sample codes of "
+            "training examples, fit a prior to them, or raise beta",
+        )
+    if gain is not None and rate is not None and gain.low >= max(EPS_GLOBAL, GAP * rate.value):
+        found["svi_gain"] = Finding(
+            f"refining every q(z|x) gains {ends(gain)}: lower end at least {GAP:g} of the rate",
+            "the encoder lags behind the decoder: train it longer or make it larger",
+        )
+    if free is not None and free.high < 0:
+        found["z_free_gain"] = Finding(
+            f"the NELBO is worse by {ends(_negative(free))} than the same decoder without an encoder, with a "
+            f"z of the prior, z = 0 or another example's z: lower end above 0",
+            "as a model of the data it is worse than one that ignores z: raise beta or anneal it to 1, and "
+            "compare with a collapsed run on the IWAE NLL",
+        )
+    return found
+
+
+def _negative(estimate: Estimate) -> Estimate:
+    return Estimate(-estimate.value, -estimate.high, -estimate.low, estimate.saturated)
+
+
+def advice(
+    verdict: Verdict,
+    subtype: str | None,
+    overfit: bool | None,
+    dims: Sequence[Dim],
+    found_wrong: Mapping[str, Finding],
+    unmeasured: Sequence[str] = (),
+    short: bool = False,
+) -> list[str]:
+    """What to do about it. ``unmeasured``: metrics of :data:`FINDINGS`; ``short``: more time would have shown
+    more."""
+    found = [each.advice for each in found_wrong.values()]
+    if not (found and verdict == "informative"):
+        undecided = short and verdict == "undetermined"
+        found.insert(0, _MORE_TIME if undecided else _ADVICE[subtype if subtype is not None else verdict])
     most = max((dim.mu_variance for dim in dims), default=math.inf)
     if verdict in ("collapsed", "rate-only", "near-collapsed") and most < CONSTANT:
         # A weaker decoder does not cure an encoder that cannot tell the examples apart.
@@ -326,6 +473,8 @@ def advice(verdict: Verdict, subtype: str | None, overfit: bool | None, dims: Se
             f"could use z. Look at the encoder first: are its inputs centred and scaled, are its units "
             f"saturated, does its gradient vanish?",
         )
+    if unmeasured and verdict in FOUND_IN:
+        found.append(f"not measured, so it may be bad: {', '.join(unmeasured)}")
     by_state: dict[State, list[int]] = {}
     for dim in dims:
         by_state.setdefault(dim.state, []).append(dim.index)
@@ -340,11 +489,15 @@ def advice(verdict: Verdict, subtype: str | None, overfit: bool | None, dims: Se
     return found
 
 
+_MORE_TIME = "the budget was too short to tell: raise budget_s (--budget SECONDS), or leave it out"
 _ADVICE: dict[str, str] = {
     "collapsed": "the decoder ignores z: keep the rate up (free bits, a delta-VAE) or weaken the decoder",
     "model collapse": "the decoder ignores z, and a better encoder would not help: keep the rate up from the "
     "start (free bits, a controller, a delta-VAE), weaken the decoder (word dropout, a smaller context), or "
-    "lower beta if it is above 1; annealing alone often falls back",
+    "lower beta if it is above 1: the gain was measured at the beta given; annealing alone often falls back",
+    "cause unknown": "the decoder gets nothing from z, and whether the encoder or the decoder is at fault is "
+    "open. Where better codes exist that gradients do not find (codes quantised, or read periodically), "
+    "train the encoder with samples, or smooth the decoder; otherwise raise n",
     "inference lag": "the decoder can use codes that the encoder does not find: train the encoder more "
     "(several encoder steps for one of the decoder, He et al. 2019), or start from a pretrained encoder",
     "rate-only": "there is a rate, but z says nothing about x: the aggregate posterior is not the prior. "
@@ -354,7 +507,7 @@ _ADVICE: dict[str, str] = {
     "decoder, and weaken the decoder",
     "rare-use": "z is used for few of the examples and idle for the others: look at which they are; for the "
     "others the advice for a collapsed latent holds (free bits, a weaker decoder)",
-    "informative": "nothing to fix; compare models on the IWAE NLL, not on the ELBO",
+    "informative": "nothing to fix was found; compare models on the IWAE NLL, not on the ELBO",
     "partial": "z is used, by fewer than half of the dimensions that cost rate: fewer latent dimensions, or "
     "a floor for each dimension",
     "near-collapsed": "z is nearly unused: treat it as collapsed, and measure again on more examples if the "
@@ -364,7 +517,7 @@ _ADVICE: dict[str, str] = {
 
 _DIM_ADVICE: dict[State, str] = {
     "low-rate": "well regularised; leave alone",
-    "pruned": "unused at no cost; benign unless all are",
+    "pruned": "unused at no cost, alone and together; benign unless all are",
     "rate-only": "a rate without information: aggregate mismatch or an empty floor",
     "memorised": "used on the train split only: more data, a higher beta",
     "encoder-only": "encoded, not decoded: check redundancy, weaken the decoder",

@@ -1,4 +1,4 @@
-"""Puts one class in another's place in all modules of a library."""
+"""Puts one class or module in another's place in all modules of a library."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 __all__ = ["rebind"]
 
 
-def rebind(library: str, old: type, new: type) -> None:
+def rebind(library: str, old: object, new: object) -> None:
     """Every name that means `old` in a module of the library that is imported already means `new`."""
     for name, module in list(sys.modules.items()):
         if name == library or name.startswith(library + "."):

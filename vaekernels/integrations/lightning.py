@@ -38,7 +38,8 @@ class CollapseMonitor(Callback):
     active_units, mi_lower, mi_upper and shuffle_gap (see `vaekernels.collapse.Reading`). A reading that is
     NaN or inf somewhere is not logged. The warning is a `vaekernels.collapse.CollapseWarning`. Steps are
     those of the optimizer. Under several processes rank 0 measures, on the module itself, so nothing waits
-    for another rank.
+    for another rank. Where the trainer's precision is a dtype (bf16-true, 16-true, 64-true), examples go to
+    the functions in that dtype, as batches do; under mixed precision they are evaluated in float32.
 
     Args:
         heldout: examples that are not trained on, as in `vaekernels.collapse.CollapseMonitor`. None: the
@@ -47,7 +48,8 @@ class CollapseMonitor(Callback):
         encode, log_likelihood: functions, or names of methods of the module: x -> (mu, logvar), [B, D] each,
             and (x, z) -> log p(x|z), [B]. A module without `log_likelihood` has no shuffled-z gap.
         every_n_steps, n, patience, grace_steps, seed: as in `vaekernels.collapse.CollapseMonitor`.
-        prefix: of the names in the log.
+        prefix: of the names in the log, and of the key under which a checkpoint keeps the readings: several
+            monitors of one trainer each need their own.
 
     `monitor` is the `vaekernels.collapse.CollapseMonitor`, from the start of `fit` on. Its readings are in
     the trainer's checkpoints.
@@ -79,6 +81,11 @@ class CollapseMonitor(Callback):
         self.monitor: monitor.CollapseMonitor | None = None
         self._loaded: dict[str, Any] | None = None
 
+    @property
+    def state_key(self) -> str:
+        key: str = self._generate_state_key(prefix=self.prefix)
+        return key
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         encode = _function(pl_module, "encode", self.encode)
         if encode is None:
@@ -86,13 +93,20 @@ class CollapseMonitor(Callback):
                 f"{type(pl_module).__name__} has no method {self.encode!r}; give CollapseMonitor encode=, a "
                 "function x -> (mu, logvar) or the name of such a method"
             )
+        if self.heldout is None and trainer.val_dataloaders is None and trainer.enable_validation:
+            # Lightning makes the loaders just before the first validation, which may be epochs away. Every
+            # rank has to take part.
+            trainer.validating = True
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            trainer.training = True
         if not trainer.is_global_zero:
             return
         heldout = _validation(trainer, self.options["n"]) if self.heldout is None else self.heldout
+        log_likelihood = _function(pl_module, "log_likelihood", self.log_likelihood)
         self.monitor = monitor.CollapseMonitor(
-            encode,
+            _in_precision(trainer, encode),
             heldout,
-            _function(pl_module, "log_likelihood", self.log_likelihood),
+            None if log_likelihood is None else _in_precision(trainer, log_likelihood),
             modules=[pl_module],
             device=pl_module.device,
             **self.options,
@@ -131,6 +145,17 @@ def _function(module: LightningModule, name: str, given: Any) -> Any:
     if found is None and given != name:
         raise AttributeError(f"{name} must be a function or the name of a method, got {given!r}")
     return found
+
+
+def _in_precision(trainer: Trainer, function: Any) -> Any:
+    """The function, given floating tensors in the trainer's dtype, where its precision is one."""
+    precision = trainer.precision_plugin
+
+    def converted(*arguments: Any) -> Any:
+        with precision.tensor_init_context():
+            return function(*precision.convert_input(arguments))
+
+    return converted
 
 
 def _validation(trainer: Trainer, n: int) -> Examples:

@@ -9,6 +9,7 @@ It needs ``pyro-ppl``.
 from __future__ import annotations
 
 from pyro import distributions
+from pyro.contrib.forecast import util
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 
 from vaekernels.integrations import torch_distributions
@@ -22,3 +23,7 @@ class Normal(torch_distributions.Normal, distributions.Normal, TorchDistribution
     With TraceMeanField_ELBO the KL between two of them, or one and Pyro's own, is fused as well. Trace_ELBO
     takes no analytic KL; what it gains is the sample.
     """
+
+
+# pyro.contrib.forecast looks the parameters of a distribution up by its exact class.
+util.UNIVARIATE_DISTS[Normal] = util.UNIVARIATE_DISTS[distributions.Normal]

@@ -94,16 +94,24 @@ def _towards(reconstruction: Tensor, rows: Tensor, beta: float, capacity: float)
 
 
 class _Fused:
-    """What the three models share: sample and KL in one op."""
+    """What the three models share: sample and KL in one op, unless someone's `loss_function` or
+    `_sample_gauss` stands in the place of these. Then pythae's `forward` runs, which calls both."""
 
     encoder: torch.nn.Module
     decoder: torch.nn.Module
     model_config: Any
 
     def _sample_gauss(self, mu: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-        # For `get_nll`; the training step goes through `sample_kl`.
+        # For `get_nll` and pythae's `forward`; the fused training step goes through `sample_kl`.
         eps = ops.reparameterize(torch.zeros_like(mu), torch.zeros_like(mu))
         return mu + eps * std, eps
+
+    def _overrides(self, ours: type) -> bool:
+        """Whether a subclass of `ours`, or this object, has one of the two methods of its own."""
+        return any(
+            getattr(getattr(self, name), "__func__", None) is not getattr(ours, name)
+            for name in ("loss_function", "_sample_gauss")
+        )
 
     def _run(self, x: Tensor, **options: Any) -> tuple[Tensor, Tensor, ops.SampleKL]:
         encoded = self.encoder(x)
@@ -120,6 +128,9 @@ class _Fused:
 
 class VAE(_Fused, theirs.VAE):
     """pythae.models.VAE: the same arguments, numbers, trainers and checkpoints.
+
+    A subclass that overrides `loss_function` or `_sample_gauss` runs as it does there, with the fused KL in
+    what it takes from `super()`.
 
     Args:
         free_bits, clamp, penalty, group_dims: as in `vaekernels.gaussian_kl`. `reg_loss` of the output is
@@ -147,6 +158,8 @@ class VAE(_Fused, theirs.VAE):
         return 1.0
 
     def forward(self, inputs: Mapping[str, Tensor], **kwargs: Any) -> ModelOutput:
+        if self._overrides(VAE):
+            return super().forward(inputs, **kwargs)
         recon_x, reconstruction, (z, kl, rate) = self._run(inputs["data"], **self.kl_options)
         return self._output(_sum(reconstruction, kl, rate, self._weight()), recon_x, z)
 
@@ -169,6 +182,8 @@ class DisentangledBetaVAE(_Fused, theirs.DisentangledBetaVAE):
         return float(self.C * min(epoch / (self.warmup_epoch + 1), 1))
 
     def forward(self, inputs: Mapping[str, Tensor], **kwargs: Any) -> ModelOutput:
+        if self._overrides(DisentangledBetaVAE):
+            return super().forward(inputs, **kwargs)
         capacity = self._capacity(kwargs.pop("epoch", self.warmup_epoch))
         recon_x, reconstruction, (z, rows, _) = self._run(inputs["data"], reduction="none", group_dims=())
         return self._output(_towards(reconstruction, rows, self.beta, capacity), recon_x, z)

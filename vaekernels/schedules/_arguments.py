@@ -8,9 +8,16 @@ import torch
 
 from vaekernels._checks import whole_number
 
-__all__ = ["Device", "at_least", "finite", "steps_of"]
+__all__ = ["Device", "at_least", "finite", "state_device", "steps_of"]
 
 Device = torch.device | str | None
+
+
+def state_device(device: Device) -> Device:
+    """Where a state is kept: on `device`, else on the default one. A model that is built under
+    ``torch.device("meta")`` and then filled has it on the CPU: it is no buffer that a checkpoint would fill,
+    and a number without memory cannot be stepped."""
+    return "cpu" if device is None and torch.get_default_device().type == "meta" else device
 
 
 def finite(name: str, value: float) -> float:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vaekernels._checks import whole_number
-from vaekernels.schedules._arguments import Device, at_least, finite, steps_of
+from vaekernels.schedules._arguments import Device, at_least, finite, state_device, steps_of
 
 __all__ = [
     "Capacity",
@@ -34,7 +34,7 @@ class Schedule(ABC):
 
     def __init__(self, *, device: Device = None) -> None:
         self._steps = 0
-        self.value: Tensor = torch.empty((), dtype=torch.float32, device=device)
+        self.value: Tensor = torch.empty((), dtype=torch.float32, device=state_device(device))
         self._write()
 
     @abstractmethod

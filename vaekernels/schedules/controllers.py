@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vaekernels._checks import whole_number
-from vaekernels.schedules._arguments import Device, at_least, finite
+from vaekernels.schedules._arguments import Device, at_least, finite, state_device
 
 __all__ = ["GECO", "Controller", "PIController"]
 
@@ -24,6 +24,7 @@ class Controller(ABC):
     """
 
     def __init__(self, value: float, *, device: Device = None) -> None:
+        device = state_device(device)
         self.value: Tensor = torch.full((), value, dtype=torch.float32, device=device)
         self.ignored: Tensor = torch.zeros((), dtype=torch.int64, device=device)
 

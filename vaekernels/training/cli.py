@@ -227,12 +227,22 @@ def diagnose(
     budget: Annotated[
         _Float,
         typer.Option(
-            metavar="SECONDS", help="Stop measuring after this time (default: no limit).", show_default=False
+            metavar="SECONDS",
+            help="Stop measuring after this time; n and k are lowered to fit (default: no limit).",
+            show_default=False,
         ),
     ] = None,
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="Measure on the training data too, to see overfitting.")
     ] = True,
+    against: Annotated[
+        _Path,
+        typer.Option(
+            metavar="RUN",
+            help="Also diagnose this run on the same data, and print paired differences.",
+            show_default=False,
+        ),
+    ] = None,
     device: Annotated[
         _Str, typer.Option(help="auto | cpu | cuda | mps (default: that of the run).", show_default=False)
     ] = None,
@@ -255,6 +265,9 @@ def diagnose(
         finally:  # saved first, for standard output may be closed; printed even if it cannot be saved
             print(report)
         print(f"\nwith pictures: {page}")
+        if against is not None:
+            print()
+            print(diagnosis.against(report, run, against, device))
 
 
 @app.command()

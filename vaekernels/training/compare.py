@@ -43,6 +43,14 @@ def show(outcomes: Sequence[Outcome], console: Console) -> None:
         console.print(excerpt)
     for line in tables.conclusions(outcomes):
         console.print(f"- {line}")
+    first, *others = outcomes
+    for other in others:
+        if not isinstance(tables.change(other, first), str):
+            console.print(
+                "\n" + other.report.against(first.report, (other.title, first.title)),
+                highlight=False,
+                markup=False,
+            )
 
 
 def page(outcomes: Sequence[Outcome], folder: Path) -> str:
@@ -54,11 +62,12 @@ def page(outcomes: Sequence[Outcome], folder: Path) -> str:
 
 
 def to_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """Verdict, metrics and, less the first run's, the importance-weighted NLL: [value, low, high]."""
+    """Verdict, metrics and, in ``less_first``, every metric less the first run's: [value, low, high]."""
     told = []
     for each in outcomes:
         change = None if each is outcomes[0] else tables.change(each, outcomes[0])
-        said = each.report.to_json()
+        told_of = each.report
+        said = told_of.to_json()
         told.append(
             {
                 "run": each.title,
@@ -67,6 +76,12 @@ def to_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
                 if change is None or isinstance(change, str)
                 else [change.value, change.low, change.high],
                 "not_comparable": change if isinstance(change, str) else None,
+                "less_first": None
+                if change is None or isinstance(change, str)
+                else {
+                    name: [each.value, each.low, each.high]
+                    for name, each in told_of.difference(outcomes[0].report).items()
+                },
             }
         )
     return {"runs": told}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ from vaekernels.collapse import Curve, Extras, Report, TextTable
 from vaekernels.training import gallery, logs, objectives, strategies
 from vaekernels.training.errors import CheckpointError
 from vaekernels.training.objectives import Task
-from vaekernels.training.run import Run
+from vaekernels.training.run import Run, open_run
 
-__all__ = ["curves", "diagnose", "extras", "grid", "save"]
+__all__ = ["against", "curves", "diagnose", "extras", "grid", "save"]
 
 
 def diagnose(
@@ -30,7 +30,9 @@ def diagnose(
     progress: bool = True,
 ) -> Report:
     """:func:`vaekernels.collapse.diagnose` of the model of ``run`` on its held-out data, and, with ``train``,
-    on its training data as well."""
+    on its training data as well. Inference is refined at the run's effective beta, 1 where it has none."""
+    task = Task.of(run.config, run.data, run.model.latent_dim)
+    beta = objectives.build(run.config.objective, task).effective_beta
     return collapse.diagnose(
         run.model.encode,
         run.model.log_likelihood,
@@ -39,10 +41,35 @@ def diagnose(
         n=n,
         k=k,
         seed=seed,
+        beta=1.0 if beta is None else beta,
         device=run.device,
         budget_s=budget_s,
         progress=progress,
     )
+
+
+def against(report: Report, run: Path, other: Path, device: str | None) -> str:
+    """``report`` of ``run`` beside that of the run in ``other``: its saved one where that was made with the
+    same arguments at the present step, or one that is made now and not saved. CheckpointError if the two have
+    other held-out data."""
+    opened = open_run(other, lambda text: None, device=device)
+    told = report.settings
+    found = _saved(other, opened.step, told)
+    if found is None:
+        found = diagnose(opened, n=told["n"], k=told["k"], seed=told["seed"], train=False, progress=False)
+    try:
+        return report.against(found, (str(run), str(other)))
+    except ValueError as error:
+        raise CheckpointError(f"{run} and {other} cannot be compared: {error}") from error
+
+
+def _saved(folder: Path, step: int, told: Mapping[str, Any]) -> Report | None:
+    try:
+        found = Report.load(folder)
+    except (OSError, ValueError):
+        return None
+    same = all(found.settings.get(name) == told[name] for name in ("n", "k", "seed"))
+    return found if same and found.settings.get("steps") == step else None
 
 
 def extras(run: Run) -> Extras:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from vaekernels import ops
 from vaekernels.nn import GaussianLatent, LearnedPriorLatent, Options, Scheduled
+from vaekernels.ops import KLDecomposition
 from vaekernels.training.models import VAE, LatentLayer, widened
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ __all__ = ["ELBO", "Drawn", "LatentOptions", "Terms"]
 class LatentOptions:
     """What an objective asks of every latent layer, see :class:`vaekernels.nn.GaussianLatent`. ``group``:
     "dim", "channel" (axis 1 of a latent with positions) or "all"; ``per_example``: a KL per example in place
-    of their mean, then without free bits."""
+    of their mean, then without free bits; ``examples``: of the training data, where the terms shall have the
+    parts of the KL."""
 
     free_bits: float | Scheduled | None = None
     clamp: Literal["batch", "sample"] = "batch"
@@ -30,6 +33,7 @@ class LatentOptions:
     group: Literal["dim", "channel", "all"] = "dim"
     balance: float | None = None
     per_example: bool = False
+    examples: int | None = None
     process_group: ProcessGroup | None = None
 
     def layer(self, of: LatentLayer) -> GaussianLatent | LearnedPriorLatent:
@@ -76,6 +80,9 @@ class Terms(NamedTuple):
     """Detached, [B]."""
     drawn: tuple[Drawn, ...]
     """Each layer, for a look at each example."""
+    parts: KLDecomposition | None = None
+    """Of the mean KL of the only layer, differentiable, where the options ask for them and the batch has two
+    examples. By the stratified estimate of Chen et al. 2018: a batch stands for all training data."""
 
 
 class ELBO(nn.Module):
@@ -85,13 +92,14 @@ class ELBO(nn.Module):
         super().__init__()
         self.model = model
         self.latents = nn.ModuleList(options.layer(each) for each in model.latent_layers)
-        self._per_example = options.per_example
+        self._options = options
 
     def forward(self, x: Tensor, examples: float, generator: torch.Generator | None = None) -> Terms:
         """``examples``: see :class:`Terms`; ``generator``: of the noise of z."""
         drawn: list[Drawn] = []
         kls: list[Tensor] = []
         rates: list[Tensor] = []
+        parts: list[KLDecomposition] = []
 
         def sample(moments: Tensor, prior: Tensor | None = None) -> Tensor:
             moments, given = widened(moments), () if prior is None else (prior,)
@@ -99,10 +107,22 @@ class ELBO(nn.Module):
             drawn.append(Drawn(moments.detach(), None if prior is None else prior.detach()))
             kls.append(kl)
             rates.append(rate.sum())
+            if self._options.examples is not None:
+                parts.extend(self._parts(z, moments, examples, self._options.examples))
             return cast(Tensor, z)
 
         nll = -self.model(x, sample)
         kl, rate = torch.stack(kls), torch.stack(rates)
-        if self._per_example:
+        if self._options.per_example:
             rate = kl.sum(dim=1) / examples
-        return Terms(nll.sum() / examples, kl, rate, examples, nll.detach(), tuple(drawn))
+        nll_mean, each = nll.sum() / examples, nll.detach()
+        return Terms(nll_mean, kl, rate, examples, each, tuple(drawn), parts[0] if parts else None)
+
+    def _parts(self, z: Tensor, moments: Tensor, examples: float, of: int) -> Iterator[KLDecomposition]:
+        group = self._options.process_group
+        if round(examples * (1 if group is None else group.size())) < 2:
+            return  # a last batch of one example, with nothing to compare it with
+        mu, logvar = (half.flatten(1) for half in moments.chunk(2, dim=1))
+        yield ops.kl_decomposition(
+            z.flatten(1), mu, logvar, log_weight=("stratified", of), process_group=group
+        )

@@ -29,11 +29,12 @@ _DEFAULT_EPOCHS = {"linear": 10.0, "cosine": 10.0, "warmup": 1.0}
 @dataclass(frozen=True)
 class Task:
     """What an objective has to know of the run. ``epochs``: those in which its schedules move;
-    ``data_dims``: of an example, in the mean."""
+    ``data_dims``: of an example, in the mean; ``examples``: of the training data."""
 
     text: bool
     data_dims: float
     latent_dim: int
+    examples: int
     epochs: int
     steps_per_epoch: int
     device: torch.device | str = "cpu"
@@ -45,6 +46,7 @@ class Task:
             text=isinstance(data, Text),
             data_dims=data.dims,
             latent_dim=latent_dim,
+            examples=len(data.train),
             epochs=config.optim.epochs - config.strategy.pretrain_epochs,
             steps_per_epoch=len(Batches(data, batch_size=config.optim.batch_size, seed=config.engine.seed)),
         )
@@ -122,7 +124,8 @@ class Objective(ABC):
 
 
 class Weighted(Objective):
-    """scale_nll * NLL + scale_kl * w(t) * KL, the KL with free bits or without."""
+    """scale_nll * NLL + scale_kl * w(t) * KL, the KL with free bits or without, and with its parts weighed:
+    KL + (tc_beta - 1) total correlation + (mi_weight - 1) I(x; z)."""
 
     def __init__(self, config: ObjectiveConfig, task: Task) -> None:
         self._weight = weight_schedule(config, task)
@@ -134,18 +137,35 @@ class Weighted(Objective):
             ramp = math.ceil(config.free_bits_decay_epochs * task.steps_per_epoch)
             free_bits = schedules.FreeBits(config.free_bits, ramp=ramp, device=task.device)
             moving["free_bits"] = free_bits
+        weighed = config.tc_beta is not None or config.mi_weight is not None
         super().__init__(
-            config, task, moving, free_bits=free_bits, clamp=config.clamp, penalty=config.penalty
+            config,
+            task,
+            moving,
+            free_bits=free_bits,
+            clamp=config.clamp,
+            penalty=config.penalty,
+            examples=task.examples if weighed else None,
         )
 
     def loss(self, terms: Terms) -> Tensor:
+        return self._scale_nll * terms.nll + self._scale_kl * self._weight.value * self.kl(terms)
+
+    def kl(self, terms: Terms) -> Tensor:
         kl = terms.kl
         if self.config.layer_balance:
             # Layers count in proportion to their own KL while the weight rises (Vahdat & Kautz 2020, without
             # their factor for the size of a layer).
             share = terms.rate.detach() / terms.rate.detach().mean().clamp(min=1e-12)
             kl = kl * torch.where(self._weight.value < self.config.beta, share, torch.ones_like(share))
-        return self._scale_nll * terms.nll + self._scale_kl * self._weight.value * kl.sum()
+        total = kl.sum()
+        if terms.parts is not None:
+            # The KL itself is exact; what is added to it is estimated from the batch.
+            if self.config.tc_beta is not None:
+                total = total + (self.config.tc_beta - 1.0) * terms.parts.total_correlation
+            if self.config.mi_weight is not None:
+                total = total + (self.config.mi_weight - 1.0) * terms.parts.mutual_information
+        return total
 
     @property
     def weight(self) -> Tensor:
@@ -180,6 +200,10 @@ class Weighted(Objective):
             lines.append(self._floor(config.free_bits))
         if config.layer_balance:
             lines.append("while the weight rises, every layer's KL counts in proportion to itself")
+        parts = {"total correlation": config.tc_beta, "information I(x; z)": config.mi_weight}
+        said = [f"its {name} {weight:g} times" for name, weight in parts.items() if weight is not None]
+        if said:
+            lines.append(f"of the KL counts {', '.join(said)}, by the stratified estimate of a batch")
         return [*lines, *super().describe()]
 
     @property

@@ -179,7 +179,8 @@ class Trainer:
         """One step on the examples ``batch`` (indices) that changes the part ``trained`` of the model.
         Schedules advance in the steps that change the decoder: an encoder's own are part of one of those."""
         objective = self.objective
-        rows = batch[self.fabric.global_rank :: self.fabric.world_size]
+        # In order: in the parts of the KL an example stands for those that the batch does not have.
+        rows = torch.tensor_split(batch, self.fabric.world_size)[self.fabric.global_rank]
         x = self.batches.take(rows).to(self.fabric.device)
 
         self.optimizer.zero_grad()

@@ -18,7 +18,9 @@ __all__ = ["check", "resolve"]
 Chosen = Literal["auto", "bernoulli", "gaussian", "discretized-logistic", "categorical"]
 
 _SET_THE_WEIGHT = ("capacity", "pi_target", "geco_target")
-_OF_THE_WEIGHT = ("beta", "anneal", "free_bits", "layer_balance", "reconstruction", "kl")
+_OF_THE_WEIGHT = (
+    "beta", "anneal", "free_bits", "layer_balance", "tc_beta", "mi_weight", "reconstruction", "kl",
+)  # fmt: skip
 
 _CONV_FROM = 16  # pixels along the shorter side
 
@@ -50,10 +52,13 @@ _NEEDS_VALUE = {
     "model.latent_channels": ("model.kind", "conv"),
 }
 
+_PARTS = "the parts are those of the KL of one latent layer to the prior N(0, I)"
 _CLASH = (
     # Two settings that take away each other's meaning, and why.
     ("model.batch_norm", "model.kind", ("ladder", "linear"), "it scales mu against the prior N(0, I)"),
     ("model.delta", "model.kind", ("linear",), "its log-variances are what its theory is about"),
+    ("objective.tc_beta", "model.kind", ("ladder",), _PARTS),
+    ("objective.mi_weight", "model.kind", ("ladder",), _PARTS),
 )
 
 
@@ -113,6 +118,9 @@ def _problems(config: Config) -> Iterator[str]:
         yield "objective.group has no effect without objective.free_bits"
     if (objective.group == "channel") and config.model.latent_channels is None:
         yield "objective.group 'channel' is for latents with positions: set model.latent_channels"
+    for name in ("tc_beta", "mi_weight"):
+        if getattr(objective, name) is not None and config.optim.batch_size < 2:
+            yield f"objective.{name} compares examples of a batch: optim.batch_size must be at least 2, got 1"
     if strategy.aggressive and strategy.pretrain_epochs:
         yield "strategy.aggressive and strategy.pretrain_epochs are two strategies; choose one"
     if strategy.pretrain_epochs >= config.optim.epochs:

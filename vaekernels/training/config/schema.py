@@ -191,6 +191,10 @@ class ObjectiveConfig:
     2020). ``layer_balance``: while the weight rises, every layer's KL counts in proportion to itself (Vahdat
     & Kautz 2020).
 
+    ``tc_beta``: the total correlation of the latent counts this many times (beta-TCVAE, Chen et al. 2018;
+    usual 2 to 10); ``mi_weight``: so does the information I(x; z) (0: the aggregate posterior alone is held
+    to the prior, as in the InfoVAE, Zhao et al. 2019). Both are parts of the KL, estimated from each batch.
+
     ``capacity``: ``gamma * abs(rate - C)``, C from 0 to this in ``capacity_epochs`` (Burgess et al. 2018);
     ``capacity_gamma`` None: 1 for text, 1000 else; ``clamp`` "sample" takes abs() per example. ``pi_target``:
     the rate a PI controller holds (Shao et al. 2020). ``geco_target``: the NLL that GECO holds (Rezende &
@@ -214,6 +218,8 @@ class ObjectiveConfig:
     free_bits_decay_epochs: Positive | None = None
     kl_balance: Share | None = None
     layer_balance: Flag = False
+    tc_beta: NonNegative | None = None
+    mi_weight: NonNegative | None = None
     capacity: NonNegative | None = None
     capacity_epochs: Positive = 10.0
     capacity_gamma: Positive | None = None

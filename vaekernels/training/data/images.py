@@ -51,11 +51,12 @@ _NAMED = 5  # files, in a message
 
 
 def load_images(config: DataConfig, say: Callable[[str], None]) -> Data:
-    """``images:PATH``: the images in a folder and the folders below it, in the order of their paths, turned as
-    their EXIF orientation says. All are of one size, or, with ``config.size``, resized and cropped to it. Grey
-    if all are, else RGB; transparent ones lie on white, 16-bit grey becomes 8-bit, which ``say`` is told.
-    Hidden files are left out and counted; with ``config.corrupt`` "skip", so are those that cannot be
-    read."""
+    """``images:PATH``: the images in a folder and the folders below it, in the order of their paths.
+
+    They are turned as their EXIF orientation says; all are of one size, or, with ``config.size``, resized and
+    cropped to it. Grey if all are, else RGB; transparent ones lie on white, 16-bit grey becomes 8-bit, which
+    ``say`` is told. Hidden files are left out and counted; with ``config.corrupt`` "skip", so are those that
+    cannot be read."""
     root = Path(config.name.partition(":")[2])
     paths = image_paths(root, say)
     say(f"reading {len(paths)} images under {root} ...")

@@ -66,6 +66,17 @@ DEMOS: dict[str, tuple[Part, ...]] = {
             ),
         ),
     ),
+    "sprites": (
+        Part(
+            "The parts of the KL",
+            (
+                Variant("beta 1", "sprites"),
+                Variant("beta 6", "sprites", "objective.beta=6"),
+                Variant("total correlation 6", "sprites", "objective.tc_beta=6"),
+                Variant("information free", "sprites", "objective.mi_weight=0"),
+            ),
+        ),
+    ),
 }
 
 

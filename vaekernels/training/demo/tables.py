@@ -35,6 +35,8 @@ def rows(outcomes: Sequence[Outcome], cell: Cell) -> list[tuple[str, list[str]]]
         ("verdict", lambda outcome: outcome.verdict),
         ("rate (KL, unclamped)", estimate("rate")),
         ("I(x;z), lower bound", estimate("mi_lower")),
+        ("total correlation", estimate("total_correlation")),
+        ("dimension-wise KL", estimate("dimension_wise_kl")),
         ("I_dec", estimate("i_dec")),
         ("Δ_shuffle", estimate("delta_shuffle")),
         (
