@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from vaekernels import collapse
-from vaekernels.collapse import verdict
+from vaekernels.collapse import diagnosis, verdict
 from vaekernels.collapse.estimate import Estimate
 from vaekernels.collapse.verdict import Dim, advice, rule
 
@@ -911,3 +911,12 @@ def test_a_conditional_prior() -> None:
 def test_a_prior_of_another_shape_is_named() -> None:
     with pytest.raises(ValueError, match=r"the mu of prior must be of shape \[3\], or \[64, 3\]"):
         diagnose(MODEL.encode, MODEL.log_likelihood, X, prior=(torch.zeros(2), torch.zeros(2)))
+
+
+def test_the_bar_counts_the_examples_that_there_are() -> None:
+    """It ended at 39 % where there were fewer than n."""
+    few, many = torch.zeros(200, 3), torch.zeros(5000, 3)
+    found = [diagnosis._at_most(2048, each) for each in (few, (many, many), TensorDataset(few))]
+    assert found == [200, 2048, 200]
+    assert diagnosis._evaluations(200, 32, 2, 2048) < diagnosis._evaluations(2048, 32, 2)
+    assert diagnosis._evaluations(200, 32, 1) < diagnosis._evaluations(200, 32, 2, 300)

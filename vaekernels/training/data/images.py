@@ -19,6 +19,7 @@ from vaekernels.training.config import DataConfig
 from vaekernels.training.data.arrays import as_arrays
 from vaekernels.training.data.base import Arrays, Data, Most, digest, split
 from vaekernels.training.errors import DataError
+from vaekernels.training.waiting import tracked
 
 __all__ = ["SUFFIXES", "binarized", "image_paths", "load_digits", "load_images", "read_image"]
 
@@ -65,7 +66,7 @@ def load_images(config: DataConfig, say: Callable[[str], None]) -> Data:
     bad: list[tuple[Path, DataError]] = []
     notes: Counter[str] = Counter()
     colour = False
-    for path in paths:
+    for path in tracked(paths, "reading images"):
         try:
             image, noted = _read(path, config.size)
         except DataError as error:
@@ -142,7 +143,7 @@ def _read(path: Path, size: int | None) -> tuple[np.ndarray, list[str]]:
                     image, grey = Image.fromarray((deep / 257).round().astype(np.uint8)), True
             if image.mode in _ALPHA or "transparency" in image.info:
                 layer = image.convert("RGBA")
-                if layer.getextrema()[3][0] < 255:
+                if np.asarray(layer)[..., 3].min() < 255:
                     notes.append("are transparent in places, where white is put")
                 image = Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer)
             if grey or image.mode in _COLOUR:

@@ -39,6 +39,7 @@ from vaekernels.training.data.base import (
 )
 from vaekernels.training.data.synthetic import load_synthetic_text
 from vaekernels.training.errors import DataError
+from vaekernels.training.waiting import tracked
 
 __all__ = [
     "cache_dir",
@@ -173,7 +174,7 @@ def read_sentences(root: Path) -> list[str]:
     """The unique first sentences of 5 to 20 tokens under ``root``, tokens joined by spaces, in order of file
     and line."""
     found: dict[str, None] = {}
-    for path in sorted(root.rglob("*.py")):
+    for path in tracked(sorted(root.rglob("*.py")), "reading docstrings"):
         if not {"site-packages", "dist-packages"}.isdisjoint(path.relative_to(root).parts):
             continue
         for docstring in _docstrings(path):
