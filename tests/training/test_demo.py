@@ -81,7 +81,11 @@ def test_diagnose_writes_the_report_with_all_that_the_run_knows(
     assert "weight of the KL" in page or "Training" in page
     titles = ["Reconstructions", "Samples of the prior", "Interpolations"]
     if name == "digits":
-        titles = ["Held-out images above their reconstructions", "Samples of the prior", "Traversals of dims"]
+        titles = [
+            "Held-out images above their reconstructions",
+            "Samples of the prior",
+            "What each dimension changes: dims",
+        ]
     for title in titles:
         assert title in page, title
 
@@ -291,7 +295,7 @@ def outcome(title: str, verdict: str, figures: dict[str, Estimate], samples: lis
         gaps={}, classes={}, dims=[], rate_distortion={}, settings={"examples": {"heldout": 9}},
         checks={}, cost={}, skipped={}, samples=None, **empty,  # type: ignore[arg-type]
     )  # fmt: skip
-    seen = gallery.Sentences([], [], samples, [])
+    seen = gallery.Sentences([], [], samples, [], [], [])
     return Outcome(title, "report.html", report, seen, {})
 
 
