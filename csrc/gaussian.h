@@ -201,12 +201,11 @@ struct SampleGradients {
   VK_FN R log_sd(R sd) const { return noise * keep_if(used, sd); }
 };
 
-// The gradient with respect to s. `of_kl` comes through the KL, and is that by s where the tensor holds sd, by
-// x otherwise.
+// The gradient with respect to s. `of_kl` comes through the KL, and is that by s where the tensor holds sd,
+// by x otherwise.
 template <Param P, class R>
 VK_FN R scale_gradient(const Scale<R>& scale, const Posterior<R>& q, const SampleGradients<R>& z, R of_kl) {
-  const R gradient =
-      kHoldsSd<P> ? z.noise * scale.slope + of_kl : (z.log_sd(q.sd) + of_kl) * scale.log_slope;
+  const R gradient = kHoldsSd<P> ? z.noise * scale.slope + of_kl : (z.log_sd(q.sd) + of_kl) * scale.log_slope;
   return keep_if(q.inside, gradient);
 }
 
@@ -244,8 +243,8 @@ VK_FN ElementGradients<R> gradients_standard(R mu, R s, const AnyBounds& bounds,
   return gradients_standard<P>(scale, posterior_of<P>(scale, bounds, range), mu, z, c);
 }
 
-// cq and cp: c for the posterior and for the prior, which differ under KL balancing. They come before the slope
-// of the logarithm, 1 / sd, which may leave float32's range where the gradient does not.
+// cq and cp: c for the posterior and for the prior, which differ under KL balancing. They come before the
+// slope of the logarithm, 1 / sd, which may leave float32's range where the gradient does not.
 template <Param P, class R>
 VK_FN ElementGradients<R> gradients_prior(const Scale<R>& scale, const Scale<R>& prior_scale,
                                           const Posterior<R>& q, const Prior<R>& p,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset, TensorDataset
 
 from vaekernels import collapse
-from vaekernels.collapse import tables, verdict
+from vaekernels.collapse import diagnosis, tables, verdict
 from vaekernels.collapse.estimate import Estimate
-from vaekernels.collapse.verdict import Dim, rule
+from vaekernels.collapse.verdict import Dim, advice, rule
 
 MODEL = Linear.worth([0.8, 0.3, 0.0], generator(0))
 X = MODEL.sample(400, generator(1))
@@ -383,6 +384,14 @@ def test_advice_of_a_short_budget_names_the_budget() -> None:
 def dim(state: str, rate: float = 0.5) -> Dim:
     estimate = Estimate(rate, rate, rate)
     return Dim(0, state, "", estimate, estimate, estimate, estimate, None, 1.0)  # type: ignore[arg-type]
+
+
+def test_a_constant_encoder_is_named_before_the_decoder() -> None:
+    for variance, constant in ((1e-12, True), (1e-4, False)):
+        dims = [replace(dim("pruned", 0.0), mu_variance=variance)] * 3
+        found = advice("collapsed", "model collapse", None, dims, {})
+        assert found[0].startswith("encoder constant: ") == constant
+    assert not advice("informative", None, None, [dim("active")], {})[0].startswith("encoder")
 
 
 def interval(middle: float, half: float = 0.01) -> Estimate:
@@ -900,3 +909,12 @@ def test_a_conditional_prior() -> None:
 def test_a_prior_of_another_shape_is_named() -> None:
     with pytest.raises(ValueError, match=r"the mu of prior must be of shape \[3\], or \[64, 3\]"):
         diagnose(MODEL.encode, MODEL.log_likelihood, X, prior=(torch.zeros(2), torch.zeros(2)))
+
+
+def test_the_bar_counts_the_examples_that_there_are() -> None:
+    """It ended at 39 % where there were fewer than n."""
+    few, many = torch.zeros(200, 3), torch.zeros(5000, 3)
+    found = [diagnosis._at_most(2048, each) for each in (few, (many, many), TensorDataset(few))]
+    assert found == [200, 2048, 200]
+    assert diagnosis._evaluations(200, 32, 2, 2048) < diagnosis._evaluations(2048, 32, 2)
+    assert diagnosis._evaluations(200, 32, 1) < diagnosis._evaluations(200, 32, 2, 300)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,31 @@ def test_the_page_holds_everything_itself(report: collapse.Report, tmp_path: Pat
     for reason in report.reasons:
         assert reason.split(":")[0].split(" [")[0].replace("&", "&amp;") in page
     assert sorted(file.name for file in path.parent.iterdir()) == [PAGE, JSON]
+
+
+def test_the_page_says_in_plain_words_what_was_found(report: collapse.Report, tmp_path: Path) -> None:
+    page_of = pytest.importorskip("vaekernels.collapse.html")
+    settings = {
+        "run": "runs/s8",
+        "data": "text:s.txt",
+        "date": "2026-01-02",
+        "objective": ["one", {"a": True}],
+    }
+    report.save(tmp_path, collapse.Extras(settings=settings))
+    page = (tmp_path / "report.html").read_text()
+    assert "runs/s8 · text:s.txt · 2026-01-02" in page and page_of.PLAIN[report.verdict] in page
+    assert "one\na: yes" in page and "[&#39;one" not in page
+    assert all(f"<small>{escape(page_of.MEANINGS[name])}</small>" in page for name in report.metrics)
+    assert page_of.MEANINGS.keys() == tables.LABELS.keys() and page_of.PLAIN.keys() == page_of._TONES.keys()
+    assert "prefers-color-scheme: dark" in page
+
+
+@pytest.mark.parametrize("verdict", ["collapsed", "informative"])
+def test_models_that_do_not_use_z_are_ringed(verdict: str) -> None:
+    page_of = pytest.importorskip("vaekernels.collapse.html")
+    said = {"verdict": verdict, "rate_distortion": {"held out": (0.0, 9.0)}}
+    others = collapse.Extras(points={"other": (0.01, 9.0), "third": (3.0, 9.0)})
+    assert page_of._unused(said, others) == {"other"} | ({"held out"} if verdict == "collapsed" else set())
 
 
 def test_the_same_report_gives_the_same_page(report: collapse.Report, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from PIL import EpsImagePlugin, Image, ImageOps
 from vaekernels.training import data as datasets
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data import Arrays, Data, Text
-from vaekernels.training.data.base import UNK
+from vaekernels.training.data.base import UNK, split
 from vaekernels.training.errors import DataError
 
 DRAW = np.random.default_rng(0)
@@ -123,7 +123,11 @@ def test_text(tmp_path: Path) -> None:
     path = tmp_path / "corpus.txt"
     path.write_bytes("\ufeff".encode() + "\r\n".join([*lines[:30], "", "  ", *lines[30:]]).encode())
     data, said = load(f"text:{path}", vocabulary=12)
-    assert isinstance(data, Text) and not said
+    assert isinstance(data, Text) and data.unit == "word"
+    assert said == [
+        "16.1 % of the words are unknown to the vocabulary of 12 (--set data.vocabulary), which lowers the "
+        "NLL: an unknown one is easily guessed"
+    ]
     assert (len(data.train), len(data.heldout)) == (54, 6)
     # by frequency, then by the alphabet
     assert data.vocabulary[4:] == (".", "is", "number", "the", "even", "odd", "0", "1")
@@ -186,6 +190,32 @@ def test_lines_left_out_are_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("line", "unit", "reason"),
+    [
+        ("未来を創る {} 技術の力", "char", "most of the text is in a script without spaces between words"),
+        ("อนาคตเริ่มต้นที่นี่ {}", "char", "most of the text is in a script without spaces between words"),
+        ("name{}", "char", "most lines are a single word"),
+        ("Donaudampfschifffahrtsgesellschaftskapitän{} und", "char", "words have 23 characters in the mean"),
+        ("technology {} for tomorrow", "word", None),
+        ("기술이 {} 미래를 만든다", "word", None),
+    ],
+)
+def test_a_token_is_a_word_or_a_character(line: str, unit: str, reason: str | None, tmp_path: Path) -> None:
+    lines = [line.format(i % 10) for i in range(60)]
+    path = tmp_path / "corpus.txt"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    data, said = load(f"text:{path}")
+    assert isinstance(data, Text) and data.unit == unit
+    assert said == (
+        [] if reason is None else [f"a token is a character, for {reason} (--set data.tokens=word)"]
+    )
+    assert {data.sentence(row) for row in data.train} <= set(lines)
+    for given in ("word", "char"):
+        chosen, said = load(f"text:{path}", tokens=given)
+        assert isinstance(chosen, Text) and chosen.unit == given and not said
+
+
+@pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"", "0 of 0 lines hold a sentence of 1 to 100 words; at least 40 are needed"),
@@ -239,21 +269,19 @@ def write_broken(folder: Path) -> None:
     (folder / "z.png").write_bytes((folder / "0" / "00.png").read_bytes()[:40])
 
 
-def write_deep(folder: Path) -> None:
-    Image.fromarray(np.zeros((6, 5), dtype=np.uint16)).save(folder / "z.png")
-
-
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (write_large, "images of different size: {folder}/0/00.png is 5x6, {folder}/z.png is 7x6; resize"),
+        (
+            write_large,
+            "images of different size: {folder}/0/00.png is 5x6, {folder}/z.png is 7x6; --set data.size",
+        ),
         (write_broken, "{folder}/z.png: damaged or no image"),
-        (write_deep, "{folder}/z.png: pixels of mode 'I;16'; takes 8-bit grey or colour images"),
     ],
 )
 def test_bad_images(spoil: Callable[[Path], None], message: str, folder: Path) -> None:
     spoil(folder)
-    assert message.format(folder=folder) in refused(f"images:{folder}")
+    assert message.format(folder=folder) in refused(f"images:{folder}", corrupt="abort")
 
 
 def test_folders_without_images(folder: Path, tmp_path: Path) -> None:
@@ -283,12 +311,14 @@ def test_hidden_files_are_no_images(folder: Path) -> None:
 def test_files_that_are_no_images_abort_or_are_counted(folder: Path) -> None:
     (folder / "1" / "a.jpg").write_text("no image")
     (folder / "1" / "b.png").write_bytes((folder / "0" / "00.png").read_bytes()[:60])
-    said = refused(f"images:{folder}")
+    said = refused(f"images:{folder}", corrupt="abort")
     assert said.startswith(f"{folder}/1/a.jpg: damaged or no image (")
     assert said.endswith("; --set data.corrupt=skip leaves such files out")
-    data, told = load(f"images:{folder}", corrupt="skip")
+    data, told = load(f"images:{folder}")
     assert rows(data) == {image.tobytes() for image in GREY} and len(data.train) == 45
-    assert told[-1].startswith(f"left out 2 of 52 files, the first of them {folder}/1/a.jpg: damaged")
+    assert told[-1].startswith(
+        f"left out 2 of 52 files: {folder}/1/a.jpg, {folder}/1/b.png. {folder}/1/a.jpg: damaged"
+    )
     for path in folder.rglob("*.png"):
         path.write_text("no image")
     assert "none of 52 files is an image" in refused(f"images:{folder}", corrupt="skip")
@@ -299,7 +329,7 @@ def test_no_other_program_is_started_for_an_image(folder: Path, monkeypatch: pyt
     (folder / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 6\nshowpage\n")
     started: list[str] = []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: started.append("gs"))
-    assert f"{folder}/a.png: damaged or no image" in refused(f"images:{folder}")
+    assert f"{folder}/a.png: damaged or no image" in refused(f"images:{folder}", corrupt="abort")
     assert started == []
 
 
@@ -318,9 +348,65 @@ def test_photos_are_turned_upright(orientation: int, tmp_path: Path) -> None:
     assert rows(data) == {image.tobytes() for image in upright}
 
 
+def one_of(found: Data, shape: tuple[int, ...]) -> torch.Tensor:
+    """The image that is all of the examples."""
+    x = torch.cat([found.train, found.heldout])
+    assert x.shape[1:] == shape and bool((x == x[0]).all())
+    return x[0]
+
+
+def test_transparent_images_lie_on_white(tmp_path: Path) -> None:
+    pixels = np.zeros((6, 5, 4), np.uint8)
+    pixels[..., 0], pixels[2:, :, 3] = 200, 255
+    for number in range(50):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    found, said = load(f"images:{tmp_path}")
+    image = one_of(found, (3, 6, 5))
+    assert image[:, :2].eq(255).all() and image[:, 2:].flatten(1).float().mean(dim=1).tolist() == [200, 0, 0]
+    assert said[1:] == ["50 of 50 images are transparent in places, where white is put"]
+    for number in range(50):
+        Image.fromarray(pixels[..., [0, 3]], "LA").save(tmp_path / f"{number}.png")
+    image = one_of(load(f"images:{tmp_path}")[0], (1, 6, 5))
+    assert image[0, :2].eq(255).all() and image[0, 2:].eq(200).all()
+
+
+def test_grey_of_16_bits_becomes_that_of_8(tmp_path: Path) -> None:
+    for number in range(50):
+        Image.fromarray(np.full((6, 5), 257 * number + 40, np.uint16)).save(tmp_path / f"{number:02}.png")
+    found, said = load(f"images:{tmp_path}")
+    assert rows(found) == {bytes([number]) * 30 for number in range(50)}
+    assert said[1:] == ["50 of 50 images are grey of 16 bits, reduced to 8"]
+
+
+def test_palettes_of_greys_are_grey(tmp_path: Path) -> None:
+    for number in range(50):
+        image = Image.fromarray((GREY[0] > 99).astype(np.uint8), "P")
+        image.putpalette([0, 0, 0, 255, 255, 255])
+        image.save(tmp_path / f"{number}.png")
+    found, _ = load(f"images:{tmp_path}")
+    assert (
+        isinstance(found, Arrays)
+        and found.levels == 2
+        and one_of(found, (1, 6, 5)).sum() == (GREY[0] > 99).sum()
+    )
+
+
+def test_images_of_any_size_are_resized_and_cropped(tmp_path: Path) -> None:
+    for number in range(50):
+        shape = (20, 40 + number) if number % 2 else (30 + number, 10)
+        pixels = np.zeros((*shape, 3), np.uint8)
+        pixels[shape[0] // 2 - 5 : shape[0] // 2 + 5, shape[1] // 2 - 5 : shape[1] // 2 + 5] = 200
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+    found, _ = load(f"images:{tmp_path}", size=4)
+    assert isinstance(found, Arrays) and found.shape == (3, 4, 4)
+    assert bool((torch.cat([found.train, found.heldout])[:, :, 1:3, 1:3] > 150).all())
+
+
 def test_too_many_pixels(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert f"{folder}/0/00.png: damaged or no image (Image size (30 pixels)" in refused(f"images:{folder}")
+    assert f"{folder}/0/00.png: damaged or no image (Image size (30 pixels)" in refused(
+        f"images:{folder}", corrupt="abort"
+    )
     monkeypatch.undo()
     said = refused(f"images:{folder}", max_gib=1000 / 2**30)
     assert said.startswith(f"{folder}: 50 images: 0.0 GiB, more than data.max_gib 9.31323e-07")
@@ -373,7 +459,7 @@ def test_npz_with_an_array_of_another_name(tmp_path: Path) -> None:
         (np.array([object()] * 50), "not an npz file of plain arrays"),
         (GREY[:, 0, 0], "shape [50]; takes [N, D] vectors"),
         (GREY[:, :0], "shape [50, 0, 5]"),
-        (np.where(np.arange(50)[:, None] == 31, np.nan, np.zeros((50, 2))), "example 31 holds NaN, inf"),
+        (np.where(np.arange(50)[:, None] == 31, np.nan, np.zeros((50, 2))), "the first is in example 31"),
         (np.full((50, 2), 1e300), "example 0 holds NaN, inf or a value beyond float32"),
     ],
 )
@@ -393,9 +479,7 @@ def test_files_that_are_no_npz(tmp_path: Path) -> None:
     np.save(tmp_path / "single.npy", GREY)
     assert "damaged, or not an npz file" in refused(f"npz:{cut}")
     assert "damaged, or not an npz file" in refused(f"npz:{tmp_path / 'text.npz'}")
-    assert "is a single array; save it with numpy.savez(PATH, x=array)" in refused(
-        f"npz:{tmp_path / 'single.npy'}"
-    )
+    assert "is a single array; name it npy:" in refused(f"npz:{tmp_path / 'single.npy'}")
 
 
 def npz_of(path: Path, member: bytes, name: str = "x.npy") -> None:
@@ -580,3 +664,91 @@ def test_one_value_alone_is_not_data_of_two(tmp_path: Path) -> None:
     np.savez(tmp_path / "x.npz", x=np.zeros((50, 6, 5), np.uint8))
     found, said = load(f"npz:{tmp_path / 'x.npz'}")
     assert isinstance(found, Arrays) and found.levels == 256 and said == []
+
+
+# --- tables
+
+
+def table(rows: int = 60) -> np.ndarray:
+    draw = np.random.default_rng(1)
+    return draw.normal(size=(rows, 3)) * [1e3, 1e-2, 1.0] + [5e4, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("header", [True, False])
+def test_csv(delimiter: str, header: bool, tmp_path: Path) -> None:
+    x = table()
+    lines = [delimiter.join(f"{value:.9g}" for value in row) for row in x]
+    if delimiter == ";":
+        lines = [line.replace(".", ",") for line in lines]
+    (tmp_path / "t.csv").write_text(
+        "\n".join([*([delimiter.join(["pay", "tax", "a b"])] * header), *lines]) + "\n\n"
+    )
+    np.save(tmp_path / "t.npy", x)
+    found, said = load(f"csv:{tmp_path / 't.csv'}")
+    other, _ = load(f"npy:{tmp_path / 't.npy'}")
+    assert isinstance(found, Arrays) and found.standardize and not said and found.shape == (3,)
+    torch.testing.assert_close(found.train, other.train)
+    plain, _ = load(f"csv:{tmp_path / 't.csv'}", standardize="no")
+    assert isinstance(plain, Arrays) and not plain.standardize and torch.equal(plain.train, found.train)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n1,2\n3,x\n", "line 3, column 'b': 'x' is no number; leave the column out"),
+        ("1,2\n3\n", "line 2: 1 cells, the first line has 2"),
+        ("", "holds no line"),
+        (
+            "a,b\n" + "1,2\n" * 49 + "3,\n",
+            "1 of 100 values are missing (NaN), in column 'b'; the first is in example 49",
+        ),
+        ("1,2\n" * 49 + "3,NA\n", "in column 1; the first is in example 49. --set data.missing=mean puts"),
+        ("a,b\n" + "1,\n" * 50, "50 of 100 values are missing"),
+        ("1,2\n" * 49 + "3,inf\n", "example 49 holds NaN, inf"),
+    ],
+)
+def test_bad_csv(content: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text(content)
+    said = refused(f"csv:{tmp_path / 't.csv'}")
+    assert message in said and said.startswith(str(tmp_path / "t.csv"))
+
+
+def test_missing_values_become_the_mean_of_the_training_data(tmp_path: Path) -> None:
+    x = table()
+    x[7, 1] = x[9, 2] = np.nan
+    np.save(tmp_path / "t.npy", x)
+    found, said = load(f"npy:{tmp_path / 't.npy'}", missing="mean")
+    assert said == [
+        "2 of 180 values are missing (NaN), in columns 1, 2: the mean of the column is put in their place"
+    ]
+    train, _ = split(torch.from_numpy(x))
+    torch.testing.assert_close(found.train, torch.where(train.isnan(), train.nanmean(dim=0), train).float())
+    x[:, 0] = np.nan
+    np.save(tmp_path / "t.npy", x)
+    assert "all values of the training data are missing in column 0" in refused(
+        f"npy:{tmp_path / 't.npy'}", missing="mean"
+    )
+
+
+def test_constant_columns_are_named(tmp_path: Path) -> None:
+    x = table()
+    x[:, 1] = 0.1
+    (tmp_path / "t.csv").write_text("\n".join(["pay,tax,age", *(",".join(map(str, row)) for row in x)]))
+    _, said = load(f"csv:{tmp_path / 't.csv'}")
+    assert said == ["constant over the training data: column 'tax'"]
+
+
+def test_only_vectors_of_real_numbers_are_standardized(tmp_path: Path) -> None:
+    np.save(tmp_path / "t.npy", GREY)
+    found, _ = load(f"npy:{tmp_path / 't.npy'}")
+    assert isinstance(found, Arrays) and not found.standardize
+    assert "data.standardize is for vectors of real numbers" in refused(
+        f"npy:{tmp_path / 't.npy'}", standardize="yes"
+    )
+    np.savez(tmp_path / "t.npz", x=GREY)
+    assert (
+        refused(f"npz:{tmp_path / 't.npy'}")
+        == f"{tmp_path}/t.npy is a single array; name it npy:{tmp_path}/t.npy"
+    )
+    assert "an archive of arrays is npz:" in refused(f"npy:{tmp_path / 't.npz'}")

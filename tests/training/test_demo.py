@@ -31,7 +31,7 @@ from vaekernels.training.config import settings as texts
 from vaekernels.training.data import Arrays
 from vaekernels.training.data.base import digest
 from vaekernels.training.demo import DEMOS, Outcome, tables
-from vaekernels.training.errors import CheckpointError
+from vaekernels.training.errors import DataError
 from vaekernels.training.run import open_run
 
 pytestmark = [
@@ -81,7 +81,11 @@ def test_diagnose_writes_the_report_with_all_that_the_run_knows(
     assert "weight of the KL" in page or "Training" in page
     titles = ["Reconstructions", "Samples of the prior", "Interpolations"]
     if name == "digits":
-        titles = ["Held-out images above their reconstructions", "Samples of the prior", "Traversals of dims"]
+        titles = [
+            "Held-out images above their reconstructions",
+            "Samples of the prior",
+            "What each dimension changes: dims",
+        ]
     for title in titles:
         assert title in page, title
 
@@ -133,13 +137,16 @@ def test_a_report_that_cannot_be_written_is_reported(monkeypatch: pytest.MonkeyP
     assert "error: cannot write the report into run: Read-only file system" in output
 
 
-def test_a_run_of_other_data_is_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_of_other_data_is_opened_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     trainer(settings("digits"), Path("run")).fit()
     state = torch.load("run/checkpoint.pt", weights_only=True)
     torch.save(state | {"data": "f" * 64}, "run/checkpoint.pt")
     checkpoint.seal(Path("run/checkpoint.pt"))
-    with pytest.raises(CheckpointError, match="was trained on other digits data"):
-        open_run(Path("run"), quiet)
+    run = open_run(Path("run"), quiet)
+    assert run.missing is not None and "was trained on other digits data" in run.missing
+    assert len(run.data.heldout) == 0
+    with pytest.raises(DataError, match="was trained on other digits data"):
+        run.require_examples()
 
 
 def test_curves_are_those_of_the_log() -> None:
@@ -288,7 +295,7 @@ def outcome(title: str, verdict: str, figures: dict[str, Estimate], samples: lis
         gaps={}, classes={}, dims=[], rate_distortion={}, settings={"examples": {"heldout": 9}},
         checks={}, cost={}, skipped={}, samples=None, **empty,  # type: ignore[arg-type]
     )  # fmt: skip
-    seen = gallery.Sentences([], [], samples, [])
+    seen = gallery.Sentences([], [], samples, [], [], [])
     return Outcome(title, "report.html", report, seen, {})
 
 

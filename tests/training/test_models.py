@@ -577,3 +577,41 @@ def test_the_optimum_of_probabilistic_pca_is_one_of_the_linear_vae() -> None:
             assert parameter.grad is not None and parameter.grad.abs().max().item() < 1e-7, name
     expected = 0.5 * torch.log(eigenvalues / variance).clamp(min=0)
     torch.testing.assert_close(rate, expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "row-gru", "ladder", "linear"])
+@pytest.mark.parametrize("levels", [256, None])
+def test_encoders_see_centred_and_scaled_inputs(kind: str, levels: int | None) -> None:
+    generator = torch.Generator().manual_seed(3)
+    x = 0.1 * torch.randn(2100, 3, 8, 8, generator=generator) + torch.rand(8, 8, generator=generator)
+    x = (x.clamp(0, 1) * 255).to(torch.uint8) if levels else 1e4 * x
+    likelihood = "auto" if kind == "linear" or levels is None else "discretized-logistic"
+    model = build(
+        combinations.resolve(
+            Config(DataConfig("x"), ModelConfig(kind=kind, likelihood=likelihood, hidden=8, latent_dim=2)),  # type: ignore[arg-type]
+            Arrays("x", x, x[:10], "", levels=levels),
+        ).model,
+        Arrays("x", x, x[:10], "", levels=levels),
+    )
+    seen = []
+    first = next(part for part in model.encoder.modules() if not list(part.children()))
+    first.register_forward_hook(lambda module, given, said: seen.append(given[0]))
+    model.eval().encode(x)
+    given = seen[0].reshape(len(x), -1).double()
+    torch.testing.assert_close(given.mean(dim=0), torch.zeros(192).double(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(given.var(dim=0).mean(), torch.tensor(1.0).double(), atol=2e-3, rtol=0)
+
+
+def test_columns_are_scaled_each_by_itself_and_constant_ones_are_left() -> None:
+    x = torch.randn(500, 3) * torch.tensor([1e3, 1e-2, 0.0]) + torch.tensor([5.0, 0.0, 7.0])
+    data = Arrays("x", x, x[:50], "", levels=None)
+    model = build(combinations.resolve(Config(DataConfig("x")), data).model, data)
+    given = model.inputs(x)  # type: ignore[operator]
+    torch.testing.assert_close(given.std(dim=0, correction=0), torch.tensor([1.0, 1.0, 0.0]))
+
+
+@pytest.mark.parametrize(("side", "kind"), [(15, "mlp"), (16, "conv")])
+def test_images_of_16x16_take_the_convolutional_model(side: int, kind: str) -> None:
+    x = torch.zeros(50, 1, side, 16, dtype=torch.uint8)
+    data = Arrays("x", x, x, "", levels=2)
+    assert combinations.resolve(Config(DataConfig("x")), data).model.kind == kind

@@ -22,10 +22,10 @@ from tiny_runs import tiny_data  # noqa: F401 (the fixture)
 from typer.testing import CliRunner
 
 import vaekernels
-from vaekernels.training import checkpoint, diagnosis, display
+from vaekernels.training import checkpoint, diagnosis, display, waiting
 from vaekernels.training import demo as demos
 from vaekernels.training.cli import app
-from vaekernels.training.demo.demos import Part
+from vaekernels.training.demo.demos import Part, _left
 from vaekernels.training.demo.outcome import Variant
 
 PACKAGE = Path(vaekernels.__file__).parent
@@ -174,3 +174,22 @@ def test_a_report_is_saved_before_it_is_printed(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(SystemExit):
         app(["diagnose", "run", "-n", "20", "-k", "2"])
     assert Path("run", "report.json").exists() and Path("run", "report.html").exists()
+
+
+# --- progress
+
+
+def test_what_takes_long_has_a_bar_with_the_time_left_on_a_terminal() -> None:
+    for terminal in (True, False):
+        file = io.StringIO()
+        console = Console(
+            file=file, force_terminal=terminal, width=80, markup=False, emoji=False, highlight=False
+        )
+        assert list(waiting.tracked([1, 2, 3], "reading [red]", console)) == [1, 2, 3]
+        assert ("reading [red]" in file.getvalue()) == terminal == ("3/3" in file.getvalue())
+
+
+def test_a_demo_says_how_long_it_takes() -> None:
+    assert _left(0.0, 0, 6) == ""
+    assert _left(20.0, 2, 6) == " (about 40 s left)"
+    assert _left(100.0, 1, 6) == " (about 8 minutes left)"

@@ -558,7 +558,7 @@ def test_evaluation_is_at_weight_one_unclamped_and_touches_nothing(tmp_path: Pat
     run = trainer(settings(beta=3.0, free_bits=5.0, anneal="linear", anneal_epochs=9.0), tmp_path)
     states = torch.get_rng_state(), run.noise.get_state(), run.objective.state_dict()
     run.model.train()
-    watch = monitor(run.model, run.data.heldout)
+    watch = monitor(run.model, run.data.heldout, steps=400)
     first, _ = evaluate(run.model, watch, 0)
     assert run.model.training
     assert same(states, (torch.get_rng_state(), run.noise.get_state(), run.objective.state_dict()))
@@ -574,7 +574,7 @@ def test_evaluation_is_at_weight_one_unclamped_and_touches_nothing(tmp_path: Pat
 def test_evaluation_is_that_of_all_examples_whatever_the_batch(tmp_path: Path) -> None:
     run = trainer(settings("digits", "model.kind=ladder"), tmp_path)
     heldout = run.data.heldout
-    watches = (monitor(run.model, heldout, batch_size=size) for size in (256, 5))
+    watches = (monitor(run.model, heldout, steps=400, batch_size=size) for size in (256, 5))
     whole, parts = (evaluate(run.model, watch, 0)[0] for watch in watches)
     assert whole.rate == pytest.approx(parts.rate, rel=0.1), "the noise differs, the layers' rates do not"
     assert whole.rate_per_dim == pytest.approx(parts.rate_per_dim, rel=1e-5)

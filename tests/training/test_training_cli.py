@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import signal
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +19,9 @@ pytest.importorskip("lightning_fabric", reason="the trainer needs vaekernels[tra
 pytest.importorskip("typer", reason="the trainer needs vaekernels[train]")
 pytest.importorskip("rich", reason="the trainer needs vaekernels[train]")
 
+import numpy as np
 import torch
+from rich.console import Console
 from tiny_runs import (
     epochs_of,
     tiny_data,  # noqa: F401 (the fixture)
@@ -25,12 +29,14 @@ from tiny_runs import (
 )
 from typer.testing import CliRunner
 
-from vaekernels.training import checkpoint
+from vaekernels.collapse import Estimate
+from vaekernels.training import checkpoint, display
 from vaekernels.training import data as datasets
 from vaekernels.training.cli import app
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data import Data
 from vaekernels.training.errors import CheckpointError
+from vaekernels.training.evaluate import Evaluation
 from vaekernels.training.latents import ELBO
 from vaekernels.training.run import CHECKPOINT, CONFIG, METRICS
 
@@ -184,7 +190,7 @@ def sealed(state: object, path: Path) -> None:
         (lambda path: path.write_bytes(b""), "is damaged or no checkpoint"),
         (lambda path: path.write_bytes(path.read_bytes() + b"more"), "it has no checksum at its end"),
         (lambda path: torch.save(torch.load(path), path), "it has no checksum at its end"),
-        (lambda path: sealed({"model": {}}, path), "is not a vaekernels checkpoint of format 4"),
+        (lambda path: sealed({"model": {}}, path), "is not a vaekernels checkpoint of format 5"),
         (lambda path: sealed(Path("evil"), path), "is damaged or no checkpoint"),
     ],
 )
@@ -283,3 +289,76 @@ def test_a_folder_that_cannot_be_written_is_one_line() -> None:
     assert call("train", "digits", *SMALL, "--run-dir", "file/run", status=1) == (
         "error: cannot make file/run: Not a directory\n"
     )
+
+
+def test_a_run_finds_its_data_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where they were moved and the new place is given; data that have changed are refused."""
+    np.savez("x.npz", x=np.random.default_rng(0).random((60, 6)) > 0.5)
+    call("train", "npz:x.npz", *SMALL, "--run-dir", "run")
+    run = str(Path("run").absolute())
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    call("train", "--resume", run, "--epochs", "3")
+    call("diagnose", run, "-n", "54", "-k", "3", "--no-train")
+    moved = (tmp_path / "x.npz").rename(tmp_path / "y.npz")
+    assert f"the data of {run} are no longer at {tmp_path}/x.npz; if they were moved" in call(
+        "train", "--resume", run, "--epochs", "4", status=1
+    )
+    call("train", "--resume", run, "--epochs", "4", "--set", f"data.name=npz:{moved}")
+    call("diagnose", run, "-n", "54", "-k", "3", "--no-train")
+    np.savez(moved, x=np.random.default_rng(1).random((60, 6)) > 0.5)
+    said = call("train", "--resume", run, "--epochs", "5", status=1)
+    assert f"{moved} has changed since {run} was trained on it" in said
+    assert "has changed since" in call("diagnose", run, status=1)
+
+
+def test_a_finished_run_says_so_and_is_not_shortened() -> None:
+    call("train", "digits", *SMALL, "--run-dir", "run")
+    said = call("train", "--resume", "run").replace("\n", " ")
+    assert "this run is finished: all 2 epochs are trained; to train longer, --epochs 4" in said
+    said = call("train", "--resume", "run", "--epochs", "1", status=2)
+    assert (
+        said.startswith("error: the run in run has trained 2 epochs, epochs is 1") and said.count("\n") == 1
+    )
+    assert "optim]" in Path("run", CONFIG).read_text() and "epochs = 2" in Path("run", CONFIG).read_text()
+
+
+def test_help_shows_the_defaults_of_the_presets() -> None:
+    said = " ".join(call("train", "--help").replace("│", " ").split())
+    assert "Latent dimensions (default: 16; synthetic-text 2, digits 8" in said
+    assert "channel (of model.latent_channels)" in said and "docs/" not in said
+
+
+def test_a_damaged_checkpoint_is_no_reason_to_run_code_from_it() -> None:
+    call("train", "digits", *SMALL, "--run-dir", "run")
+    sealed({"config": Path("evil")}, Path("run", CHECKPOINT))
+    said = call("train", "--resume", "run", status=1)
+    assert "is damaged or no checkpoint (UnpicklingError)" in said and "weights_only" not in said
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 132, 200])
+@pytest.mark.parametrize("dims", [1, 16, 128])
+def test_tables_fit_the_terminal(width: int, dims: int) -> None:
+    """Without an ellipsis, whatever the size of the numbers."""
+    for size in (1.0, 29.31, 12345.67):
+        estimate = Estimate(63557.7 * size, -54.03, 863.17)
+        evaluation = Evaluation(
+            30, 6.5, 63557.7 * size, 64e3, estimate, 16, estimate, (size,) * dims, (size,) * dims
+        )
+        file = io.StringIO()
+        console = Console(file=file, width=width)
+        for each in display.evaluation_tables(evaluation, width):
+            console.print(each)
+        lines = file.getvalue().splitlines()
+        assert max(map(len, lines)) <= width and "…" not in file.getvalue()
+        assert sum(line.count(f" {size:.2f} ") for line in lines) == 2 * dims
+
+
+def test_lines_in_a_file_are_not_wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns, lines in ((None, 1), ("80", 3)):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if columns:
+            monkeypatch.setenv("COLUMNS", columns)
+        monkeypatch.setattr(sys, "stdout", file := io.StringIO())
+        display.console().print("word " * 40)
+        assert len(file.getvalue().splitlines()) == lines

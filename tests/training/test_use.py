@@ -24,9 +24,9 @@ import vaekernels as vk
 from vaekernels.collapse import Report
 from vaekernels.collapse.report import SCHEMA
 from vaekernels.training import data as datasets
-from vaekernels.training.data import Arrays
+from vaekernels.training.data import Arrays, Text
 from vaekernels.training.data.base import digest
-from vaekernels.training.errors import CheckpointError, ConfigError, InputError
+from vaekernels.training.errors import CheckpointError, ConfigError, DataError, InputError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::vaekernels.FallbackWarning"),
@@ -107,6 +107,57 @@ def test_a_traversal_changes_one_dimension() -> None:
     codes[:, 1] = torch.tensor([-1.0, 1.0])
     torch.testing.assert_close(run.traverse(1, [-1, 1], z=z), run.decode(codes))
     assert run.traverse(0).shape == (6, 1, 4, 4)
+
+
+def test_a_table_goes_in_and_comes_out_in_its_own_units() -> None:
+    x = np.random.default_rng(0).normal(size=(200, 1)) @ np.array([[1e3, 1e-2]]) + np.array([5e4, 3.0])
+    Path("t.csv").write_text("\n".join(["pay,tax", *(f"{a:.9g},{b:.9g}" for a, b in x)]))
+    run = trained("digits", "data.name=csv:t.csv model.sigma=0.3 optim.epochs=30")
+    decoded = run.decode(run.encode(x))
+    assert isinstance(decoded, torch.Tensor)
+    spread = (decoded - torch.from_numpy(x)).abs().mean(dim=0) / torch.from_numpy(x).std(dim=0)
+    assert (spread < 0.3).all(), "in units of the columns' own spread"
+    assert json.loads(Path("run/metrics.json").read_text())["heldout"]["nll"] < 10
+    Path("t.csv").unlink()
+    torch.testing.assert_close(
+        vk.training.open_run("run", say=lambda text: None).decode(run.encode(x)), decoded
+    )
+
+
+@pytest.mark.parametrize("tokens", ["word", "char"])
+def test_a_text_run_works_without_its_corpus(tokens: str) -> None:
+    lines = [f"the cat {i % 7} sees {'a dog' if i % 2 else 'it'}" for i in range(80)]
+    Path("corpus.txt").write_text("\n".join(lines))
+    given = f"data.name=text:corpus.txt data.tokens={tokens}"
+    run = trained("docstrings", given)
+    codes, samples = run.encode(lines[:3]).mu, run.sample(5)
+    for change in ("removed", "changed"):
+        if change == "changed":
+            Path("corpus.txt").write_text("\n".join(reversed(lines)))
+        else:
+            Path("corpus.txt").unlink()
+        said: list[str] = []
+        moved = vk.training.open_run("run", say=said.append)
+        assert len(said) == 1 and "without the data of the run" in said[0]
+        what = "are no longer at" if change == "removed" else f"{Path('corpus.txt').absolute()} has changed"
+        assert what in said[0]
+        assert isinstance(moved.data, Text) and moved.data.unit == tokens
+        assert torch.equal(moved.encode(lines[:3]).mu, codes) and moved.sample(5) == samples
+        assert moved.length == run.length and moved.unknown("the cat") == []
+        with pytest.raises(DataError, match="takes the data that run was trained on"):
+            moved.report()
+
+
+def test_a_run_of_images_works_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained("digits")
+
+    def gone(config: object, say: object) -> None:
+        raise DataError("cannot read x: No such file or directory")
+
+    monkeypatch.setitem(datasets.DATASETS, "digits", gone)  # type: ignore[arg-type]
+    moved = vk.training.open_run("run", say=lambda text: None)
+    torch.testing.assert_close(moved.sample(3), run.sample(3))
+    assert torch.equal(moved.encode(run.data.heldout).mu, run.encode(run.data.heldout).mu)
 
 
 @pytest.mark.parametrize(

@@ -183,7 +183,8 @@ def diagnose(
         encode, log_likelihood = whiten_latents(encode, log_likelihood, prior)
     with torch.inference_mode(False):
         splits = 1 if train is None else 2
-        with progress_bar(progress, _evaluations(n, k, splits)) as advance:
+        counts = [_at_most(n, data) for data in (heldout, train) if data is not None]
+        with progress_bar(progress, _evaluations(counts[0], k, splits, counts[-1])) as advance:
             budget = Budget(budget_s, advance)
             asked = n, k
             chosen = select("heldout", heldout, n, stream(seed, "select"))
@@ -308,9 +309,19 @@ def _fit(
     )
 
 
-def _evaluations(n: int, k: int, splits: int) -> int:
-    """About as many as a diagnosis makes, for the progress bar."""
-    trained = (2 * n + min(n, CONTRASTED) * k) if splits > 1 else 0
+def _at_most(n: int, data: Any) -> int:
+    """How many of the examples are used; ``n`` where they do not tell how many they are."""
+    try:
+        return min(n, len(data[0] if isinstance(data, tuple) else data))
+    except TypeError:  # a stream
+        return n
+
+
+def _evaluations(n: int, k: int, splits: int, n_train: int | None = None) -> int:
+    """About as many as a diagnosis makes of ``n`` examples, and ``n_train`` of the train split, for the
+    progress bar."""
+    seen = n if n_train is None else n_train
+    trained = (2 * seen + min(seen, CONTRASTED) * k) if splits > 1 else 0
     return trained + n * (5 + k) + USE_PAIRS + min(n, WEIGHTED) * k + svi.evaluations(min(n, REFINED))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -170,8 +170,14 @@ def _number(axis: Axes, dims: Sequence[Dim]) -> None:
         axis.annotate(text, (left, low), xytext=(6, 5), textcoords="offset points", size=8)
 
 
-def plane(points: Mapping[str, tuple[float, float]], others: Mapping[str, tuple[float, float]]) -> str:
-    """Rate against reconstruction NLL, with lines of equal NELBO."""
+def plane(
+    points: Mapping[str, tuple[float, float]],
+    others: Mapping[str, tuple[float, float]],
+    *,
+    unused: Collection[str] = (),
+) -> str:
+    """Rate against reconstruction NLL, with lines of equal NELBO, and a ring around the models that are
+    ``unused``, whose decoder does not look at z."""
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(_WIDTH, 4.4), layout="constrained")
         axis = figure.subplots()
@@ -187,6 +193,21 @@ def plane(points: Mapping[str, tuple[float, float]], others: Mapping[str, tuple[
                 linestyle="",
                 label=f"{name}: {rate:.2f} + {nll:.1f} = {rate + nll:.1f}",
             )
+            if name in unused:
+                axis.plot(
+                    rate,
+                    nll,
+                    marker="o",
+                    color="none",
+                    markeredgecolor="#D55E00",
+                    markeredgewidth=2,
+                    markersize=18,
+                    linestyle="",
+                    clip_on=False,
+                )
+                axis.annotate(
+                    "z is not used", (rate, nll), xytext=(12, 10), textcoords="offset points", color="#D55E00"
+                )
         _iso_elbo(axis, [*points.values(), *others.values()])
         axis.set_xlabel("rate, nats")
         axis.set_ylabel("NLL given z, nats")

@@ -3,6 +3,7 @@ model, its reasons and advice."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, TypeAlias
@@ -49,6 +50,8 @@ LOW_RATE = 0.1
 EMPTY_SHARE = 0.3
 """Share of information in a rate below which the rate is called empty."""
 NEAR = 0.5
+CONSTANT = 1e-8
+"""Variance of mu below which a dimension is constant: a ten-thousandth of the prior's standard deviation."""
 LAG = 0.05
 """Gain of refined inference, in nats, from which a collapse is the encoder's."""
 HALF = 0.5
@@ -461,6 +464,15 @@ def advice(
     if not (found and verdict == "informative"):
         undecided = short and verdict == "undetermined"
         found.insert(0, _MORE_TIME if undecided else _ADVICE[subtype if subtype is not None else verdict])
+    most = max((dim.mu_variance for dim in dims), default=math.inf)
+    if verdict in ("collapsed", "rate-only", "near-collapsed") and most < CONSTANT:
+        # A weaker decoder does not cure an encoder that cannot tell the examples apart.
+        found.insert(
+            0,
+            f"encoder constant: over the examples the variance of mu is {most:.1g} at most, so no decoder "
+            f"could use z. Look at the encoder first: are its inputs centred and scaled, are its units "
+            f"saturated, does its gradient vanish?",
+        )
     if unmeasured and verdict in FOUND_IN:
         found.append(f"not measured, so it may be bad: {', '.join(unmeasured)}")
     by_state: dict[State, list[int]] = {}

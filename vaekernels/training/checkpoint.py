@@ -21,7 +21,7 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 
 from vaekernels._files import write_atomically
-from vaekernels.training.data import Data
+from vaekernels.training.data import Data, is_own
 from vaekernels.training.errors import CheckpointError
 
 __all__ = [
@@ -34,7 +34,7 @@ __all__ = [
     "write_text",
 ]
 
-FORMAT = 4
+FORMAT = 5
 _LABEL = b"sha256:"
 _SEAL = len(_LABEL) + 2 * hashlib.sha256().digest_size
 
@@ -74,10 +74,8 @@ def load(path: Path) -> dict[str, Any]:
     except CheckpointError:
         raise
     except Exception as error:  # torch raises a dozen types for damaged files
-        first_line = str(error).split("\n", 1)[0]
-        raise CheckpointError(
-            f"{path} is damaged or no checkpoint ({type(error).__name__}: {first_line})"
-        ) from error
+        # Without torch's own words: they advise weights_only=False, which runs code from the file.
+        raise CheckpointError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a vaekernels checkpoint of format {FORMAT}")
     return state
@@ -87,10 +85,14 @@ def require_same_data(state: dict[str, Any], path: Path, data: Data) -> None:
     """CheckpointError unless the run of the checkpoint was trained on ``data``."""
     trained_on = str(state.get("data"))
     if trained_on != data.sha256:
-        raise CheckpointError(
-            f"{path} was trained on other {data.name} data (sha256 {trained_on[:12]}, here "
-            f"{data.sha256[:12]}): docstrings, for one, differ between versions of Python"
-        )
+        hashes = f"sha256 {trained_on[:12]}, here {data.sha256[:12]}"
+        if is_own(data.name):
+            raise CheckpointError(
+                f"{data.name.partition(':')[2]} has changed since {path.parent} was trained on it, or is "
+                f"read with other settings ({hashes}): put the file back as it was, or train anew"
+            )
+        reason = ": docstrings differ between versions of Python" if data.name == "docstrings" else ""
+        raise CheckpointError(f"{path} was trained on other {data.name} data ({hashes}){reason}")
 
 
 def misfit(path: Path, config: Path, error: Exception) -> CheckpointError:

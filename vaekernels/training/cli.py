@@ -18,7 +18,7 @@ from vaekernels._command import STOPPED
 from vaekernels.training import commands, diagnosis, display, engine, objectives, strategies
 from vaekernels.training import data as datasets
 from vaekernels.training import demo as demos
-from vaekernels.training.config import Config, EngineConfig, combinations, presets, settings
+from vaekernels.training.config import Config, DataConfig, EngineConfig, combinations, presets, settings
 from vaekernels.training.data import Data
 from vaekernels.training.errors import ConfigError, Interrupted, TrainingError, nearest
 from vaekernels.training.run import RunFolder, new_run_folder, open_run
@@ -32,6 +32,18 @@ _Float = float | None
 _Int = int | None
 _Str = str | None
 _Path = Path | None
+
+
+def _default(table: str, name: str) -> str:
+    """Of a setting, with the presets that have another one."""
+    usual = getattr(getattr(Config(DataConfig("x")), table), name)
+    told = [str(usual)]
+    for preset, config in presets.PRESETS.items():
+        value = getattr(getattr(config, table), name)
+        if value != usual:
+            told.append(f"{preset} {value}")
+    return "; ".join([told[0], *([", ".join(told[1:])] if len(told) > 1 else [])])
+
 
 _Threads = Annotated[
     _Int, typer.Option(help="CPU threads of torch (default: torch's choice).", show_default=False)
@@ -81,7 +93,8 @@ def train(
     group: Annotated[
         _Str,
         typer.Option(
-            help="What one threshold covers: dim (each dimension) | all (their sum) (default: dim).",
+            help="What one threshold covers: dim (each dimension) | channel (of model.latent_channels) | all "
+            "(their sum) (default: dim).",
             show_default=False,
         ),
     ] = None,
@@ -95,7 +108,10 @@ def train(
         ),
     ] = None,
     epochs: Annotated[
-        _Int, typer.Option(help="Passes over the data (default: 8; digits 60).", show_default=False)
+        _Int,
+        typer.Option(
+            help=f"Passes over the data (default: {_default('optim', 'epochs')}).", show_default=False
+        ),
     ] = None,
     batch_size: Annotated[
         _Int, typer.Option(help="Examples per step (default: 64).", show_default=False)
@@ -104,7 +120,10 @@ def train(
         _Float, typer.Option(help="Adam's learning rate (default: 0.001).", show_default=False)
     ] = None,
     latent_dim: Annotated[
-        _Int, typer.Option(help="Latent dimensions (default: 16; digits 8).", show_default=False)
+        _Int,
+        typer.Option(
+            help=f"Latent dimensions (default: {_default('model', 'latent_dim')}).", show_default=False
+        ),
     ] = None,
     seed: Annotated[
         _Int,
@@ -175,14 +194,27 @@ def train(
 
 def _train(chosen: Config, fabric: Fabric, resume: Path | None, run_dir: Path | None) -> None:
     console = display.console(quiet=not fabric.is_global_zero)
-    data = datasets.load(chosen.data, console.print)
+    data = (
+        datasets.load(chosen.data, console.print)
+        if resume is None
+        else RunFolder(resume).load_data(chosen, console.print)
+    )
     combinations.resolve(chosen, data)  # what it refuses leaves no empty folder
     directory = resume or run_dir or engine.once(fabric, lambda: new_run_folder(chosen.data.name))
     trainer = Trainer(chosen, data, directory, console, resume=resume is not None, fabric=fabric)
     _announce(trainer, data, console)
+    if trainer.finished:
+        epochs = trainer.config.optim.epochs
+        console.print(
+            f"this run is finished: all {epochs} epochs are trained; to train longer, --epochs {2 * epochs}"
+        )
     evaluation = trainer.fit()
-    for table in display.evaluation_tables(evaluation):
+    for table in display.evaluation_tables(evaluation, console.width):
         console.print(table)
+    verdict, *advised = trainer.closing()
+    console.print(verdict)
+    for command in advised:  # to be copied, so not wrapped
+        console.print(command, soft_wrap=True)
     console.print(f"all of it is in {directory}", soft_wrap=True)
 
 
@@ -226,6 +258,7 @@ def diagnose(
         engine.set_threads(EngineConfig(threads=threads))
         run = commands.or_newest(run)
         opened = open_run(run, lambda text: print(text, file=sys.stderr), device=device)
+        opened.require_examples()
         report = diagnosis.diagnose(opened, n=n, k=k, seed=seed, budget_s=budget, train=train)
         try:
             page = diagnosis.save(report, run, diagnosis.extras(opened))
@@ -271,7 +304,7 @@ def demo(
 
 def _announce(trainer: Trainer, data: Data, console: Console) -> None:
     config = trainer.config
-    console.print(f"{data.name}: {len(data.train)} + {len(data.heldout)} held-out {data.described}")
+    console.print(f"{data.name}: {len(data.train):,} + {len(data.heldout):,} held-out {data.described}")
     parameters = sum(p.numel() for p in trainer.model.parameters())
     console.print(f"{config.model.kind} VAE, {config.model.likelihood} likelihood, {parameters:,} parameters")
     for line in strategies.describe(config, trainer.task):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vaekernels import ops
 from vaekernels.training.data import Arrays, Data, Text
-from vaekernels.training.data.base import encode_sentences
+from vaekernels.training.data.base import encode_sentences, tokens_of
 from vaekernels.training.data.text import tokenize
 from vaekernels.training.errors import InputError
 
@@ -53,8 +53,9 @@ def codes_of(z: Any, dims: int) -> Tensor:
 
 
 def words_of(like: Text, sentence: str) -> list[str]:
-    """As in the data set. Docstrings are lower case with punctuation on its own, written or not."""
-    words = sentence.split()
+    """The tokens, as in the data set. Docstrings are lower case with punctuation on its own, written or
+    not."""
+    words = tokens_of(sentence, like.unit)
     if like.name != "docstrings":
         return words
     return [part for word in words for part in ([word] if word in like.vocabulary else tokenize(word))]

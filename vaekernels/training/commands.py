@@ -94,7 +94,11 @@ def encode(
     if out is not None and out.suffix not in (".npy", ".csv"):
         raise InputError(f"--out must end in .npy or .csv, got {out}")
     opened = _opened(run)
-    codes = opened.encode(opened.data.heldout if data is None else inputs.examples(opened.data, data))
+    if data is None:
+        opened.require_examples()
+    codes = opened.encode(
+        opened.data.heldout if data is None else inputs.examples(opened.data, data, opened.config.data.size)
+    )
     if out is not None:
         _write(out, _codes_file(codes, out.suffix))
     if as_json:
@@ -126,7 +130,7 @@ def interpolate(
 ) -> None:
     """Decode the codes on the line from A to B: sentences, or a picture."""
     opened = _opened(run)
-    ends = [inputs.example(opened.data, each) for each in (a, b)]
+    ends = [inputs.example(opened.data, each, opened.config.data.size) for each in (a, b)]
     for given in (a, b):
         if not given.startswith(inputs.HELD_OUT) and (unknown := opened.unknown(given)):
             _say(f"not in the vocabulary: {', '.join(unknown)}")
@@ -166,7 +170,7 @@ def traverse(
     if dims is None:
         most = sorted(range(len(rates)), key=lambda dim: -rates[dim])[:8]
         dims = sorted(most)
-    z = None if of is None else opened.encode(inputs.example(opened.data, of))
+    z = None if of is None else opened.encode(inputs.example(opened.data, of, opened.config.data.size))
     rows = [opened.traverse(dim, z=z) for dim in dims]
     if as_json:
         shown = {str(dim): _plain(row) for dim, row in zip(dims, rows, strict=True)}
@@ -387,6 +391,7 @@ def _rates(run: Run) -> list[float]:
         found = json.loads(run.folder.metrics.read_text(encoding="utf-8"))["heldout"]["rate_per_dim"]
         return [float(rate) for rate in found]
     except (OSError, ValueError, KeyError, TypeError):  # not trained to its end: there is no METRICS yet
+        run.require_examples()
         return run.encode(run.data.heldout).rate.mean(dim=0).tolist()
 
 

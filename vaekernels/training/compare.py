@@ -26,6 +26,7 @@ def outcome(path: Path, say: Callable[[str], None]) -> Outcome:
     """The run in ``path`` with its saved report, which is made and saved now where there is none, or one of
     fewer training steps. CheckpointError if the report cannot be read."""
     run = open_run(path, say)
+    run.require_examples()
     report = _saved(path)
     if report is None or report.settings.get("steps") != run.step:
         say(f"{path} has no report of step {run.step}: diagnosing")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,8 @@ def _settings(run: Run) -> dict[str, Any]:
     objective = config.objective
     task = Task.of(config, data, run.model.latent_dim)
     told = {
+        "run": str(run.folder.path),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
         "data": data.name,
         "data_set_sha256": data.sha256,
         "model": f"{config.model.kind}, {config.model.likelihood} likelihood, {run.model.latent_dim} dims",
@@ -134,7 +137,13 @@ def _shown(run: Run) -> dict[str, Any]:
     if isinstance(seen, gallery.Sentences):
         rows = list(zip(seen.originals, seen.reconstructions, strict=True))
         return {
-            "texts": {"Reconstructions": TextTable(["held-out sentence", "decoded from its mu"], rows)},
+            "texts": {
+                "What each dimension changes": TextTable(
+                    ["dim", *(f"z_d = {value:g}" for value in gallery.REACHED)],
+                    [[str(dim), *row] for dim, row in zip(seen.traversed, seen.traversals, strict=True)],
+                ),
+                "Reconstructions": TextTable(["held-out sentence", "decoded from its mu"], rows),
+            },
             "interpolations": {
                 f"from sentence {number} to sentence {number + len(seen.interpolations)}": line
                 for number, line in enumerate(seen.interpolations, start=1)
@@ -151,7 +160,7 @@ def _shown(run: Run) -> dict[str, Any]:
                     seen.samples[:32], 8
                 ),
                 "Lines between the codes of two images": seen.interpolations,
-                f"Traversals of dims {_listed(seen.traversed)}, -2.5 to 2.5": seen.traversals,
+                f"What each dimension changes: dims {_listed(seen.traversed)}, -2.5 to 2.5": seen.traversals,
             }
         }
     return {}

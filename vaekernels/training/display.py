@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -14,13 +15,18 @@ from vaekernels.training.evaluate import Evaluation
 
 __all__ = ["Bar", "console", "epoch_line", "evaluation_tables", "progress_bar"]
 
-_DIMS_PER_ROW = 8
+_DIMS_PER_ROW = (8, 16)  # at most, in 80 columns and in twice as many
+_FILE_WIDTH = 100  # columns of a table in a file
 
 
 def console(*, quiet: bool = False) -> Console:
     """Standard output. Text is printed as it is: what is printed holds names, paths and sentences of the
-    user's, in which ``[red]`` or ``:smile:`` means nothing."""
-    return Console(quiet=quiet, markup=False, emoji=False, highlight=False)
+    user's, in which ``[red]`` or ``:smile:`` means nothing. In a file, which has no width, lines of text are
+    not wrapped, unless COLUMNS is set."""
+    made = Console(quiet=quiet, markup=False, emoji=False, highlight=False)
+    if made.is_terminal or "COLUMNS" in os.environ:
+        return made
+    return Console(quiet=quiet, markup=False, emoji=False, highlight=False, width=_FILE_WIDTH, soft_wrap=True)
 
 
 class Bar:
@@ -65,27 +71,34 @@ def epoch_line(epoch: int, epochs: int, weight: float, evaluation: Evaluation) -
     )
 
 
-def evaluation_tables(evaluation: Evaluation) -> list[Table]:
-    """All held-out figures: the totals, and rate and Var(mu) per dimension."""
+def evaluation_tables(evaluation: Evaluation, width: int = 80) -> list[Table]:
+    """All held-out figures: the totals, and rate and Var(mu) per dimension, as many in a row as fit into
+    ``width`` columns."""
     dims = len(evaluation.rate_per_dim)
-    totals = Table(title=f"held out, {evaluation.examples} examples, nats per example", title_justify="left")
-    totals.add_column("measure")
-    totals.add_column("value", justify="right")
-    totals.add_row("rate (KL, unclamped)", f"{evaluation.rate:.2f}")
-    totals.add_row("NLL (reconstruction)", f"{evaluation.nll:.2f}")
-    totals.add_row("NELBO (NLL + rate)", f"{evaluation.nelbo:.2f}")
+    totals = Table(
+        title=f"held out, {evaluation.examples:,} examples, nats per example", title_justify="left"
+    )
+    totals.add_column("measure", overflow="fold")
+    totals.add_column("value", justify="right", overflow="fold")
+    totals.add_row("rate (KL, unclamped)", f"{evaluation.rate:,.2f}")
+    totals.add_row("NLL (reconstruction)", f"{evaluation.nll:,.2f}")
+    totals.add_row("NELBO (NLL + rate)", f"{evaluation.nelbo:,.2f}")
     totals.add_row("I(x;z), lower bound [95%]", str(evaluation.mi_lower))
     totals.add_row("active units, Var(mu) > 0.01", f"{evaluation.active_units} of {dims}")
     totals.add_row("Δ_shuffle [95%]: NLL with another's z", str(evaluation.delta_shuffle))
 
-    columns = min(dims, _DIMS_PER_ROW)
+    rates = [f"{rate:.2f}" for rate in evaluation.rate_per_dim]
+    variances = [f"{variance:.2f}" for variance in evaluation.mu_variance_per_dim]
+    labels, names = len(f"dims {dims - 1}-{dims - 1}"), len("Var(mu)")
+    cell = max(map(len, rates + variances)) + 3  # padding and a line
+    fitting = (width - labels - names - 7) // cell
+    columns = max(1, min(dims, fitting, _DIMS_PER_ROW[width >= 160]))
     per_dim = Table(title="per latent dimension", title_justify="left", show_header=False)
     for justify in ("right", "left", *["right"] * columns):
         per_dim.add_column(justify=cast(JustifyMethod, justify), no_wrap=True)
     for start in range(0, dims, columns):
         stop = min(start + columns, dims)
         label = f"dims {start}-{stop - 1}" if stop - start > 1 else f"dim {start}"
-        per_dim.add_row(label, "rate", *(f"{rate:.2f}" for rate in evaluation.rate_per_dim[start:stop]))
-        variances = (f"{variance:.2f}" for variance in evaluation.mu_variance_per_dim[start:stop])
-        per_dim.add_row("", "Var(mu)", *variances, end_section=True)
+        per_dim.add_row(label, "rate", *rates[start:stop])
+        per_dim.add_row("", "Var(mu)", *variances[start:stop], end_section=True)
     return [totals, per_dim]

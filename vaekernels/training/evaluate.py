@@ -17,6 +17,7 @@ from vaekernels.training.models import VAE
 
 __all__ = ["Evaluation", "evaluate", "monitor"]
 
+_GRACE = 200  # steps
 _SEED = 0  # of all that is drawn: every evaluation of every run uses the same
 
 
@@ -41,15 +42,22 @@ class Evaluation:
 
 
 def monitor(
-    model: VAE, heldout: Tensor, *, device: torch.device | None = None, batch_size: int = 256
+    model: VAE,
+    heldout: Tensor,
+    *,
+    steps: int,
+    device: torch.device | None = None,
+    batch_size: int = 256,
 ) -> CollapseMonitor:
     """What measures ``model`` on all of ``heldout`` with one encode and two decodes of each, whenever
-    :func:`evaluate` asks."""
+    :func:`evaluate` asks. It may warn of collapse after 200 steps, or a quarter of the ``steps`` of the run
+    where those are fewer: many runs on own data are over before step 500."""
     return CollapseMonitor(
         model.encode,
         heldout,
         model.log_likelihood,
         n=len(heldout),
+        grace_steps=min(_GRACE, steps // 4),
         modules=[model],
         device=device,
         batch_size=batch_size,

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from vaekernels.training.data import Arrays, Text
+from vaekernels.training.data import Arrays, Data, Text
+from vaekernels.training.data.base import EOS
 from vaekernels.training.errors import CheckpointError, InputError
 from vaekernels.training.models import VAE
 from vaekernels.training.models.text import TextVAE
@@ -35,7 +36,7 @@ def export(run: Run, out: Path) -> tuple[Path, Path]:
         raise InputError(f"--out must end in .pt2, got {out}")
     paths = tuple(out.with_name(f"{out.stem}-{part}.pt2") for part in ("encoder", "decoder"))
     data, model = run.data, run.model.cpu()
-    x, z = data.heldout[:3], torch.zeros(3, model.latent_dim)
+    x, z = _like(data), torch.zeros(3, model.latent_dim)
     modules = _Encoder(model), _Words(model, run.length) if isinstance(model, TextVAE) else _Mean(model)
     about = {ABOUT: json.dumps(_about(data))}
     try:
@@ -53,9 +54,17 @@ def export(run: Run, out: Path) -> tuple[Path, Path]:
     return paths[0], paths[1]
 
 
+def _like(data: Data) -> Tensor:
+    """Three examples of the shape of the data."""
+    x = data.train.new_zeros(3, *data.train.shape[1:])
+    if isinstance(data, Text):
+        x[:, 0] = EOS
+    return x
+
+
 def _about(data: object) -> dict[str, object]:
     if isinstance(data, Text):
-        return {"kind": "text", "vocabulary": list(data.vocabulary)}
+        return {"kind": "text", "vocabulary": list(data.vocabulary), "unit": data.unit}
     assert isinstance(data, Arrays)
     return {"kind": "arrays", "shape": list(data.shape), "levels": data.levels}
 

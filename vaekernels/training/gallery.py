@@ -12,7 +12,7 @@ from vaekernels.training.data import Arrays, Data, Text
 from vaekernels.training.data.base import UNK
 from vaekernels.training.models import VAE
 
-__all__ = ["Images", "Sentences", "look"]
+__all__ = ["REACHED", "Images", "Sentences", "look"]
 
 _SEED = 0
 _SAMPLES = 200
@@ -20,18 +20,21 @@ _SHOWN = 8  # originals with their reconstructions
 _LINES = 3
 _STEPS = 7  # codes on a line, the ends included
 _REACH = 2.5  # of a traversal, in standard deviations of the prior
+REACHED = (-_REACH, 0.0, _REACH)  # of sentences
 _TRAVERSED = 8  # dimensions, those with the highest rates
 
 
 @dataclass(frozen=True)
 class Sentences:
     """Greedy decodings. ``interpolations``: each on a straight line from the mu of one sentence to that of
-    another."""
+    another; ``traversals``: one dimension of a code at :data:`REACHED`, the others stay."""
 
     originals: list[str]
     reconstructions: list[str]
     samples: list[str]
     interpolations: list[list[str]]
+    traversals: list[list[str]]
+    traversed: list[int]
 
     @property
     def distinct(self) -> int:
@@ -70,20 +73,24 @@ def look(model: VAE, data: Data, device: torch.device) -> Sentences | Images | N
     ends = min(_LINES, len(x) // 2)
     share = torch.linspace(0, 1, _STEPS, device=device).view(1, -1, 1)
     lines = torch.lerp(mu[:ends].unsqueeze(1), mu[ends : 2 * ends].unsqueeze(1), share)
+    rates = collapse.rate_per_dim(mu, logvar)
+    traversed = sorted(rates.topk(min(_TRAVERSED, model.latent_dim)).indices.tolist())
+    values = torch.tensor(REACHED) if isinstance(data, Text) else torch.linspace(-_REACH, _REACH, _STEPS)
+    codes = mu[0].repeat(len(traversed), len(values), 1)
+    for row, dim in enumerate(traversed):
+        codes[row, :, dim] = values.to(codes)
     if isinstance(data, Text):
+        moved = _sentences(model, data, codes.flatten(0, 1))
         between = _sentences(model, data, lines.flatten(0, 1))
         return Sentences(
             [data.sentence(row) for row in x],
             _sentences(model, data, mu),
             _sentences(model, data, noise),
             [between[start : start + _STEPS] for start in range(0, len(between), _STEPS)],
+            [moved[start : start + len(values)] for start in range(0, len(moved), len(values))],
+            traversed,
         )
     assert isinstance(data, Arrays)
-    rates = collapse.rate_per_dim(mu, logvar)
-    traversed = sorted(rates.topk(min(_TRAVERSED, model.latent_dim)).indices.tolist())
-    codes = mu[0].repeat(len(traversed), _STEPS, 1)
-    for row, dim in enumerate(traversed):
-        codes[row, :, dim] = torch.linspace(-_REACH, _REACH, _STEPS, device=device)
     low, high = _range(data)
 
     def pictures(generated: Tensor) -> Tensor:

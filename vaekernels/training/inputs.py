@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from vaekernels._files import lines_of
 from vaekernels.training.data import OWN, Arrays, Data, Text
 from vaekernels.training.data.arrays import native
 from vaekernels.training.data.base import opened
+from vaekernels.training.data.csv_tables import read_csv
 from vaekernels.training.data.images import SUFFIXES, image_paths, read_image
 from vaekernels.training.errors import DataError, InputError
 
@@ -23,9 +22,11 @@ __all__ = ["codes", "example", "examples"]
 HELD_OUT = "heldout:"
 
 
-def example(data: Data, given: str) -> Any:
+def example(data: Data, given: str, size: int | None = None) -> Any:
     """One example: a sentence, the path of an image file, or ``heldout:N``, number N of the held-out ones."""
     if given.startswith(HELD_OUT):
+        if not len(data.heldout):
+            raise InputError(f"{given!r}: the data of the run are not there")
         number = given.removeprefix(HELD_OUT)
         if not number.isdecimal() or int(number) >= len(data.heldout):
             raise InputError(f"{given!r}: takes heldout:0 to heldout:{len(data.heldout) - 1}")
@@ -33,11 +34,11 @@ def example(data: Data, given: str) -> Any:
     if isinstance(data, Text):
         return given
     if isinstance(data, Arrays) and data.is_image:
-        return _image(Path(given), data)
+        return _image(Path(given), data, size)
     raise InputError(f"{given!r}: a model of vectors takes held-out examples here, heldout:0 and so on")
 
 
-def examples(data: Data, given: str) -> Any:
+def examples(data: Data, given: str, size: int | None = None) -> Any:
     """All examples in a file, in its order: sentences, one per line; images of a folder or file; an array in
     an .npy, .npz or .csv file. The kind may stand before the path, as in the name of a data set."""
     kind, colon, rest = given.partition(":")
@@ -55,7 +56,7 @@ def examples(data: Data, given: str) -> Any:
     assert isinstance(data, Arrays)
     if data.is_image and (path.is_dir() or path.suffix.lower() in SUFFIXES):
         paths = image_paths(path, lambda text: None) if path.is_dir() else [path]
-        return torch.cat([_image(each, data) for each in paths])
+        return torch.cat([_image(each, data, size) for each in paths])
     return _array(path)
 
 
@@ -74,38 +75,32 @@ def _array(path: Path) -> np.ndarray:
     with opened(path) as file:
         try:
             if suffix == ".csv":
-                return _table(file.read().decode("utf-8-sig"))
+                return _table(file.read().decode("utf-8-sig"), str(path))
             loaded = np.load(file, allow_pickle=False)
             return loaded if isinstance(loaded, np.ndarray) else loaded["x"]
         except KeyError as error:
             raise DataError(f"{path} has no array 'x'") from error
-        except MemoryError:
+        except (DataError, MemoryError):
             raise
         except Exception as error:  # numpy and zipfile raise a dozen types for damaged files
             raise DataError(f"{path}: no .npy, .npz or .csv file of plain numbers ({error})") from error
 
 
-def _table(text: str) -> np.ndarray:
+def _table(text: str, where: str) -> np.ndarray:
     """[N, D]. With a header that names columns mu_0, mu_1, ... those alone."""
-    rows = [row for row in csv.reader(io.StringIO(text)) if row]
-    try:
-        [float(cell) for cell in rows[0]]
-    except ValueError:
-        header, *rows = rows
-        named = [place for place, name in enumerate(header) if name.startswith("mu_")]
-        if named:
-            rows = [[row[place] for place in named] for row in rows]
-    return np.array([[float(cell) for cell in row] for row in rows], dtype=np.float64)
+    array, columns = read_csv(text, where)
+    named = [place for place, name in enumerate(columns) if name.startswith("mu_")]
+    return array[:, named] if named else array
 
 
-def _image(path: Path, data: Arrays) -> Tensor:
-    """[1, C, H, W], in [0, 1]."""
+def _image(path: Path, data: Arrays, size: int | None) -> Tensor:
+    """[1, C, H, W], in [0, 1]; resized and cropped where the data of the run were, to ``size``."""
     if data.levels is None:
         raise InputError(
             f"{path}: the data of this run are real numbers, of a range of their own: give an array"
         )
     channels, height, width = data.shape
-    pixels = torch.from_numpy(np.array(read_image(path))).float() / 255
+    pixels = torch.from_numpy(np.array(read_image(path, size))).float() / 255
     if pixels.shape[:2] != (height, width):
         raise InputError(f"{path} is {pixels.shape[1]}x{pixels.shape[0]}, the run takes {width}x{height}")
     pixels = pixels.movedim(-1, 0) if pixels.dim() == 3 else pixels.unsqueeze(0)

@@ -117,7 +117,7 @@ class Objective(ABC):
             part.load_state_dict(state[name])
 
     def _nll_in_words(self) -> str:
-        return f"NLL ({self.config.reconstruction} over {self.task.data_dims:.4g} data dims)"
+        return f"NLL ({self.config.reconstruction} over {round(self.task.data_dims, 1):,.9g} data dims)"
 
     def _kl_in_words(self) -> str:
         return f"KL ({self.config.kl} over {self.task.latent_dim} latent dims)"
@@ -182,9 +182,10 @@ class Weighted(Objective):
             return None
         config = self.config
         return (
-            f"warning: the reconstruction is a {config.reconstruction} over {self.task.data_dims:.4g} data "
-            f"dims, the KL a {config.kl} over {self.task.latent_dim} latent dims, so beta {config.beta:g} "
-            f"acts like {self.effective_beta:g}; with both as sums, objective.beta={self.effective_beta:g} "
+            f"warning: the reconstruction is a {config.reconstruction} over "
+            f"{round(self.task.data_dims, 1):,.9g} data dims, the KL a {config.kl} over "
+            f"{self.task.latent_dim} latent dims, so beta {config.beta:g} acts like "
+            f"{self.effective_beta:g}; with both as sums, objective.beta={self.effective_beta:g} "
             f"says so"
         )
 

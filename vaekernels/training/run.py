@@ -16,7 +16,7 @@ from vaekernels.training import checkpoint, engine
 from vaekernels.training import data as datasets
 from vaekernels.training.config import Config, differences, settings
 from vaekernels.training.data import Data
-from vaekernels.training.errors import CheckpointError, ConfigError
+from vaekernels.training.errors import CheckpointError, ConfigError, DataError
 from vaekernels.training.models import VAE, build
 
 __all__ = [
@@ -41,6 +41,7 @@ RUNS = Path("runs")
 
 # May differ between a run and its resumption: they do not change which run it is.
 _RESUMABLE = (
+    "data.name",  # files may have been moved; that the data are the same tells their hash
     "optim.epochs",
     "engine.device",
     "engine.devices",
@@ -123,6 +124,21 @@ class RunFolder:
             raise CheckpointError(f"no run in {self.path} (it has no {CONFIG})")
         return settings.load(self.config)
 
+    def load_data(self, config: Config, say: Callable[[str], None]) -> Data:
+        """The data of the run in this folder. DataError if they cannot be read, and what to do where they are
+        no longer there."""
+        try:
+            return datasets.load(config.data, say)
+        except DataError as error:
+            path = datasets.path_of(config.data.name)
+            if path is None or os.path.lexists(path):
+                raise
+            kind = config.data.name.partition(":")[0]
+            raise DataError(
+                f"the data of {self.path} are no longer at {path}; if they were moved, write the new place, "
+                f"name = '{kind}:PATH', into {self.config}"
+            ) from error
+
     def require_same(self, saved: Config, given: Config) -> None:
         """ConfigError if ``given`` is another run than ``saved``."""
         changed = {key: values for key, values in differences(saved, given).items() if key not in _RESUMABLE}
@@ -138,7 +154,8 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class Run:
-    """``model`` is in eval mode, on ``device``; ``step``: how far it was trained."""
+    """``model`` is in eval mode, on ``device``; ``step``: how far it was trained. ``missing``: why ``data``
+    have no examples, None where they have."""
 
     folder: RunFolder
     config: Config
@@ -146,19 +163,35 @@ class Run:
     model: VAE
     device: torch.device
     step: int
+    missing: str | None = None
+
+    def require_examples(self) -> None:
+        """DataError if the data of the run could not be read."""
+        if self.missing is not None:
+            raise DataError(f"this takes the data that {self.folder.path} was trained on: {self.missing}")
 
 
 def open_run(path: Path | str, say: Callable[[str], None] = print, *, device: str | None = None) -> Run:
     """The run in the folder ``path`` as its last checkpoint has it. ``say`` is told, in a sentence, what
     takes long in loading its data. ``device``: None for that of the run.
 
-    CheckpointError if there is no run, or none that was trained on the data as they are here.
+    The model can be used without the data of the run: where they cannot be read or are others, ``say`` is
+    told, and ``data`` are without examples. CheckpointError if there is no run.
     """
     folder = RunFolder(Path(path))
     config = folder.settings()
     state = checkpoint.load(folder.checkpoint)
-    data = datasets.load(config.data, say)
-    checkpoint.require_same_data(state, folder.checkpoint, data)
+    missing: str | None = None
+    try:
+        data = folder.load_data(config, say)
+        checkpoint.require_same_data(state, folder.checkpoint, data)
+    except (DataError, CheckpointError) as error:
+        missing = str(error)
+        try:
+            data = datasets.without_examples(config.data.name, state["meaning"], str(state["data"]))
+        except Exception as damaged:
+            raise checkpoint.misfit(folder.checkpoint, folder.config, damaged) from error
+        say(f"without the data of the run ({missing})")
     model = build(config.model, data)
     try:
         model.load_state_dict(state["model"])
@@ -166,7 +199,7 @@ def open_run(path: Path | str, say: Callable[[str], None] = print, *, device: st
     except Exception as error:  # a dozen types, for what is not of the type that it should be
         raise checkpoint.misfit(folder.checkpoint, folder.config, error) from error
     where = engine.single_device(device or config.engine.device)
-    return Run(folder, config, data, model.to(where).eval(), where, step)
+    return Run(folder, config, data, model.to(where).eval(), where, step, missing)
 
 
 def new_run_folder(name: str) -> Path:

@@ -20,6 +20,7 @@ from torch import Tensor
 from vaekernels.collapse import CollapseWarning
 from vaekernels.training import (
     checkpoint,
+    closing,
     display,
     engine,
     models,
@@ -27,6 +28,7 @@ from vaekernels.training import (
     objectives,
     strategies,
 )
+from vaekernels.training import data as datasets
 from vaekernels.training.config import Config, combinations, settings
 from vaekernels.training.data import Batches, Data
 from vaekernels.training.errors import ConfigError, Interrupted, NonFiniteError
@@ -65,6 +67,7 @@ class Trainer:
         fabric: Fabric | None = None,
     ) -> None:
         combinations.check(config)
+        config = replace(config, data=datasets.located(config.data))
         self.config = config = combinations.resolve(config, data)
         self.data = data
         self.folder = RunFolder(run_dir)
@@ -98,7 +101,10 @@ class Trainer:
         self._forward, self.optimizer = self.fabric.setup(self.elbo, optimizer)
 
         # what is measured and written down
-        self.monitor = monitor(self.model, data.heldout, device=device)
+        self.monitor = monitor(
+            self.model, data.heldout, steps=config.optim.epochs * len(self.batches), device=device
+        )
+        self._sigmas: list[float] = []  # learned, before and after the last epoch
         self.log = Log(self.folder.log, self.fabric, tensorboard=config.engine.tensorboard)
         try:
             engine.once(self.fabric, self._hold if resume else self._create)
@@ -109,6 +115,11 @@ class Trainer:
         except BaseException:
             self._release()
             raise
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are trained."""
+        return self.progress.epoch >= self.config.optim.epochs
 
     # --- the loop
 
@@ -132,7 +143,7 @@ class Trainer:
             stop_requests(self.request_stop),
             display.progress_bar(self.console, epochs=epochs, steps=steps, done=self.progress.step) as bar,
         ):
-            while self.progress.epoch < epochs:
+            while not self.finished:
                 evaluation = self._epoch(bar)
         evaluation = evaluation or self._evaluate()
         self.log.close()
@@ -144,6 +155,7 @@ class Trainer:
     def _epoch(self, bar: display.Bar) -> Evaluation:
         progress, strategy = self.progress, self.strategy
         started = time.perf_counter() - progress.seconds
+        self._sigmas = self._sigma()
         self.elbo.train()
         if progress.batch == 0:
             self._say(strategy.start_epoch(progress.epoch, self.model, self.optimizer.optimizer))
@@ -153,6 +165,7 @@ class Trainer:
             progress.count(step, len(batch))
             progress.seconds = time.perf_counter() - started
             self._after_step(step, bar)
+        self._sigmas += self._sigma()
         evaluation = self._evaluate()
         progress.seconds = time.perf_counter() - started
         self._say(strategy.end_epoch(evaluation.mi_lower.value))
@@ -235,6 +248,17 @@ class Trainer:
 
     # --- what is measured and said
 
+    def closing(self) -> list[str]:
+        """After :meth:`fit`: the verdict in a line, and what to do now, as commands."""
+        return closing.lines(self.monitor.history, self._sigmas, self.config, self.folder.path)
+
+    def _sigma(self) -> list[float]:
+        """That of a Gaussian likelihood that learns it."""
+        likelihood = getattr(self.model.decoder, "likelihood", None)
+        if isinstance(likelihood, models.Gaussian) and likelihood.fixed is None:
+            return [likelihood.log_sigma.exp().item()]
+        return []
+
     def _evaluate(self) -> Evaluation:
         step = self.progress.step
         try:
@@ -314,6 +338,7 @@ class Trainer:
             "progress": self.progress.state_dict(),
             "random": checkpoint.random_states(self.fabric, self.noise),
             "data": self.data.sha256,
+            "meaning": self.data.meaning(),
             "config": settings.to_toml(self.config),
         }
         checkpoint.save(self.fabric, self.folder.checkpoint, state)
@@ -336,6 +361,11 @@ class Trainer:
             raise
         except Exception as error:  # a dozen types, for what is not of the type that it should be
             raise checkpoint.misfit(path, self.folder.config, error) from error
+        if self.progress.epoch > self.config.optim.epochs:
+            raise ConfigError(
+                f"the run in {self.folder.path} has trained {self.progress.epoch} epochs, epochs is "
+                f"{self.config.optim.epochs}: a trained epoch cannot be taken back, so start a new run"
+            )
         if not same_noise:
             seed, rank = self.config.engine.seed, self.fabric.global_rank
             self.noise.manual_seed(derive(seed, "noise", rank, path.name, self.progress.step))

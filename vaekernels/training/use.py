@@ -113,7 +113,8 @@ class Run(run.Run):
         self, *, n: int = 2048, k: int = 32, seed: int = 0, train: bool = True, progress: bool = False
     ) -> Report:
         """The diagnosis of :func:`vaekernels.collapse.diagnose`, measured now on the data of the run;
-        ``train``: on the training data as well. Writes nothing."""
+        ``train``: on the training data as well. Writes nothing. DataError where the data are missing."""
+        self.require_examples()
         return diagnosis.diagnose(self, n=n, k=k, seed=seed, train=train, progress=progress)
 
     @property
@@ -137,7 +138,8 @@ def open_run(path: Path | str, *, device: str | None = None, say: Callable[[str]
     """The run in the folder ``path`` as its last checkpoint has it. ``device``: "cpu", "cuda", "mps" or
     "auto"; None for that of the run. ``say`` is told, in a sentence, what takes long.
 
-    CheckpointError if there is no run, or none that was trained on the data as they are here.
+    The model can be used without the data of the run: where they cannot be read or are others, ``say`` is
+    told, and ``data`` are without examples. CheckpointError if there is no run.
     """
     opened = run.open_run(path, say, device=device)
     return Run(**{field.name: getattr(opened, field.name) for field in fields(opened)})

@@ -22,6 +22,8 @@ _OF_THE_WEIGHT = (
     "beta", "anneal", "free_bits", "layer_balance", "tc_beta", "mi_weight", "reconstruction", "kl",
 )  # fmt: skip
 
+_CONV_FROM = 16  # pixels along the shorter side
+
 _NEEDS = {
     # A setting that has no effect without another one.
     "objective.anneal_epochs": "objective.anneal",
@@ -79,7 +81,8 @@ def resolve(config: Config, data: Data) -> Config:
         resolved = replace(model, kind=kind, likelihood="categorical")
     else:
         assert isinstance(data, Arrays)
-        kind = "mlp" if kind == "auto" else kind
+        if kind == "auto":
+            kind = "conv" if data.is_image and min(data.shape[1:]) >= _CONV_FROM else "mlp"
         _check_arrays(replace(model, kind=kind), data)
         resolved = replace(model, kind=kind, likelihood=_likelihood(model, kind, data))
     if resolved.sigma is not None and resolved.likelihood != "gaussian":

@@ -114,14 +114,20 @@ class DataConfig:
     """Which data.
 
     ``name``: one of the named data sets, or the user's own: ``idx:PATH``, ``text:PATH``, ``images:PATH``,
-    ``npz:PATH``. ``array``: which array of an npz file. ``binarize``: grey levels become 0 and 1, at half of
-    the largest ("threshold"), or each once and for all with its grey as the probability of a 1 ("sample",
-    Salakhutdinov & Murray 2008). Text only: ``vocabulary``, the words known, the four
-    special tokens included; ``max_tokens``, the longest line of a text file that is kept.
+    ``npz:PATH``, ``npy:PATH``, ``csv:PATH``. ``array``: which array of an npz file. ``binarize``: grey levels
+    become 0 and 1, at half of the largest ("threshold"), or each once and for all with its grey as the
+    probability of a 1 ("sample", Salakhutdinov & Murray 2008). Text only: ``vocabulary``, the words known,
+    the four special tokens included; ``max_tokens``, the longest line of a text file that is kept;
+    ``tokens``, of a text file: "word", separated by white space, "char", or "auto": characters where the
+    script has no spaces, words are longer than 20 characters in the mean, or most lines are one word.
 
     The user's own: ``max_gib``, data of more GiB are refused, compressed ones before they are unpacked;
-    ``corrupt``: an image file that cannot be read ends the run ("abort"), or is left out and counted
-    ("skip").
+    ``standardize``: every column of a table less its mean and divided by its standard deviation, in the
+    model, which takes and gives the units of the data ("auto": of vectors of real numbers); the NLL is then
+    that of the standardized data. ``missing``: a NaN in a table ends the run ("abort"), or becomes the mean
+    of its column ("mean"). ``corrupt``: an image file that cannot be read ends the run ("abort"), or is left
+    out, counted and named ("skip"). ``size``: images are resized until the shorter side has so many pixels,
+    and the middle of the longer one is kept (None: all images must be of one size).
     """
 
     name: Text
@@ -129,19 +135,24 @@ class DataConfig:
     binarize: Literal["no", "threshold", "sample"] = "no"
     vocabulary: Vocabulary = 2000
     max_tokens: Count = 100
+    tokens: Literal["auto", "word", "char"] = "auto"
     max_gib: Positive = 4.0
-    corrupt: Literal["abort", "skip"] = "abort"
+    corrupt: Literal["abort", "skip"] = "skip"
+    size: Units | None = None
+    standardize: Literal["auto", "no", "yes"] = "auto"
+    missing: Literal["abort", "mean"] = "abort"
 
 
 @_checked
 class ModelConfig:
     """The model, and what it does against collapse by its construction.
 
-    ``kind``: "auto" is "gru" for text, "mlp" else. ``likelihood`` (images and vectors): "auto" is "bernoulli"
-    for data of two values, "discretized-logistic" for more, "gaussian" for real numbers. ``sigma``: the
-    standard deviation of the Gaussian likelihood (None: learned). ``embedding``: text only. ``top_dim``: the
-    upper layer of the ladder (None: half of ``latent_dim``). ``latent_channels``: of the convolutional model,
-    a latent per position, [B, C, H/4, W/4], in place of a vector (None).
+    ``kind``: "auto" is "gru" for text, "conv" for images of 16x16 and more, "mlp" else. ``likelihood``
+    (images and vectors): "auto" is "bernoulli" for data of two values, "discretized-logistic" for more,
+    "gaussian" for real numbers. ``sigma``: the standard deviation of the Gaussian likelihood (None: learned).
+    ``embedding``: text only. ``top_dim``: the upper layer of the ladder (None: half of ``latent_dim``).
+    ``latent_channels``: of the convolutional model, a latent per position, [B, C, H/4, W/4], in place of a
+    vector (None).
 
     ``delta``: the log-variance is bounded so that every dimension has at least this rate (delta-VAE, Razavi
     et al. 2019; usual 0.15). ``batch_norm``: mu is batch-normalised to this fixed scale (BN-VAE, Zhu et al.

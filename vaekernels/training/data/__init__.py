@@ -7,17 +7,33 @@ A new one is a loader in one of the modules here and its entry in ``DATASETS`` o
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 from vaekernels.training.config import DataConfig
-from vaekernels.training.data.arrays import load_idx, load_npz
-from vaekernels.training.data.base import Arrays, Data, Factors, Text
+from vaekernels.training.data.arrays import load_idx, load_npy, load_npz
+from vaekernels.training.data.base import Arrays, Data, Factors, Text, without_examples
 from vaekernels.training.data.batches import Batches
+from vaekernels.training.data.csv_tables import load_csv
 from vaekernels.training.data.images import binarized, load_digits, load_images
 from vaekernels.training.data.synthetic import load_sprites, load_synthetic_text
 from vaekernels.training.data.text import load_docstrings, load_text
 from vaekernels.training.errors import DataError
 
-__all__ = ["DATASETS", "OWN", "Arrays", "Batches", "Data", "Factors", "Text", "is_own", "load"]
+__all__ = [
+    "DATASETS",
+    "OWN",
+    "Arrays",
+    "Batches",
+    "Data",
+    "Factors",
+    "Text",
+    "is_own",
+    "load",
+    "located",
+    "path_of",
+    "without_examples",
+]
 
 Loader = Callable[[DataConfig, Callable[[str], None]], Data]
 
@@ -33,6 +49,8 @@ OWN: dict[str, Loader] = {
     "text": load_text,
     "images": load_images,
     "npz": load_npz,
+    "npy": load_npy,
+    "csv": load_csv,
 }
 """The user's own data, named ``KIND:PATH``."""
 
@@ -41,6 +59,19 @@ def is_own(name: str) -> bool:
     """Whether ``name`` is of the form ``KIND:PATH``."""
     kind, colon, _ = name.partition(":")
     return bool(colon) and kind in OWN
+
+
+def path_of(name: str) -> Path | None:
+    """Where the user's own data lie; None of named data sets."""
+    return Path(name.partition(":")[2]) if is_own(name) else None
+
+
+def located(config: DataConfig) -> DataConfig:
+    """``config`` with the path of the user's own data absolute, so that a run finds them from any folder."""
+    path = path_of(config.name)
+    if path is None or not path.parts:
+        return config
+    return replace(config, name=f"{config.name.partition(':')[0]}:{path.absolute()}")
 
 
 def load(config: DataConfig, say: Callable[[str], None]) -> Data:

@@ -7,31 +7,35 @@ import math
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from vaekernels.training.config import DataConfig
-from vaekernels.training.data.base import Arrays, Data, Most, digest, opened, split
+from vaekernels.training.data.base import Arrays, Data, Most, digest, file_size, opened, split
 from vaekernels.training.errors import DataError
 
-__all__ = ["as_arrays", "load_idx", "load_npz", "native", "read_idx"]
+__all__ = ["as_arrays", "load_idx", "load_npy", "load_npz", "native", "read_idx"]
 
 _COLOURS = (1, 3)
+_NAMED = 8  # columns, in a message
 _CHANNELS = (1, 2, 3, 4)
 
 
-def as_arrays(name: str, x: Tensor, where: str, say: Callable[[str], None]) -> Arrays:
+def as_arrays(
+    config: DataConfig, x: Tensor, where: str, say: Callable[[str], None], columns: Sequence[str] = ()
+) -> Arrays:
     """[N, D] vectors, [N, H, W] grey images, [N, C, H, W] or [N, H, W, C] images: the last axis is the
     channels if it is 1 or 3 and the second is neither, or if it alone is at most 4.
 
     Values that are all 0 or 1, of any type, and bytes that are all 0 or 255 become 2 levels; other bytes, and
     images of whole numbers from 0 to 255, become 256; everything else is real numbers. ``say`` is told where
-    that does not follow from the type."""
+    that does not follow from the type, of constant columns, and of missing values that were filled in.
+    ``columns``: the names of the columns of a table."""
     if x.dim() not in (2, 3, 4) or 0 in x.shape[1:]:
         raise DataError(
             f"{where}: shape {list(x.shape)}; takes [N, D] vectors, [N, H, W], [N, C, H, W] or [N, H, W, C] "
@@ -41,9 +45,50 @@ def as_arrays(name: str, x: Tensor, where: str, say: Callable[[str], None]) -> A
         x = x.unsqueeze(1)
     elif x.dim() == 4 and _channels_last(x):
         x = x.permute(0, 3, 1, 2)
+    if x.dim() == 2:
+        x = _filled(x, config, where, say, columns)
     x, levels = _levels(x, where, say)
     train, heldout = split(x.contiguous(), where)
-    return Arrays(name, train, heldout, digest(x), levels=levels)
+    if x.dim() == 2:
+        constant = (train == train[0]).all(dim=0).nonzero().flatten().tolist()
+        if constant:
+            say(f"constant over the training data: {_columns(constant, columns)}")
+    table = x.dim() == 2 and levels is None
+    if config.standardize == "yes" and not table:
+        raise DataError(f"data.standardize is for vectors of real numbers, {where} holds {list(x.shape[1:])}")
+    standardize = table and config.standardize != "no"
+    return Arrays(config.name, train, heldout, digest(x), levels=levels, standardize=standardize)
+
+
+def _filled(
+    x: Tensor, config: DataConfig, where: str, say: Callable[[str], None], columns: Sequence[str]
+) -> Tensor:
+    """The table with the mean of the training data in the place of every NaN, where the settings ask for
+    that. DataError with the column if they do not."""
+    missing = x.isnan()
+    if not bool(missing.any()):
+        return x
+    hit = missing.any(dim=0).nonzero().flatten().tolist()
+    found = f"{int(missing.sum()):,} of {x.numel():,} values are missing (NaN), in {_columns(hit, columns)}"
+    if config.missing == "abort":
+        row = int(missing.any(dim=1).nonzero()[0])
+        raise DataError(
+            f"{where}: {found}; the first is in example {row}. --set data.missing=mean puts the mean of the "
+            f"column in their place"
+        )
+    means = split(x, where)[0].nanmean(dim=0)
+    if bool(means.isnan().any()):
+        empty = means.isnan().nonzero().flatten().tolist()
+        raise DataError(f"{where}: all values of the training data are missing in {_columns(empty, columns)}")
+    say(f"{found}: the mean of the column is put in their place")
+    return torch.where(missing, means, x)
+
+
+def _columns(numbers: Sequence[int], names: Sequence[str]) -> str:
+    """Columns by their names, or, where they have none, by their numbers from 0 on."""
+    shown = [repr(names[number]) if names else str(number) for number in numbers[:_NAMED]]
+    more = f" and {len(numbers) - _NAMED:,} more" if len(numbers) > _NAMED else ""
+    return f"column{'s' if len(numbers) > 1 else ''} {', '.join(shown)}{more}"
 
 
 def _levels(x: Tensor, where: str, say: Callable[[str], None]) -> tuple[Tensor, int | None]:
@@ -99,7 +144,7 @@ def load_idx(config: DataConfig, say: Callable[[str], None]) -> Data:
     array = read_idx(path, Most(config))
     if array.ndim == 1:
         raise DataError(f"{path} holds {len(array)} single numbers (labels?); give the file of the images")
-    return as_arrays(config.name, native(array, str(path)), str(path), say)
+    return as_arrays(config, native(array, str(path)), str(path), say)
 
 
 def read_idx(path: Path, most: Most) -> np.ndarray:
@@ -146,9 +191,27 @@ def _read_array(path: Path, file: BinaryIO | gzip.GzipFile, most: Most) -> np.nd
     return np.frombuffer(values, dtype).reshape(shape)
 
 
-# --- npz files
+# --- npy and npz files
 
 _NPY = b"\x93NUMPY"
+
+
+def load_npy(config: DataConfig, say: Callable[[str], None]) -> Data:
+    """``npy:PATH``: a single array of numpy."""
+    path = Path(config.name.partition(":")[2])
+    with opened(path) as file:
+        if file.read(len(_NPY)) != _NPY:
+            raise DataError(f"{path}: no .npy file; an archive of arrays is npz:{path}")
+        file.seek(0)
+        try:
+            _check_header(file, file_size(file), str(path), Most(config))
+            file.seek(0)
+            array = np.load(file, allow_pickle=False)
+        except (DataError, MemoryError):
+            raise
+        except Exception as error:  # numpy raises a dozen types for damaged files
+            raise DataError(f"{path}: damaged, or not an array of plain numbers ({error})") from error
+    return as_arrays(config, native(array, str(path)), str(path), say)
 
 
 def load_npz(config: DataConfig, say: Callable[[str], None]) -> Data:
@@ -156,14 +219,14 @@ def load_npz(config: DataConfig, say: Callable[[str], None]) -> Data:
     path = Path(config.name.partition(":")[2])
     array = _read_npz(path, config.array, Most(config))
     where = f"{path}, array {config.array!r}"
-    return as_arrays(config.name, native(array, where), where, say)
+    return as_arrays(config, native(array, where), where, say)
 
 
 def _read_npz(path: Path, name: str, most: Most) -> np.ndarray:
     with opened(path) as file:
         start = file.read(len(_NPY))
         if start == _NPY:
-            raise DataError(f"{path} is a single array; save it with numpy.savez(PATH, {name}=array)")
+            raise DataError(f"{path} is a single array; name it npy:{path}")
         file.seek(0)
         try:
             with np.load(file, allow_pickle=False) as archive:
@@ -182,19 +245,20 @@ def _read_npz(path: Path, name: str, most: Most) -> np.ndarray:
 
 
 def _check_size(archive: zipfile.ZipFile, name: str, where: str, most: Most) -> None:
-    """DataError if the array is too large, ValueError if its header and the archive say different sizes:
-    numpy takes the memory that the header says before it reads the first number."""
     member = name if name in archive.namelist() else f"{name}.npy"
     with archive.open(member) as file:
-        version = np.lib.format.read_magic(file)
-        read = (
-            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        )
-        shape, _, dtype = read(file)
-        start = file.tell()
+        _check_header(file, archive.getinfo(member).file_size, where, most)
+
+
+def _check_header(file: IO[bytes], length: int, where: str, most: Most) -> None:
+    """DataError if the array is too large, ValueError if its header and the ``length`` of the file say
+    different sizes: numpy takes the memory that the header says before it reads the first number."""
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = read(file)
     if dtype.hasobject:
         raise ValueError("an array of Python objects")
-    size, stored = math.prod(shape) * dtype.itemsize, archive.getinfo(member).file_size - start
+    size, stored = math.prod(shape) * dtype.itemsize, length - file.tell()
     most.check(f"{where}, {dtype} {list(shape)}", size)
     if size != stored:
-        raise ValueError(f"its header says {dtype} {list(shape)}, {size} bytes, the archive {stored}")
+        raise ValueError(f"its header says {dtype} {list(shape)}, {size} bytes, the file has {stored}")

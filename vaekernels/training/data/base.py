@@ -4,13 +4,14 @@ opened within a limit of size."""
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -31,11 +32,14 @@ __all__ = [
     "Factors",
     "Most",
     "Text",
+    "Unit",
     "digest",
     "encode_sentences",
     "file_size",
     "opened",
     "split",
+    "tokens_of",
+    "without_examples",
 ]
 
 PAD, BOS, EOS, UNK = range(4)
@@ -43,6 +47,10 @@ SPECIALS = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 _HELD_OUT_SHARE = 10  # one example in ten
 FEWEST = 40  # examples: 4 held out, the fewest that a diagnosis can shuffle
+
+
+Unit: TypeAlias = Literal["word", "char"]
+"""What a token of a text is."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +86,20 @@ class Data(ABC):
     def described(self) -> str:
         """What the examples are, for the user."""
 
+    @abstractmethod
+    def meaning(self) -> dict[str, Any]:
+        """What a model of these data needs to be used without the examples, as a checkpoint keeps it;
+        :func:`without_examples` reads it."""
+
 
 @dataclass(frozen=True)
 class Arrays(Data):
     """Images [N, channels, height, width] or vectors [N, D]. uint8 values 0 .. levels-1, or, where ``levels``
-    is None, real numbers (float32)."""
+    is None, real numbers (float32). ``standardize``: whether a model shifts and scales every column."""
 
     levels: int | None
     factors: Factors | None = None
+    standardize: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -101,23 +115,29 @@ class Arrays(Data):
 
     @property
     def dims(self) -> float:
-        return float(self.train[0].numel())
+        return float(math.prod(self.shape))
+
+    def meaning(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "levels": self.levels, "standardize": self.standardize}
 
     @property
     def described(self) -> str:
         values = "real values" if self.levels is None else f"{self.levels} levels"
         if not self.is_image:
-            return f"vectors of {self.shape[0]} numbers, {values}"
+            scaled = ", standardized" if self.standardize else ""
+            return f"vectors of {self.shape[0]:,} numbers, {values}{scaled}"
         channels, height, width = self.shape
         return f"{height}x{width} images, {channels} channel{'s' if channels > 1 else ''}, {values}"
 
 
 @dataclass(frozen=True)
 class Text(Data):
-    """Sentences, int64 [N, T]: tokens, then EOS, then PAD. ``vocabulary[i]`` is the word of token i."""
+    """Sentences, int64 [N, T]: tokens, then EOS, then PAD. ``vocabulary[i]`` is the word or character of
+    token i, which of them says ``unit``."""
 
     vocabulary: tuple[str, ...]
     factors: Factors | None = None
+    unit: Unit = "word"
 
     def lengths(self, x: Tensor) -> Tensor:
         return (x != PAD).sum(dim=1)
@@ -126,9 +146,13 @@ class Text(Data):
     def dims(self) -> float:
         return (self.train != PAD).sum().item() / len(self.train)
 
+    def meaning(self) -> dict[str, Any]:
+        return {"vocabulary": list(self.vocabulary), "unit": self.unit, "length": self.train.shape[1]}
+
     @property
     def described(self) -> str:
-        return f"sentences (mean {self.dims:.1f} tokens, vocabulary {len(self.vocabulary)})"
+        unit = "tokens" if self.unit == "word" else "characters"
+        return f"sentences (mean {self.dims:.1f} {unit}, vocabulary {len(self.vocabulary):,})"
 
     def sentence(self, tokens: Tensor) -> str:
         """Tokens [T] up to the first EOS, as a line of text."""
@@ -137,7 +161,23 @@ class Text(Data):
             if token in (EOS, PAD):
                 break
             words.append(self.vocabulary[token])
-        return " ".join(words)
+        return (" " if self.unit == "word" else "").join(words)
+
+
+def without_examples(name: str, meaning: Mapping[str, Any], sha256: str) -> Data:
+    """The data set of :meth:`Data.meaning` with no examples in it."""
+    if "vocabulary" in meaning:
+        none = torch.empty(0, meaning["length"], dtype=torch.int64)
+        return Text(name, none, none, sha256, tuple(meaning["vocabulary"]), unit=meaning["unit"])
+    levels = meaning["levels"]
+    none = torch.empty(0, *meaning["shape"], dtype=torch.float32 if levels is None else torch.uint8)
+    return Arrays(name, none, none, sha256, levels=levels, standardize=meaning["standardize"])
+
+
+def tokens_of(line: str, unit: Unit) -> list[str]:
+    """The words of a line, or its characters, of which white space between words is one."""
+    words = line.split()
+    return words if unit == "word" else list(" ".join(words))
 
 
 def encode_sentences(sentences: Sequence[Sequence[str]], vocabulary: Sequence[str]) -> Tensor:

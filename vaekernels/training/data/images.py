@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import stat
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from vaekernels.training.config import DataConfig
 from vaekernels.training.data.arrays import as_arrays
 from vaekernels.training.data.base import Arrays, Data, Most, digest, split
 from vaekernels.training.errors import DataError
+from vaekernels.training.waiting import tracked
 
 __all__ = ["SUFFIXES", "binarized", "image_paths", "load_digits", "load_images", "read_image"]
 
@@ -41,34 +43,42 @@ def load_digits(config: DataConfig, say: Callable[[str], None]) -> Data:
 # Ghostscript for PostScript.
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
 _FORMATS = ("PNG", "JPEG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
-_GREY = ("1", "L")
-_COLOUR = ("RGB", "P", "RGBA", "CMYK", "YCbCr", "LA", "PA")  # become RGB
+_GREY = ("1", "L", "LA")
+_COLOUR = ("RGB", "P", "RGBA", "CMYK", "YCbCr", "PA")  # become RGB
+_DEEP = ("I;16", "I;16L", "I;16B", "I;16N", "I")  # grey of 16 bits, which Pillow may widen
+_ALPHA = ("RGBA", "LA", "PA")
+_WHITE = (255, 255, 255, 255)
+_NAMED = 5  # files, in a message
 
 
 def load_images(config: DataConfig, say: Callable[[str], None]) -> Data:
-    """``images:PATH``: the images in a folder and the folders below it, in the order of their paths, all of
-    one size, turned as their EXIF orientation says. Grey if all are, else RGB; transparency is dropped.
-    Hidden files are left out and counted; with ``config.corrupt`` "skip", so are those that cannot be
-    read."""
+    """``images:PATH``: the images in a folder and the folders below it, in the order of their paths.
+
+    They are turned as their EXIF orientation says; all are of one size, or, with ``config.size``, resized and
+    cropped to it. Grey if all are, else RGB; transparent ones lie on white, 16-bit grey becomes 8-bit, which
+    ``say`` is told. Hidden files are left out and counted; with ``config.corrupt`` "skip", so are those that
+    cannot be read."""
     root = Path(config.name.partition(":")[2])
     paths = image_paths(root, say)
     say(f"reading {len(paths)} images under {root} ...")
     most = Most(config)
     read: list[tuple[Path, np.ndarray]] = []
-    bad: list[DataError] = []
+    bad: list[tuple[Path, DataError]] = []
+    notes: Counter[str] = Counter()
     colour = False
-    for path in paths:
+    for path in tracked(paths, "reading images"):
         try:
-            image = read_image(path)
+            image, noted = _read(path, config.size)
         except DataError as error:
             if config.corrupt == "abort":
                 raise DataError(f"{error}; --set data.corrupt=skip leaves such files out") from error
-            bad.append(error)
+            bad.append((path, error))
             continue
+        notes.update(noted)
         if read and image.shape[:2] != read[0][1].shape[:2]:
             raise DataError(
                 f"images of different size: {read[0][0]} is {_size(read[0][1])}, {path} is {_size(image)}; "
-                f"resize them to one size"
+                f"--set data.size=64 resizes all of them and crops them to squares"
             )
         colour |= image.ndim == 3
         most.check(
@@ -76,13 +86,17 @@ def load_images(config: DataConfig, say: Callable[[str], None]) -> Data:
         )
         read.append((path, image))
     if bad:
-        say(f"left out {len(bad)} of {len(paths)} files, the first of them {bad[0]}")
+        named = ", ".join(str(path) for path, _ in bad[:_NAMED])
+        more = f" and {len(bad) - _NAMED:,} more" if len(bad) > _NAMED else ""
+        say(f"left out {len(bad):,} of {len(paths):,} files: {named}{more}. {bad[0][1]}")
+    for note, count in sorted(notes.items()):
+        say(f"{count:,} of {len(read):,} images {note}")
     if not read:
         raise DataError(f"{root}: none of {len(paths)} files is an image that can be read")
     images = [image for _, image in read]
     if colour:
         images = [image if image.ndim == 3 else np.stack([image] * 3, axis=2) for image in images]
-    return as_arrays(config.name, torch.from_numpy(np.stack(images)), str(root), say)
+    return as_arrays(config, torch.from_numpy(np.stack(images)), str(root), say)
 
 
 def image_paths(root: Path, say: Callable[[str], None]) -> list[Path]:
@@ -107,22 +121,44 @@ def _is_hidden(path: Path) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
-def read_image(path: Path) -> np.ndarray:
-    """uint8 [H, W] or [H, W, 3]."""
+def read_image(path: Path, size: int | None = None) -> np.ndarray:
+    """uint8 [H, W] or [H, W, 3]; with ``size`` the shorter side is resized to it, and the middle of the
+    longer one kept. DataError for what is no image."""
+    return _read(path, size)[0]
+
+
+def _read(path: Path, size: int | None) -> tuple[np.ndarray, list[str]]:
+    """The image, and what was changed in it."""
     from PIL import Image, ImageOps
 
+    notes: list[str] = []
     try:
         with Image.open(path, formats=_FORMATS) as opened:
             image = ImageOps.exif_transpose(opened)
-            if image.mode in _GREY:
-                return np.asarray(image.convert("L"))
-            if image.mode in _COLOUR:
-                return np.asarray(image.convert("RGB"))
+            grey = image.mode in _GREY
+            if image.mode in _DEEP:
+                deep = np.asarray(image).astype(np.int64)
+                if deep.min() >= 0 and deep.max() < 2**16:
+                    notes.append("are grey of 16 bits, reduced to 8")
+                    image, grey = Image.fromarray((deep / 257).round().astype(np.uint8)), True
+            if image.mode in _ALPHA or "transparency" in image.info:
+                layer = image.convert("RGBA")
+                if np.asarray(layer)[..., 3].min() < 255:
+                    notes.append("are transparent in places, where white is put")
+                image = Image.alpha_composite(Image.new("RGBA", layer.size, _WHITE), layer)
+            if grey or image.mode in _COLOUR:
+                image = image.convert("L" if grey else "RGB")
+                if size is not None:
+                    image = ImageOps.fit(image, (size, size), method=Image.Resampling.LANCZOS)
+                pixels = np.asarray(image)
+                if opened.mode in ("P", "PA") and bool((pixels == pixels[..., :1]).all()):
+                    pixels = pixels[..., 0]  # a palette of greys
+                return pixels, notes
     except MemoryError:
         raise
     except Exception as error:  # Pillow raises a dozen types for damaged files, and one for too many pixels
         raise DataError(f"{path}: damaged or no image ({error})") from error
-    raise DataError(f"{path}: pixels of mode {image.mode!r}; takes 8-bit grey or colour images")
+    raise DataError(f"{path}: pixels of mode {image.mode!r}; takes grey of 8 or 16 bits and colour of 8")
 
 
 def _size(image: np.ndarray) -> str:

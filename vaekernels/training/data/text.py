@@ -29,14 +29,17 @@ from vaekernels.training.data.base import (
     Data,
     Most,
     Text,
+    Unit,
     digest,
     encode_sentences,
     file_size,
     opened,
     split,
+    tokens_of,
 )
 from vaekernels.training.data.synthetic import load_synthetic_text
 from vaekernels.training.errors import DataError
+from vaekernels.training.waiting import tracked
 
 __all__ = [
     "cache_dir",
@@ -49,8 +52,15 @@ __all__ = [
 ]
 
 
-def text_data(name: str, sentences: Sequence[Sequence[str]], size: int) -> Text:
-    """The data set of ``sentences`` with a vocabulary of ``size`` tokens, the special ones included.
+def text_data(
+    name: str,
+    sentences: Sequence[Sequence[str]],
+    size: int,
+    say: Callable[[str], None],
+    unit: Unit = "word",
+) -> Text:
+    """The data set of ``sentences`` with a vocabulary of ``size`` tokens, the special ones included. ``say``
+    is told how many of the tokens are unknown.
 
     ``<unk>`` in a sentence, as in the Penn Treebank, is the unknown token; the other special tokens are no
     words, so a literal ``<eos>`` is a word like any other."""
@@ -61,31 +71,66 @@ def text_data(name: str, sentences: Sequence[Sequence[str]], size: int) -> Text:
     vocabulary = (*SPECIALS, *ranked[: size - len(SPECIALS)])
     x = encode_sentences(sentences, vocabulary)
     train, heldout = split(x)
-    return Text(name, train, heldout, digest(x, vocabulary), vocabulary)
+    unknown = (x == UNK).sum().item() / sum(map(len, sentences))
+    if unknown:
+        say(
+            f"{100 * unknown:.3g} % of the {_PLURAL[unit]} are unknown to the vocabulary of "
+            f"{len(vocabulary):,} (--set data.vocabulary), which lowers the NLL: an unknown one is easily "
+            f"guessed"
+        )
+    return Text(name, train, heldout, digest(x, vocabulary), vocabulary, unit=unit)
 
 
 # --- files
 
 
 def load_text(config: DataConfig, say: Callable[[str], None]) -> Data:
-    """``text:PATH``: a UTF-8 file, one sentence per line, words separated by white space; ``<unk>`` in it is
-    the unknown token. Only a newline ends a line. Empty lines are passed over; lines of more than
-    ``config.max_tokens`` words are left out, and ``say`` is told how many."""
+    """``text:PATH``: a UTF-8 file, one sentence per line, of words separated by white space or of characters
+    (``config.tokens``); a word ``<unk>`` in it is the unknown token. Only a newline ends a line. Empty lines
+    are passed over; lines of more than ``config.max_tokens`` tokens are left out, and ``say`` is told how
+    many."""
     path = Path(config.name.partition(":")[2])
-    lines = [line.split() for line in lines_of(_decoded(path, Most(config)))]
-    sentences = [words for words in lines if 0 < len(words) <= config.max_tokens]
+    text = lines_of(_decoded(path, Most(config)))
+    unit = config.tokens
+    if unit == "auto":
+        unit, reason = _unit_of(text)
+        if unit == "char":
+            say(f"a token is a character, for {reason} (--set data.tokens=word)")
+    lines = [tokens_of(line, unit) for line in text]
+    sentences = [tokens for tokens in lines if 0 < len(tokens) <= config.max_tokens]
     if len(sentences) < FEWEST:
         raise DataError(
             f"{path}: {len(sentences)} of {len(lines)} line{'' if len(lines) == 1 else 's'} hold a sentence "
-            f"of 1 to {config.max_tokens} words; at least {FEWEST} are needed, one sentence per line"
+            f"of 1 to {config.max_tokens} {_PLURAL[unit]}; at least {FEWEST} are needed, one sentence per "
+            f"line"
         )
-    left_out = sum(len(words) > config.max_tokens for words in lines)
+    left_out = sum(len(tokens) > config.max_tokens for tokens in lines)
     if left_out:
         say(
-            f"left out {left_out} of {len(lines)} lines, longer than {config.max_tokens} words "
+            f"left out {left_out:,} of {len(lines):,} lines, longer than {config.max_tokens} {_PLURAL[unit]} "
             f"(--set data.max_tokens)"
         )
-    return text_data(config.name, sentences, config.vocabulary)
+    return text_data(config.name, sentences, config.vocabulary, say, unit)
+
+
+_PLURAL: dict[Unit, str] = {"word": "words", "char": "characters"}
+_LONG = 20  # characters: words longer than this in the mean are no words
+# Kana and Han; Thai and Lao; Burmese; Khmer: written without spaces between words.
+_UNSPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
+
+
+def _unit_of(lines: Sequence[str]) -> tuple[Unit, str]:
+    """What a token of these lines is, and, if a character, why."""
+    filled = [words for line in lines if (words := line.split())]
+    words = [word for each in filled for word in each]
+    letters = "".join(words)
+    if len(_UNSPACED.findall(letters)) > len(letters) / 2:
+        return "char", "most of the text is in a script without spaces between words"
+    if len(letters) > _LONG * len(words):
+        return "char", f"words have {len(letters) / len(words):.0f} characters in the mean"
+    if 2 * sum(len(each) == 1 for each in filled) > len(filled):
+        return "char", "most lines are a single word"
+    return "word", ""
 
 
 def _decoded(path: Path, most: Most) -> str:
@@ -122,14 +167,14 @@ def load_docstrings(config: DataConfig, say: Callable[[str], None]) -> Data:
             f"Python is installed without sources; using synthetic-text instead"
         )
         return load_synthetic_text(config, say)
-    return text_data("docstrings", [sentence.split(" ") for sentence in sentences], config.vocabulary)
+    return text_data("docstrings", [sentence.split(" ") for sentence in sentences], config.vocabulary, say)
 
 
 def read_sentences(root: Path) -> list[str]:
     """The unique first sentences of 5 to 20 tokens under ``root``, tokens joined by spaces, in order of file
     and line."""
     found: dict[str, None] = {}
-    for path in sorted(root.rglob("*.py")):
+    for path in tracked(sorted(root.rglob("*.py")), "reading docstrings"):
         if not {"site-packages", "dist-packages"}.isdisjoint(path.relative_to(root).parts):
             continue
         for docstring in _docstrings(path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,16 +81,29 @@ DEMOS: dict[str, tuple[Part, ...]] = {
 }
 
 
+def _left(seconds: float, done: int, total: int) -> str:
+    """About how long the models that are left take, if each takes as long as those that are done."""
+    if not done:
+        return ""
+    left = seconds / done * (total - done)
+    return f" (about {left:.0f} s left)" if left < 90 else f" (about {left / 60:.0f} minutes left)"
+
+
 def show(name: str, over: Mapping[str, object], folder: Path, console: Console) -> list[list[Outcome]]:
     """Run a demo, print what came of it and write ``demo.html`` into ``folder``."""
     parts = DEMOS[name]
     total = sum(len(part.variants) for part in parts)
     outcomes: list[list[Outcome]] = []
+    started = time.monotonic()
     for part in parts:
         found: list[Outcome] = []
         for variant in part.variants:
             number = sum(map(len, outcomes)) + len(found) + 1
-            console.print(f"{number} of {total}: {variant.title}", style="bold", highlight=False)
+            console.print(
+                f"{number} of {total}: {variant.title}{_left(time.monotonic() - started, number - 1, total)}",
+                style="bold",
+                highlight=False,
+            )
             found.append(run(variant, over, folder / variant.folder, console))
             console.print()
         outcomes.append(found)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vaekernels.collapse import Curve, plots
+from vaekernels.collapse.html import IDLE
 from vaekernels.training import gallery
 from vaekernels.training.demo import tables
 from vaekernels.training.demo.outcome import Outcome
@@ -56,7 +57,7 @@ def _section(title: str, outcomes: Sequence[Outcome]) -> Section:
         outcomes,
         tables.rows(outcomes, tables.interval),
         tables.conclusions(outcomes),
-        plots.plane(points, {}),
+        plots.plane(points, {}, unused={each.title for each in outcomes if each.report.verdict in IDLE}),
         plots.curves(_joined(outcomes)),
         [
             (outcome.title, plots.likelihoods(outcome.report.samples))

@@ -9,7 +9,7 @@ import torch
 from vaekernels.training.config import ModelConfig
 from vaekernels.training.data.base import Arrays, Data, Text
 from vaekernels.training.errors import ConfigError
-from vaekernels.training.models.base import VAE, LatentLayer, Sample, reset
+from vaekernels.training.models.base import VAE, ArrayVAE, LatentLayer, Sample, reset
 from vaekernels.training.models.conv import ConvVAE
 from vaekernels.training.models.ladder import LadderVAE
 from vaekernels.training.models.likelihoods import (
@@ -22,6 +22,7 @@ from vaekernels.training.models.likelihoods import (
 from vaekernels.training.models.mlp import MLPVAE, LinearVAE
 from vaekernels.training.models.posterior import Posterior, committed, largest_logvar, widened
 from vaekernels.training.models.row_gru import RowGRUVAE
+from vaekernels.training.models.standardized import Standardized
 from vaekernels.training.models.text import TextVAE
 
 __all__ = [
@@ -64,7 +65,13 @@ def build(config: ModelConfig, data: Data) -> VAE:
             f"this machine has {there / 2**30:,.0f}; make model.hidden ({config.hidden}) or another size "
             f"smaller"
         )
-    return _build(config, data)
+    model = _build(config, data)
+    if isinstance(model, ArrayVAE | LadderVAE) and len(data.train):
+        likelihood = model.decoder.likelihood
+        if isinstance(likelihood, Gaussian) and likelihood.columns is not None:
+            likelihood.columns.fit(data.train, torch.Tensor.float)
+        model.inputs.fit(data.train, likelihood.features)
+    return model
 
 
 def describe(config: ModelConfig) -> list[str]:
@@ -123,7 +130,7 @@ def _build(config: ModelConfig, data: Data) -> VAE:
 
 def _likelihood(config: ModelConfig, data: Arrays) -> Likelihood:
     if config.likelihood == "gaussian":
-        return Gaussian(data.levels, config.sigma)
+        return Gaussian(data.levels, config.sigma, Standardized(data.shape) if data.standardize else None)
     if config.likelihood == "bernoulli":
         return Bernoulli(data.levels)
     assert data.levels is not None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vaekernels.training.models.likelihoods import Likelihood
+from vaekernels.training.models.standardized import Standardized
 
 __all__ = ["VAE", "ArrayDecoder", "ArrayVAE", "LatentLayer", "Sample", "reset"]
 
@@ -91,9 +92,10 @@ class ArrayVAE(VAE):
         self.encoder = encoder
         self.decoder = decoder
         self.latent_dim = latent_dim
+        self.inputs = Standardized(decoder.shape)
 
     def moments(self, x: Tensor) -> Tensor:
-        moments: Tensor = self.encoder(self.decoder.likelihood.features(x))
+        moments: Tensor = self.encoder(self.inputs(self.decoder.likelihood.features(x)))
         return moments
 
     def log_likelihood(self, x: Tensor, z: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from vaekernels.training.models.base import VAE, LatentLayer, Sample
 from vaekernels.training.models.likelihoods import Likelihood
 from vaekernels.training.models.posterior import Posterior, committed, widened
+from vaekernels.training.models.standardized import Standardized
 
 __all__ = ["LadderVAE"]
 
@@ -91,6 +92,7 @@ class LadderVAE(VAE):
         self.delta = posterior.delta
         self.encoder = _Up(math.prod(shape), hidden, lower, upper, posterior)
         self.decoder = _Down(lower, upper, hidden, likelihood, shape)
+        self.inputs = Standardized(shape)
 
     @property
     def latent_layers(self) -> tuple[LatentLayer, ...]:
@@ -119,7 +121,7 @@ class LadderVAE(VAE):
         return self.decoder.likelihood.mean(self.decoder.said(self._lower(z)))
 
     def _up(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        top, data = self.encoder(self.decoder.likelihood.features(x))
+        top, data = self.encoder(self.inputs(self.decoder.likelihood.features(x)))
         return widened(top), widened(data)
 
     def _prior_moments(self, z2: Tensor) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vaekernels.training.models.standardized import Standardized
+
 __all__ = ["Bernoulli", "Categorical", "DiscretizedLogistic", "Gaussian", "Likelihood"]
 
 _SMALLEST_LOG_SCALE = -7.0  # of the logistic: a seventh of a level of 256, narrower is a point mass
@@ -64,12 +66,13 @@ class Bernoulli(Likelihood):
 class Gaussian(Likelihood):
     """N(mean, sigma²) with one sigma for all elements, fixed or learned. Learned, it decides by itself how
     much of the latent is worth its rate (Lucas et al. 2019; Rybkin et al. 2021). A density: the NLL may be
-    negative."""
+    negative. With ``columns`` it is the density of vectors standardized by them."""
 
     width = 1
 
-    def __init__(self, levels: int | None, sigma: float | None) -> None:
+    def __init__(self, levels: int | None, sigma: float | None, columns: Standardized | None = None) -> None:
         super().__init__(levels)
+        self.columns = columns
         self.fixed = sigma
         self.log_sigma = nn.Parameter(torch.zeros(()), requires_grad=sigma is None)
         self.reset_parameters()
@@ -82,8 +85,14 @@ class Gaussian(Likelihood):
         densities = -0.5 * z**2 - self.log_sigma - 0.5 * math.log(2 * math.pi)
         return densities.flatten(1).sum(dim=1)
 
+    def features(self, x: Tensor) -> Tensor:
+        features = super().features(x)
+        return features if self.columns is None else self.columns(features)
+
     def mean(self, said: Tensor) -> Tensor:
-        return said.squeeze(1).float()
+        """The expected data, with ``columns`` in the units of the data."""
+        mean = said.squeeze(1).float()
+        return mean if self.columns is None else self.columns.undone(mean)
 
     def mode(self, said: Tensor) -> Tensor:
         return self.mean(said)

@@ -1,0 +1,50 @@
+"""What to say at the end of a training run: is the latent used, and what to do now, as commands."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from vaekernels.collapse import Reading
+from vaekernels.collapse.verdict import EPS_GLOBAL
+from vaekernels.training.config import Config
+
+__all__ = ["lines"]
+
+_FALLS = 0.02  # of sigma, in the last epoch: a run of which less is left has settled
+_GROWS = 1.1  # times, of the information in the last epoch
+_SET_THE_WEIGHT = ("capacity", "pi_target", "geco_target")
+
+
+def lines(readings: Sequence[Reading], sigmas: Sequence[float], config: Config, folder: Path) -> list[str]:
+    """One line with the verdict, then commands. ``readings``: of the monitor, the last one that of the
+    finished model; ``sigmas``: the learned standard deviation of a Gaussian likelihood before and after the
+    last epoch, empty where there is none."""
+    last = readings[-1]
+    where = shlex.quote(str(folder))
+    told = f"I(x;z) {last.mi_lower} nats or more, another example's z costs {last.shuffle_gap} nats"
+    longer = f"vaekernels train --resume {where} --epochs {2 * config.optim.epochs}"
+    commands = [f"vaekernels diagnose {where}"]
+    growing = len(readings) > 1 and last.mi_lower.value > _GROWS * max(readings[-2].mi_lower.value, 0.02)
+    gap = last.shuffle_gap
+    if len(sigmas) == 2 and sigmas[1] < (1 - _FALLS) * sigmas[0]:
+        verdict = (
+            f"still training: the learned sigma fell from {sigmas[0]:.3g} to {sigmas[1]:.3g} in the last "
+            f"epoch, and how much of z is worth its rate depends on it"
+        )
+        commands.insert(0, longer)
+    elif last.empty and not growing:
+        verdict = "the latent is not used: changing z changes nothing"
+        objective = config.objective
+        if objective.free_bits is None and all(getattr(objective, name) is None for name in _SET_THE_WEIGHT):
+            settings = shlex.quote(str(folder / "config.toml"))
+            commands.append(f"vaekernels train --config {settings} --free-bits 0.25")
+    elif last.mi_lower.low >= EPS_GLOBAL and gap is not None and gap.low >= EPS_GLOBAL:
+        verdict = "the latent is used"
+    elif growing:
+        verdict = "still training: what z tells of x grew in the last epoch"
+        commands.insert(0, longer)
+    else:
+        verdict = "not clear whether the latent is used"
+    return [f"{verdict}. {told}", *(f"  {command}" for command in commands)]
