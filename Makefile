@@ -68,7 +68,8 @@ test: $(BUILT) lint types
 	if $(PY) vaekernels/_build.py nvcc; then $(MAKE) cuda-objects; else echo 'no nvcc: cuda-objects is left out'; fi
 	$(MAKE) -k -j2 -O --no-print-directory test-ops test-others
 
-OPS := tests/ops tests/shim tests/gpu tests/integrations tests/cuda_host
+# tests/build is among the first so that both take as long.
+OPS := tests/ops tests/shim tests/gpu tests/integrations tests/cuda_host tests/build
 
 test-ops: $(BUILT)
 	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest $(OPS)

@@ -270,7 +270,7 @@ def test_unknown_data_set_lists_the_known() -> None:
         datasets.load(DataConfig("mnist"), quiet)
     assert str(raised.value) == (
         "unknown data set 'mnist'; known: docstrings, synthetic-text, digits, sprites, idx:PATH, text:PATH, "
-        "images:PATH, npz:PATH"
+        "images:PATH, npz:PATH, npy:PATH, csv:PATH"
     )
 
 

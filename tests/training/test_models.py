@@ -558,6 +558,7 @@ def test_the_optimum_of_probabilistic_pca_is_one_of_the_linear_vae() -> None:
     data = Arrays("gaussian", x.float(), x[:8].float(), digest(x), levels=None)
     model = made(data, kind="linear", sigma=0.5, latent_dim=3).double()
     model.decoder.likelihood.features = lambda x: x  # type: ignore[union-attr,method-assign]
+    model.inputs = torch.nn.Identity()  # V is of x itself
     scale = (eigenvalues - variance).clamp(min=0).sqrt()
     precision = scale**2 + variance
     with torch.no_grad():

@@ -313,7 +313,7 @@ def _at_most(n: int, data: Any) -> int:
     """How many of the examples are used; ``n`` where they do not tell how many they are."""
     try:
         return min(n, len(data[0] if isinstance(data, tuple) else data))
-    except TypeError:  # a stream
+    except (TypeError, IndexError):  # a stream; an empty tuple, which is refused where examples are taken
         return n
 
 
