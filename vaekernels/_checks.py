@@ -204,8 +204,6 @@ def check_aggregate_call(
         check_bounds(logvar_bounds)
     if log_weight != "uniform":
         log_weight_of(examples)
-        if leave_one_out:
-            both_weights()
     own = own_posterior(log_weight, leave_one_out)
     check_posteriors(mu.shape[0], mu.shape[1], examples, own)
     if own is not None and (first < 0 or z.shape[0] + first > mu.shape[0]):
@@ -216,14 +214,13 @@ def check_aggregate_call(
 
 
 def own_posterior(log_weight: str, leave_one_out: bool) -> str | None:
-    """What needs the posterior of each sample, as messages name it."""
+    """What needs the posterior of each sample, as messages name it. ValueError where both are given."""
+    if leave_one_out and log_weight != "uniform":
+        raise ValueError(
+            "leave_one_out must be False with log_weight, whose weights are of all posteriors; drop one of "
+            "them"
+        )
     return "leave_one_out" if leave_one_out else STRATIFIED if log_weight == "stratified" else None
-
-
-def both_weights() -> NoReturn:
-    raise ValueError(
-        "leave_one_out must be False with log_weight, whose weights are of all posteriors; drop one of them"
-    )
 
 
 def log_weight_of(log_weight: Any) -> tuple[str, int]:

@@ -301,8 +301,6 @@ def aggregate(
     """(log_qz, log_qz_dims) of `ops.log_aggregate_posterior`, whose arguments these are."""
     z, mu, logvar = _checks.promoted(z, mu, logvar)
     kind, examples = _checks.log_weight_of(log_weight)
-    if leave_one_out and kind != "uniform":
-        _checks.both_weights()
     own = _checks.own_posterior(kind, leave_one_out)
     _checks.check_aggregate(z, mu, logvar, own)
     options: dict[str, Any] = {"per_dim": per_dim, "log_weight": kind, "examples": examples}

@@ -310,11 +310,10 @@ def _forward(
     rng: Tensor | None,
 ) -> SampleKL:
     """The forward pass of `layer`, as one call in a graph of torch.fx."""
-    if prior_moments is None:
-        found: SampleKL = layer._run(moments, (), None, weight, generator, rng)
-        return found
-    prior = layer._prior(moments, prior_moments)
-    found = layer._run(moments, prior, layer.balance, weight, generator, rng)
+    prior, balance = (), None
+    if prior_moments is not None:
+        prior, balance = layer._prior(moments, prior_moments), layer.balance
+    found: SampleKL = layer._run(moments, prior, balance, weight, generator, rng)
     return found
 
 

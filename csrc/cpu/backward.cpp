@@ -274,8 +274,8 @@ class BackwardJob {
 
   const Backward& p_;
   const Matrix m_;
-  const int tile_;       // elements of one
-  const int64_t chunk_;  // elements of one
+  const int tile_;       // elements of a tile
+  const int64_t chunk_;  // elements of a chunk
   const Inputs<R> in_;
   const bool kl_used_;
   const Mode mode_;

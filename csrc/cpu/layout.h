@@ -46,12 +46,11 @@ struct Chunk {
 
 inline constexpr int64_t kChunk = 16384;
 
-// Elements of a chunk, each of which is worked on for all K samples.
-//
-// Several samples of no more elements than a tile has are another matter: there z is one array of K times
-// those elements, which is cut into chunks and tiles as it is.
+// Whether there are several samples of no more elements than a tile has. Then z is one array of K times those
+// elements, which is cut into chunks and tiles as it is.
 inline bool is_repeated(const Problem& p) { return p.K > 1 && p.numel() > 0 && p.numel() <= kTile; }
 
+// Elements of a chunk, each of which is worked on for all K samples.
 inline int64_t chunk_size(int64_t K) {
   return std::max<int64_t>(kTile, kChunk / std::max<int64_t>(K, 1) / kTile * kTile);
 }

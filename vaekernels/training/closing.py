@@ -9,12 +9,12 @@ from pathlib import Path
 from vaekernels.collapse import Reading
 from vaekernels.collapse.verdict import EPS_GLOBAL
 from vaekernels.training.config import Config
+from vaekernels.training.config.combinations import SET_THE_WEIGHT
 
 __all__ = ["lines"]
 
 _FALLS = 0.02  # of sigma, in the last epoch: a run of which less is left has settled
 _GROWS = 1.1  # times, of the information in the last epoch
-_SET_THE_WEIGHT = ("capacity", "pi_target", "geco_target")
 
 
 def lines(readings: Sequence[Reading], sigmas: Sequence[float], config: Config, folder: Path) -> list[str]:
@@ -37,7 +37,7 @@ def lines(readings: Sequence[Reading], sigmas: Sequence[float], config: Config, 
     elif last.empty and not growing:
         verdict = "the latent is not used: changing z changes nothing"
         objective = config.objective
-        if objective.free_bits is None and all(getattr(objective, name) is None for name in _SET_THE_WEIGHT):
+        if objective.free_bits is None and all(getattr(objective, name) is None for name in SET_THE_WEIGHT):
             settings = shlex.quote(str(folder / "config.toml"))
             commands.append(f"vaekernels train --config {settings} --free-bits 0.25")
     elif last.mi_lower.low >= EPS_GLOBAL and gap is not None and gap.low >= EPS_GLOBAL:

@@ -13,11 +13,11 @@ from vaekernels.training.config.schema import Config, ModelConfig, ObjectiveConf
 from vaekernels.training.data.base import Arrays, Data, Text
 from vaekernels.training.errors import ConfigError
 
-__all__ = ["check", "resolve"]
+__all__ = ["SET_THE_WEIGHT", "check", "resolve"]
 
 Chosen = Literal["auto", "bernoulli", "gaussian", "discretized-logistic", "categorical"]
 
-_SET_THE_WEIGHT = ("capacity", "pi_target", "geco_target")
+SET_THE_WEIGHT = ("capacity", "pi_target", "geco_target")
 _OF_THE_WEIGHT = (
     "beta", "anneal", "free_bits", "layer_balance", "tc_beta", "mi_weight", "reconstruction", "kl",
 )  # fmt: skip
@@ -94,7 +94,7 @@ def resolve(config: Config, data: Data) -> Config:
 
 def _problems(config: Config) -> Iterator[str]:
     objective, strategy = config.objective, config.strategy
-    given = [name for name in _SET_THE_WEIGHT if getattr(objective, name) is not None]
+    given = [name for name in SET_THE_WEIGHT if getattr(objective, name) is not None]
     if len(given) > 1:
         yield f"objective.{given[0]} and objective.{given[1]} each set the weight of the KL; choose one"
     for name in _OF_THE_WEIGHT:
