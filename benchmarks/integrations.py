@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import monai.networks.nets
 import pyro
 import pythae.models
 import scvi
@@ -27,15 +29,18 @@ from diffusers.models.autoencoders import autoencoder_kl
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 from torch.distributions import kl_divergence
+from torchrl.objectives import DreamerModelLoss
 
 import vaekernels as vk
 from vaekernels import bench
 from vaekernels.bench.measure import interleaved, spread, timed
 from vaekernels.bench.report import write_csv
 from vaekernels.integrations import diffusers as fused_diffusers
+from vaekernels.integrations import monai as fused_monai
 from vaekernels.integrations import pyro as fused_pyro
 from vaekernels.integrations import pythae as fused_pythae
 from vaekernels.integrations import torch_distributions as fused_distributions
+from vaekernels.integrations import torchrl as fused_torchrl
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 LIBRARY, OURS = "library", "vaekernels"
@@ -140,6 +145,16 @@ def of_pythae() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
         {name: training_step(m, lambda m=m: m(inputs).loss) for name, m in ((LIBRARY, theirs), (OURS, ours))},
     )
 
+    few = inputs["data"][:16]
+    yield (
+        "get_nll",
+        (100, 16),
+        {
+            name: lambda m=m: m.get_nll(few, n_samples=100, batch_size=100)
+            for name, m in ((LIBRARY, theirs), (OURS, ours))
+        },
+    )
+
     def eager(mu: Tensor, log_var: Tensor) -> tuple[Tensor, Tensor]:
         z, _ = theirs._sample_gauss(mu, torch.exp(0.5 * log_var))
         return z, (-0.5 * torch.sum(1 + log_var - mu.pow(2) - log_var.exp(), dim=-1)).mean(dim=0)
@@ -149,25 +164,45 @@ def of_pythae() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
     yield "latent layer", shape, {LIBRARY: layer_step(pair, eager), OURS: fused}
 
 
-def of_scvi() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
-    shape = (128, 10)
-    cells = scvi.data.synthetic_iid(batch_size=128, n_genes=2000, n_batches=1)
-    scvi.model.SCVI.setup_anndata(cells)
-    owner = scvi.model.SCVI(cells)
-    module = owner.module.train()
-    batch = next(iter(scvi.dataloaders.AnnDataLoader(owner.adata_manager, batch_size=128)))
+def scvi_steps(module: torch.nn.Module, batch: dict[str, Tensor]) -> dict[str, Step]:
+    theirs = torch.distributions.Normal
     plain = training_step(module, lambda: module(batch)[2].loss)
+    # What patch() rebinds, found once: its walk over all modules would count.
+    places = [
+        (found, name)
+        for found in list(sys.modules.values())
+        if found.__name__.startswith("scvi.")
+        for name, value in vars(found).items()
+        if value is theirs
+    ]
 
     def on(normal: type[torch.distributions.Normal]) -> Step:
         def step() -> None:
-            # What patch() does to the encoders, without its walk over all modules, which would count.
-            scvi.nn._base_components.Normal = normal
+            for found, name in places:
+                setattr(found, name, normal)
             plain()
+            for found, name in places:
+                setattr(found, name, theirs)
 
         return step
 
-    yield "step", shape, {LIBRARY: on(torch.distributions.Normal), OURS: on(fused_distributions.Normal)}
-    scvi.nn._base_components.Normal = torch.distributions.Normal
+    return {LIBRARY: on(theirs), OURS: on(fused_distributions.Normal)}
+
+
+def of_scvi() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
+    shape = (128, 10)
+    for name, options in (
+        ("SCVI", {}),
+        ("TOTALVI", {"protein_expression_obsm_key": "protein_expression"}),
+        ("PEAKVI", {}),
+    ):
+        cells = scvi.data.synthetic_iid(batch_size=128, n_genes=2000, n_batches=1)
+        model = getattr(scvi.model, name)
+        model.setup_anndata(cells, **options)
+        owner = model(cells)
+        module = owner.module.train()
+        batch = next(iter(scvi.dataloaders.AnnDataLoader(owner.adata_manager, batch_size=128)))
+        yield f"step of {name}", (128, module.n_latent), scvi_steps(module, batch)
 
     def layer(normal: type[torch.distributions.Normal]) -> Callable[..., tuple[Tensor, Tensor]]:
         def run(mean: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -241,12 +276,64 @@ def of_pyro() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
     )
 
 
+def of_monai() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
+    model = monai.networks.nets.AutoencoderKL(
+        spatial_dims=2, in_channels=1, out_channels=1, channels=(16, 32), latent_channels=4,
+        num_res_blocks=1, norm_num_groups=4, attention_levels=(False, False),
+        with_encoder_nonlocal_attn=False, with_decoder_nonlocal_attn=False,
+    )  # fmt: skip
+    x = torch.randn(4, 1, 64, 64)
+
+    def eager(mu: Tensor, sigma: Tensor) -> Tensor:
+        return 0.5 * (mu.pow(2) + sigma.pow(2) - torch.log(sigma.pow(2)) - 1).sum((1, 2, 3)).mean()
+
+    def on(sampling: Callable[..., Tensor], kl_loss: Callable[[Tensor, Tensor], Tensor]) -> Step:
+        def loss() -> Tensor:
+            out, mu, sigma = model(x)
+            return (out - x).abs().mean() + 1e-6 * kl_loss(mu, sigma)
+
+        plain = training_step(model, loss)
+
+        def step() -> None:
+            type(model).sampling = sampling
+            plain()
+
+        return step
+
+    theirs = type(model).sampling
+    fused_monai.patch()
+    ours = type(model).sampling
+    fused_monai.unpatch()
+    yield "step", (4, 4, 32, 32), {LIBRARY: on(theirs, eager), OURS: on(ours, fused_monai.kl_loss)}
+    type(model).sampling = theirs
+
+
+def of_torchrl() -> Iterator[tuple[str, tuple[int, ...], dict[str, Step]]]:
+    """The KL alone, over the 50 steps of a sequence."""
+    shape = (50, 50, 30)
+    moments = [(torch.rand(shape) + 0.5).requires_grad_() for _ in range(4)]
+
+    def on(cls: type[DreamerModelLoss]) -> Step:
+        loss = cls(torch.nn.Identity(), free_nats=3)
+
+        def step() -> None:
+            for t in moments:
+                t.grad = None
+            loss.kl_loss(*moments).backward()
+
+        return step
+
+    yield "KL", shape, {LIBRARY: on(DreamerModelLoss), OURS: on(fused_torchrl.DreamerModelLoss)}
+
+
 CASES = {
     "diffusers": ("diffusers", of_diffusers),
     "pythae": ("pythae", of_pythae),
     "scvi-tools": ("scvi-tools", of_scvi),
     "torch.distributions": ("torch", of_torch_distributions),
     "Pyro": ("pyro-ppl", of_pyro),
+    "MONAI": ("monai", of_monai),
+    "torchrl": ("torchrl", of_torchrl),
 }
 
 

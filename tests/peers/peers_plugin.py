@@ -12,7 +12,10 @@ from vaekernels.integrations._rebind import rebind
 def torchs() -> None:
     from vaekernels.integrations import torch_distributions as fused
 
-    rebind("torch.distributions", torch.distributions.Normal, fused.Normal)
+    theirs = torch.distributions.Normal
+    rebind("torch.distributions", theirs, fused.Normal)
+    # Where the class is defined its methods go by its name: super(Normal, new).
+    torch.distributions.normal.Normal = theirs
     fused.register()
 
 
@@ -29,8 +32,9 @@ def pythae() -> None:
 
     from vaekernels.integrations import pythae as fused
 
+    # Not in every module: their own models go by those names, VAE.__init__(self, ...), to their own parents.
     for name in ("VAE", "BetaVAE", "DisentangledBetaVAE"):
-        rebind("pythae", getattr(pythae.models, name), getattr(fused, name))
+        setattr(pythae.models, name, getattr(fused, name))
 
 
 def of_integration(name: str) -> None:
