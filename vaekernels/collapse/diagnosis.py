@@ -16,6 +16,7 @@ from vaekernels.collapse.budget import Budget, OutOfTime, fitting, progress_bar
 from vaekernels.collapse.decoder import importance_columns, importance_mean
 from vaekernels.collapse.estimate import RESAMPLES, Estimate, difference, holm_low
 from vaekernels.collapse.examples import (
+    GAP,
     Encode,
     Examples,
     LogLikelihood,
@@ -24,6 +25,7 @@ from vaekernels.collapse.examples import (
     count,
     digest,
     labels_of,
+    near_copies,
     select,
     take,
     whiten_latents,
@@ -91,6 +93,9 @@ A_FEW = 5
 """Examples that bear half of Delta_shuffle, below which the report says that so few decide."""
 COPIES = 0.05
 """Share of exact copies from which the report speaks of them."""
+NEAR_COPIES = 0.1
+"""Share of examples with near-copies from which the report asks about them. Of independent ones 0.02 at most
+have such a gap between their neighbours."""
 OF_TRAINING = ("beta", "effective_beta", "free_bits")
 ON_TRAIN = ("rate", "mi_lower", "mi_upper", "nll", "nelbo", "delta_shuffle", "i_dec")
 
@@ -369,7 +374,7 @@ class _Diagnosis:
 
     def run(self, labels: tuple[Tensor, list[str]] | None) -> Report:
         held = self.held
-        self.copies = copies(held.x)
+        self.copies, self.near_copies = copies(held.x), near_copies(held.x)
         with self.budget.part("encoder"):
             self._encoder()
         n, dims = held.n, held.dims
@@ -708,12 +713,16 @@ class _Diagnosis:
     def _dependent(self) -> list[str]:
         if "groups" in self.settings:
             return [f"intervals are over the {self.settings['groups']} groups of the {self.held.n} examples"]
-        if self.copies < COPIES:
-            return []
-        return [
-            f"{100 * self.copies:.0f} % of the examples are exact copies of others, and the intervals take "
-            f"them for independent: if they are not, pass groups="
-        ]
+        told = []
+        if self.copies >= COPIES:
+            told = [f"{100 * self.copies:.0f} % of the examples are exact copies of others"]
+        if self.near_copies >= NEAR_COPIES:
+            told.append(
+                f"{100 * self.near_copies:.0f} % of the examples have others beside them, {GAP:g} times "
+                f"nearer than the next, as near-copies have"
+            )
+        so = ", and the intervals take them for independent: if they are not, pass groups="
+        return [each + so for each in told]
 
     def _concentrated(self) -> list[str]:
         share = self.held.concentration()
@@ -767,6 +776,7 @@ class _Diagnosis:
         return {
             "deterministic": True,
             "copies": self.copies,
+            "near_copies": self.near_copies,
             "finite": True,
             "likelihood_gradient": self.gradient,
             "information_cap": self.held.caps.get("mi_lower"),

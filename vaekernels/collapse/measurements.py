@@ -240,7 +240,7 @@ class Measurements:
         return own + caused / len(permutations) - own.mean(dim=0)
 
     def _along(self, differences: Tensor, permutation: Tensor) -> Tensor:
-        if self._groups is None or self._strata is not None:
+        if self._groups is None:
             return along_cycle(differences, permutation)
         return along_cycle(differences, permutation, self._groups[: len(differences)])
 
@@ -260,7 +260,8 @@ class Measurements:
             if self._groups is None:
                 return derangement(n, generator=generator)
             return derangement_of(self._groups[:n], generator=generator)
-        return derangement_within(self._strata[:n], generator)
+        groups = None if self._groups is None else self._groups[:n]
+        return derangement_within(self._strata[:n], generator, groups)
 
     def examples_for(self, groups: int) -> int:
         """On how many examples so many groups of dimensions are shuffled."""
