@@ -1,5 +1,5 @@
-"""A 95% interval covers the truth 95 times in 100: counted over 200 independent data sets, 100 where they have
-2,000 examples (slow).
+"""A 95% interval covers the truth 95 times in 100: counted over 200 independent data sets, or 100 of 2,000
+examples each (slow).
 
 The truth is a closed form of the linear model (`planted.Linear`) or of a Gaussian channel. The counts go to
 benchmarks/results/interval-coverage.csv.
