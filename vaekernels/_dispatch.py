@@ -32,16 +32,11 @@ def entry() -> Callable[..., tuple[Any, Any, Any]]:
     """Who takes a call, with the arguments of `latent`: the compiled library, or `latent` itself.
 
     The compiled entry keeps the outcome of `checked`, so that a second call with the same options, shapes,
-    dtypes and devices is not checked again, and calls `latent` where it cannot serve.
+    dtypes and devices is not checked again, and calls `latent` where it cannot serve, as while
+    `torch.jit.trace` records.
     """
     # The kernels' C++ autograd functions know neither functorch nor forward-mode AD.
-    if (
-        _native.C is None
-        or _transforms_active()
-        or forward_ad._current_level >= 0
-        or _is_compiling()
-        or _jit_tracing() is not None
-    ):
+    if _native.C is None or _transforms_active() or forward_ad._current_level >= 0 or _is_compiling():
         return latent
     compiled: Callable[..., tuple[Any, Any, Any]] = _native.C.latent
     return compiled
