@@ -116,7 +116,8 @@ def near_copies(x: Examples) -> float:
     Euclidean distance of their real numbers, or of 64 random projections of these, which keep distances to a
     tenth. Equal examples count as one."""
     parts: tuple[Tensor, ...] = (x,) if isinstance(x, Tensor) else x
-    real = [part[:_COMPARED].detach().flatten(1) for part in parts if part.is_floating_point()]
+    first = [part[:_COMPARED].detach() for part in parts if part.is_floating_point()]
+    real = [part.reshape(len(part), -1) for part in first]  # one number an example may have no axis
     if not real:
         return 0.0
     generator = torch.Generator().manual_seed(0)
