@@ -14,12 +14,14 @@ import csv
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from vaekernels._build import time_left
 from vaekernels._files import write_atomically
 from vaekernels.bench import gpu_report, processes
 from vaekernels.bench.cases import (
@@ -68,8 +70,10 @@ def _on_cpu(
         _say("diffusers is not installed and is left out")
     passes = ("both",) if options.quick else PASSES
     rows: list[Row] = []
+    begun = time.monotonic()
     for number, case in enumerate(cases, 1):
-        _say(f"{number}/{len(cases)} {case.op} {case.name} ...")
+        left = time_left(begun, number - 1, len(cases), sys.stderr)
+        _say(f"{number}/{len(cases)} {case.op} {case.name} ...{left}")
         rows += measure(
             case, rounds=options.rounds, device=device, compiled=not options.no_compile, passes=passes
         )
@@ -229,13 +233,14 @@ def _fewer_threads(rounds: int, device: torch.device, largest: int) -> list[Row]
     rows: list[Row] = []
     most = torch.get_num_threads()
     counts = [n for n in (2**i for i in range((os.cpu_count() or 1).bit_length())) if n < most]
+    steps = [(count, case) for count in counts for case in THREAD_CASES if case.numel <= largest]
+    begun = time.monotonic()
     try:
-        for count in counts:
+        for number, (count, case) in enumerate(steps):
             torch.set_num_threads(count)
-            for case in THREAD_CASES:
-                if case.numel <= largest:
-                    _say(f"{count} of {most} threads: {case.name} ...")
-                    rows += measure(case, rounds=rounds, device=device, compiled=False, passes=("both",))
+            left = time_left(begun, number, len(steps), sys.stderr)
+            _say(f"{count} of {most} threads: {case.name} ...{left}")
+            rows += measure(case, rounds=rounds, device=device, compiled=False, passes=("both",))
     finally:
         torch.set_num_threads(most)
     return rows
