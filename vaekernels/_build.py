@@ -608,8 +608,8 @@ def dependencies(rule: str) -> list[str]:
 
 
 def time_left(begun: float, done: int, total: int, stream: TextIO | None = None) -> str:
-    """At the pace since ``begun`` (of time.monotonic), as ", about 2 min left". Empty where ``stream``, standard
-    output unless given, is no terminal, and where no step is done or none is left."""
+    """At the pace since ``begun`` (of time.monotonic), as ", about 2 min left". Empty where ``stream``,
+    standard output unless given, is no terminal, and where no step is done or none is left."""
     if not 0 < done < total or not (stream or sys.stdout).isatty():
         return ""
     seconds = (time.monotonic() - begun) / done * (total - done)
