@@ -1,6 +1,6 @@
 """The benchmark: what the fused latent layer is worth against eager code, `torch.compile` and others.
 
-    vaekernels bench [--quick] [--device DEVICE] [--csv FILE] [--plots FOLDER] [--compare FILE]
+    vaekernels bench [--quick] [--device DEVICE] [--csv PATH] [--plots PATH] [--compare PATH]
 
 On a GPU (`--device cuda`) times are those of the device, in processes whose record survives one that breaks
 down (`processes`); a tuned torch.compile and a version written in Triton are timed as well. benchmarks/ runs
@@ -154,10 +154,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--largest", type=_positive, help="leave out cases of more latent elements (default: 2^26; GPU 2^28)"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--csv", type=Path, help="write every figure to this file")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this file")
-    parser.add_argument("--plots", type=Path, help="draw plots into this folder (needs matplotlib)")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="an earlier --csv to compare with")
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="write every figure to this file")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the tables to this file")
+    parser.add_argument(
+        "--plots", type=Path, metavar="PATH", help="draw plots into this folder (needs matplotlib)"
+    )
+    parser.add_argument("--compare", type=Path, metavar="PATH", help="an earlier --csv to compare with")
     on_gpu = parser.add_argument_group("with --device cuda")
     on_gpu.add_argument(
         "--seconds",
@@ -165,7 +167,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help=f"limit for all cases; those left out are named (default: {processes.SECONDS:.0f})",
     )
     on_gpu.add_argument(
-        "--record", type=Path, metavar="FOLDER", help="keep the processes' measurements and log here"
+        "--record", type=Path, metavar="PATH", help="keep the processes' measurements and log in this folder"
     )
     return parser
 

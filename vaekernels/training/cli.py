@@ -143,7 +143,7 @@ def train(
     resume: Annotated[
         _Path,
         typer.Option(
-            metavar="RUN", help="Continue the run in this directory, with its settings.", show_default=False
+            metavar="RUN", help="Continue the run in this folder, with its settings.", show_default=False
         ),
     ] = None,
     device: Annotated[
@@ -164,7 +164,7 @@ def train(
     """
     with _reported():
         if resume is not None and run_dir is not None:
-            raise ConfigError("--resume goes on in the directory of the run; leave out --run-dir")
+            raise ConfigError("--resume goes on in the folder of the run; leave out --run-dir")
         options: dict[str, dict[str, Any]] = {
             "model": {"latent_dim": latent_dim},
             "objective": {"beta": beta, "free_bits": free_bits, "clamp": clamp, "group": group},
@@ -350,7 +350,7 @@ def _announce(trainer: Trainer, data: Data, console: Console) -> None:
 def _base(preset: str | None, config: Path | None) -> Config:
     """The settings of the preset, with those of the file over them."""
     if preset is None and config is None:
-        raise ConfigError(f"name a preset: {', '.join(presets.PRESETS)}; or your own data, or --config FILE")
+        raise ConfigError(f"name a preset: {', '.join(presets.PRESETS)}; or your own data, or --config PATH")
     if preset is None:
         assert config is not None
         return settings.load(config)

@@ -147,7 +147,8 @@ def _check_batches(config: Config, examples: int) -> None:
     if model.batch_norm is not None and model.latent_channels is None and smallest < 2:
         raise ConfigError(
             f"model.batch_norm needs 2 examples in every batch: with optim.batch_size {asked} the "
-            f"{examples:,} training examples make batches of one; set optim.batch_size to {max(3, asked + 1)} or more"
+            f"{examples:,} training examples make batches of one; set optim.batch_size to "
+            f"{max(3, asked + 1)} or more"
         )
 
 
