@@ -323,5 +323,5 @@ def test_conclusions() -> None:
     assert "the likelihood (IWAE) is better by 1.00 nats an example [-1.20, -0.80]" in lines[2]
     assert lines[3] == (
         "nothing: not alive either (collapsed (model collapse)); no difference in likelihood (IWAE) is seen: "
-        "+0.10 [-0.10, +0.30]; 1 distinct prior samples, not 1."
+        "+0.10 [-0.10, +0.30]."
     )

@@ -213,6 +213,7 @@ def _train(chosen: Config, fabric: Fabric, resume: Path | None, run_dir: Path | 
     evaluation = trainer.fit()
     for table in display.evaluation_tables(evaluation, console.width):
         console.print(table)
+    console.print(display.price(trainer.monitor.mi_seconds, trainer.progress.seconds))
     verdict, *advised = trainer.closing()
     console.print(verdict)
     for command in advised:  # to be copied, so not wrapped
