@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -392,11 +391,30 @@ def dim(state: str, rate: float = 0.5) -> Dim:
 
 
 def test_a_constant_encoder_is_named_before_the_decoder() -> None:
-    for variance, constant in ((1e-12, True), (1e-4, False)):
-        dims = [replace(dim("pruned", 0.0), mu_variance=variance)] * 3
-        found = advice("collapsed", "model collapse", None, dims, {})
+    for apart, constant in ((1e-6, True), (1e-2, False)):
+        found = advice("collapsed", "model collapse", None, [dim("pruned", 0.0)], {}, apart=apart)
         assert found[0].startswith("encoder constant: ") == constant
-    assert not advice("informative", None, None, [dim("active")], {})[0].startswith("encoder")
+    assert not advice("informative", None, None, [dim("active")], {}, apart=0.0)[0].startswith("encoder")
+
+
+@pytest.mark.parametrize(("varying", "constant"), [(0.0, True), (0.03, True), (0.2, False)])
+def test_an_encoder_that_tells_a_few_examples_apart_is_constant_too(varying: float, constant: bool) -> None:
+    """Saturated units: a variance of mu of 0.01 comes from 3 % of the examples, all others have one code."""
+    x = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 0
+    x[: int(400 * varying), 0] = torch.linspace(-1, 1, int(400 * varying))
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, :1].expand(-1, 2) / 2, torch.zeros(len(x), 2)
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        return -x.square().sum(dim=1) + 0 * z.sum(dim=1)
+
+    report = diagnose(encode, log_likelihood, x, k=4, progress=False)
+    assert report.verdict == "collapsed"
+    assert (
+        any(line.startswith("encoder constant: 95 % of the examples") for line in report.advice) == constant
+    )
 
 
 def interval(middle: float, half: float = 0.01) -> Estimate:

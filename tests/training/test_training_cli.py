@@ -165,7 +165,7 @@ def test_ctrl_c_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             ["digits", "--resume", "a", "--run-dir", "b"],
             2,
-            "error: --resume goes on in the directory of the run",
+            "error: --resume goes on in the folder of the run",
         ),
         (["digits", "--run-dir", "file/run"], 1, "error: cannot make file/run: Not a directory"),
     ],

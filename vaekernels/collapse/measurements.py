@@ -371,6 +371,14 @@ class Measurements:
                 found[label] = dict(zip(measured, estimates, strict=True))
         return found
 
+    def apart(self, share: float) -> float:
+        """How far the codes of this ``share`` of the examples lie from the median code at most: the largest
+        difference of mu or logvar in any dimension."""
+        far = torch.zeros(self.dims_n, dtype=torch.float64)
+        for part in (self.mu, self.logvar):
+            far = torch.maximum(far, (part - part.median(dim=0).values).abs().amax(dim=1))
+        return float(far.sort().values[math.ceil(share * self.dims_n) - 1])
+
     def point(self) -> tuple[float, float]:
         """On the rate-distortion plane."""
         return self.columns["rate"].mean().item(), self.columns["nll"].mean().item()
