@@ -247,6 +247,8 @@ def test_the_page_of_the_demo_holds_everything(shown: tuple[str, Path]) -> None:
     page = (shown[1] / "demo.html").read_text()
     for part in ("Reconstructions", "Samples of the prior", "Lines between the codes", "shuffled"):
         assert part in page
+    plain = page[page.index("In plain words") :]
+    assert "Changing z" in plain and "I_dec: how much of x the decoder can find in z" in plain
     for variant in DEMOS["docstrings"][0].variants:
         assert f'<a href="{variant.folder}/report.html">{variant.title}</a>' in page
     assert page.count("data:image/svg+xml;base64,") == 6, "plane, curves, four histograms"

@@ -262,6 +262,7 @@ _LABELS = {
     "i_dec": "I_dec",
 }
 _DECODER = ["delta_shuffle", "i_dec"]
+_COMMON = ["mi_lower", "delta_shuffle"]
 RULES: list[tuple[Verdict, list[Condition]]] = [
     (
         "rate-only",
@@ -305,7 +306,9 @@ RARE = frozenset({"collapsed", "encoder-only", "near-collapsed", "undetermined"}
 def rule(metrics: Mapping[str, Estimate | None], dims: Sequence[Dim], picked: Estimate | None) -> Ruling:
     """The verdict. ``picked``: the share of the examples whose own code the decoder picks out."""
     ruling = _by_rules(metrics, dims)
-    if ruling.verdict in RARE and picked is not None and picked.low > 0:
+    # Where both hold, z is used by more than a few, and it is I_dec that is not known well enough.
+    common = all(Condition(name, "low", "at least", EPS_GLOBAL).holds(metrics) for name in _COMMON)
+    if ruling.verdict in RARE and picked is not None and picked.low > 0 and not common:
         told = (
             f"the decoder picks the own code out of the contrasts, with 95 % of the posterior, for a share "
             f"of {ends(picked)} of the examples: lower end above 0"
