@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,7 @@ def reading(information: float, gap: float, nll: float = 5.0) -> Reading:
 
 
 def lines(*readings: Reading, sigmas: tuple[float, ...] = (), config: Config | None = None) -> list[str]:
+    readings = tuple(replace(each, step=epoch) for epoch, each in enumerate(readings))
     return closing.lines(readings, sigmas, config or settings(), Path("runs/a b"))
 
 
@@ -75,6 +77,15 @@ def test_a_model_that_still_learns_is_told_to_go_on(nll: tuple[float, ...], stil
     assert found[0].startswith("the latent is used")
     assert ("the model still learns" in found[0]) == still
     assert ("  vaekernels train --resume 'runs/a b' --epochs 6" in found) == still
+
+
+def test_a_finished_run_that_is_read_again_is_told_the_same() -> None:
+    first, second, last = (
+        replace(reading(2.0, 3.0, nll), step=step) for step, nll in ((8, 60.0), (16, 50.0), (24, 45.0))
+    )
+    told = closing.lines([first, second, last], (), settings(), Path("run"))
+    assert "the model still learns" in told[0]
+    assert closing.lines([first, second, last, last], (), settings(), Path("run")) == told
 
 
 def test_a_short_run_is_warned_of_collapse_and_told_so() -> None:

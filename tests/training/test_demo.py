@@ -247,6 +247,7 @@ def test_the_page_of_the_demo_holds_everything(shown: tuple[str, Path]) -> None:
     page = (shown[1] / "demo.html").read_text()
     for part in ("Reconstructions", "Samples of the prior", "Lines between the codes", "shuffled"):
         assert part in page
+    assert "prefers-color-scheme: dark" in page and "max-width: 500px" in page
     plain = page[page.index("In plain words") :]
     assert "Changing z" in plain and "I_dec: how much of x the decoder can find in z" in plain
     for variant in DEMOS["docstrings"][0].variants:

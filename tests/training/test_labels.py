@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +22,7 @@ from tiny_runs import (
 )
 from torch import Tensor, nn
 
+from vaekernels import collapse
 from vaekernels.training import compare, diagnosis, labels
 from vaekernels.training import data as datasets
 from vaekernels.training.config import DataConfig
@@ -102,14 +104,23 @@ def test_the_classes_and_the_threshold_of_a_diagnosis() -> None:
     assert "no labels 'lenght' in docstrings; did you mean length?" in said
 
 
-def test_a_comparison_is_not_of_a_report_within_classes() -> None:
+def test_a_comparison_is_not_of_a_report_within_classes(monkeypatch: pytest.MonkeyPatch) -> None:
     run = trained("digits")
     np.save("labels.npy", np.zeros(120))
     report = run.report(k=4, condition="labels.npy")
     assert report.settings["strata"] == 1
     report.save("run")
     said: list[str] = []
+    asked: dict[str, Any] = {}
+    measure = collapse.diagnose
+
+    def seen(*arguments: Any, **options: Any) -> collapse.Report:
+        asked.update(options)
+        return measure(*arguments, **options)
+
+    monkeypatch.setattr(collapse, "diagnose", seen)
     found = compare.outcome(Path("run"), said.append)
+    assert asked["progress"], "it takes minutes: a bar, where there is a terminal"
     assert any("the one there is is within classes of labels.npy: diagnosing" in line for line in said)
     assert "condition" not in found.report.settings
 

@@ -23,6 +23,7 @@ def lines(readings: Sequence[Reading], sigmas: Sequence[float], config: Config, 
     """One line with the verdict, then commands. ``readings``: of the monitor, the last one that of the
     finished model; ``sigmas``: the learned standard deviation of a Gaussian likelihood before and after the
     last epoch, empty where there is none."""
+    readings = list({reading.step: reading for reading in readings}.values())  # a finished run is read again
     last = readings[-1]
     where = shlex.quote(str(folder))
     told = f"I(x;z) {last.mi_lower} nats or more, another example's z costs {last.shuffle_gap} nats"

@@ -33,7 +33,7 @@ def outcome(path: Path, say: Callable[[str], None]) -> Outcome:
         classes = settings.get("condition")
         found = "" if classes is None else f", the one there is is within classes of {classes}"
         say(f"{path} has no report of step {run.step}{found}: diagnosing")
-        report = diagnosis.diagnose(run, progress=False)
+        report = diagnosis.diagnose(run)
         diagnosis.save(report, path, diagnosis.extras(run))
     seen = gallery.look(run.model, run.data, run.device)
     return Outcome(str(path), str(path / PAGE), report, seen, diagnosis.curves(run))

@@ -142,7 +142,6 @@ def against(report: Report, run: Path, other: Path, device: str | None) -> str:
             active_threshold=told["active_threshold"],
             condition=told.get("condition"),
             train=False,
-            progress=False,
         )
     try:
         return report.against(found, (str(run), str(other)))
