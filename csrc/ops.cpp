@@ -2,6 +2,7 @@
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/enum_tag.h>
+#include <torch/version.h>
 
 #include <mutex>
 #include <stdexcept>
@@ -151,12 +152,18 @@ struct Meta {
   static Tensor philox_words(const Tensor& rng, int64_t n, int64_t) { return at::empty({n}, rng.options()); }
 };
 
+// z's numbers go by the strides of mu, so nobody may change these on the way.
+#if TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR < 8
+constexpr at::Tag kKeepStrides = at::Tag::needs_fixed_stride_order;
+#else
+constexpr at::Tag kKeepStrides = at::Tag::needs_exact_strides;
+#endif
+
 }  // namespace
 
 TORCH_LIBRARY(vaekernels, m) {
-  // z's numbers go by the strides of mu, so nobody may change these on the way.
-  const std::vector<at::Tag> pure{at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides};
-  const std::vector<at::Tag> drawing{at::Tag::pt2_compliant_tag, at::Tag::needs_exact_strides,
+  const std::vector<at::Tag> pure{at::Tag::pt2_compliant_tag, kKeepStrides};
+  const std::vector<at::Tag> drawing{at::Tag::pt2_compliant_tag, kKeepStrides,
                                      at::Tag::nondeterministic_seeded};
   const auto def = [&m](const std::string& schema, const std::vector<at::Tag>& tags) {
     m.def(schema.c_str(), tags);

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
 VERSION = "0.1.0"
-OLDEST_TORCH = (2, 11)
+OLDEST_TORCH = (2, 6)
 RECORD_NAME = "_build.json"
 BUILD_COMMAND = "vaekernels build"
 LAUNCHERS = ("ccache", "sccache", "distcc", "icecc")

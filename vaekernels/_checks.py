@@ -72,7 +72,9 @@ def autocast_dtype(*tensors: Any) -> torch.dtype | None:
     if not all(t is None or isinstance(t, Tensor) for t in tensors):
         return None
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    # CPU and CUDA have it: asked of others alone, for torch.compile of torch 2.6 cannot trace the question.
+    available = device in ("cpu", "cuda") or torch.amp.is_autocast_available(device)
+    if not available or not torch.is_autocast_enabled(device):
         return None
     return functools.reduce(torch.promote_types, dtypes)
 
@@ -340,13 +342,15 @@ def check_random(like: Tensor, rng: Tensor | None, generator: torch.Generator | 
 
 
 def _readable(t: Tensor) -> bool:
-    # Fake tensors, functorch's wrappers and what is being traced claim the CPU too, yet show no values.
+    # Fake tensors, functorch's wrappers and what is being traced claim the CPU too, yet show no values; nor
+    # does any tensor of torch 2.6 inside a transform of torch.func.
     return (
         t.is_cpu
         and type(t) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+        and torch._C._functorch.peek_interpreter_stack() is None
     )
 
 

@@ -120,11 +120,12 @@ def latent(
         drawn = reference.sample_with_torchs_noise(first, second, dim, num_samples, **scale)
         if not kl:
             return drawn, None, None
-        operator_options |= {"sample": False, "weight": weight}
+        operator_options.update(sample=False, weight=weight)
         return drawn, *operators.latent(first, second, dim, None, prior_mu, prior_logvar, **operator_options)[
             1:3
         ]
-    operator_options |= {"sample": sample, "kl": kl, "num_samples": num_samples, "weight": weight}
+    # Not by |=, which torch.compile of torch 2.6 cannot trace.
+    operator_options.update(sample=sample, kl=kl, num_samples=num_samples, weight=weight)
     if sample and rng is None and operators is not reference and not _is_compiling():
         out = operators.latent_draw(first, second, dim, generator, prior_mu, prior_logvar, **operator_options)
     else:
@@ -300,7 +301,7 @@ def aggregate(
     own = _checks.own_posterior(kind, leave_one_out)
     _checks.check_aggregate(z, mu, logvar, own)
     options: dict[str, Any] = {"per_dim": per_dim, "log_weight": kind, "examples": examples}
-    options |= {"leave_one_out": leave_one_out, "parameterization": parameterization}
+    options.update(leave_one_out=leave_one_out, parameterization=parameterization)
     _checks.check_choice("parameterization", parameterization, _checks.PARAMETERIZATIONS)
     if logvar_bounds is not None:
         options["logvar_bounds"] = _checks.check_bounds(logvar_bounds)

@@ -17,7 +17,8 @@ def state_device(device: Device) -> Device:
     """Where a state is kept: on `device`, else on the default one. A model that is built under
     ``torch.device("meta")`` and then filled has it on the CPU: it is no buffer that a checkpoint would fill,
     and a number without memory cannot be stepped."""
-    return "cpu" if device is None and torch.get_default_device().type == "meta" else device
+    # Not by `torch.get_default_device`, which in torch 2.6 does not see that context.
+    return "cpu" if device is None and torch.empty(0).is_meta else device
 
 
 def finite(name: str, value: float) -> float:
