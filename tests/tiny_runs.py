@@ -106,14 +106,14 @@ def same(a: object, b: object) -> bool:
 
 def checkpoint_of(run: Path) -> dict[str, Any]:
     state: dict[str, Any] = torch.load(run / CHECKPOINT, weights_only=True)
-    del state["progress"]["seconds"]
+    del state["progress"]["seconds"], state["monitor"]["mi_seconds"]
     return state
 
 
 def log_of(run: Path) -> list[dict[str, Any]]:
     """The lines of the log, without what the clock says."""
     lines = [json.loads(line) for line in (run / LOG).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if "seconds" not in key} for line in lines]
 
 
 def epochs_of(run: Path) -> list[int]:

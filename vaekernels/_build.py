@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -21,7 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 VERSION = "0.1.0"
 OLDEST_TORCH = (2, 6)
@@ -544,6 +545,11 @@ def compile_sources(jobs: Sequence[Job], scratch: Path, say: Callable[[str], Non
     if not asked.strip().isdigit():
         raise BuildProblem(f"MAX_JOBS must be a whole number, got {asked!r}", "Unset it or set it to one")
     workers = max(1, min(int(asked), len(jobs)))
+    begun, done = time.monotonic(), itertools.count(1)
+
+    def counted() -> str:
+        number = next(done)
+        return f", {number} of {len(jobs)} files{time_left(begun, number, len(jobs))}"
 
     def one(job: Job) -> Path:
         source, command = job
@@ -557,7 +563,10 @@ def compile_sources(jobs: Sequence[Job], scratch: Path, say: Callable[[str], Non
                 [*command, "-c", str(source), *dependencies, "-o", str(made)],
                 say,
                 f"{source.parent.name}/{source.name}",
+                counted,
             )
+        else:
+            next(done)
         return made
 
     with concurrent.futures.ThreadPoolExecutor(workers) as pool:
@@ -598,7 +607,19 @@ def dependencies(rule: str) -> list[str]:
     return names[target + 1 :]
 
 
-def _run(command: Sequence[str], say: Callable[[str], None], what: str) -> None:
+def time_left(begun: float, done: int, total: int, stream: TextIO | None = None) -> str:
+    """At the pace since ``begun`` (of time.monotonic), as ", about 2 min left". Empty where ``stream``,
+    standard output unless given, is no terminal, and where no step is done or none is left."""
+    if not 0 < done < total or not (stream or sys.stdout).isatty():
+        return ""
+    seconds = (time.monotonic() - begun) / done * (total - done)
+    return f", about {seconds:.0f} s left" if seconds < 100 else f", about {seconds / 60:.0f} min left"
+
+
+def _run(
+    command: Sequence[str], say: Callable[[str], None], what: str, more: Callable[[], str] = lambda: ""
+) -> None:
+    """``more``: behind what is said of a success."""
     start = time.monotonic()
     result = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -611,7 +632,7 @@ def _run(command: Sequence[str], say: Callable[[str], None], what: str) -> None:
         )
     if result.stdout.strip():
         say(result.stdout.rstrip())
-    say(f"  {what}: {time.monotonic() - start:.0f} s")
+    say(f"  {what}: {time.monotonic() - start:.0f} s{more()}")
 
 
 def excerpt(output: str, lines: int = 40) -> str:

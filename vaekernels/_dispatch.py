@@ -25,6 +25,7 @@ SAMPLE, KL, PACKED = 1, 2, 4
 
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_compiling = torch.compiler.is_compiling
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling  # a third of the time of is_compiling
 _jit_tracing = torch._C._get_tracing_state
 
 
@@ -32,16 +33,11 @@ def entry() -> Callable[..., tuple[Any, Any, Any]]:
     """Who takes a call, with the arguments of `latent`: the compiled library, or `latent` itself.
 
     The compiled entry keeps the outcome of `checked`, so that a second call with the same options, shapes,
-    dtypes and devices is not checked again, and calls `latent` where it cannot serve.
+    dtypes and devices is not checked again, and calls `latent` where it cannot serve, as while
+    `torch.jit.trace` records or for the fake tensors of an export.
     """
     # The kernels' C++ autograd functions know neither functorch nor forward-mode AD.
-    if (
-        _native.C is None
-        or _transforms_active()
-        or forward_ad._current_level >= 0
-        or _is_compiling()
-        or _jit_tracing() is not None
-    ):
+    if _native.C is None or _transforms_active() or forward_ad._current_level >= 0 or _is_dynamo_compiling():
         return latent
     compiled: Callable[..., tuple[Any, Any, Any]] = _native.C.latent
     return compiled

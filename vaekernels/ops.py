@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, cast, overload
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -64,13 +64,14 @@ class KLDecomposition(NamedTuple):
     """sum_d E[log q(z_d) - log p(z_d)], how far each dimension is from the prior"""
 
 
-def _named(out: tuple[Tensor, ...]) -> SampleKL:
-    """SampleKL(*out) in a third of the time, and without `tuple.__new__` where torch.compile traces: that of
-    torch 2.6 cannot."""
-    return SampleKL(*out) if torch.compiler.is_compiling() else _new_tuple(SampleKL, out)
-
-
 _new_tuple = tuple.__new__
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+
+
+def _named(out: tuple[Tensor, ...]) -> SampleKL:
+    """SampleKL(*out) in half of the time, and as that where torch.compile traces: that of torch 2.6 cannot
+    trace `tuple.__new__`."""
+    return SampleKL(*out) if _is_dynamo_compiling() else _new_tuple(SampleKL, out)
 
 
 def rng_state(like: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
@@ -133,11 +134,12 @@ def reparameterize(
     >>> reparameterize(mu, logvar).shape, reparameterize(mu, logvar, num_samples=5).shape
     (torch.Size([128, 32]), torch.Size([5, 128, 32]))
     """
+    z: Tensor
     z, _, _ = entry()(
         SAMPLE, mu, logvar, 1, None, None, None, num_samples, generator, rng,
         parameterization=parameterization, logvar_bounds=logvar_bounds,
     )  # fmt: skip
-    return cast(Tensor, z)
+    return z
 
 
 def reparameterize_packed(
@@ -170,11 +172,12 @@ def reparameterize_packed(
     >>> reparameterize_packed(torch.zeros(8, 2 * 4, 16, 16)).shape
     torch.Size([8, 4, 16, 16])
     """
+    z: Tensor
     z, _, _ = entry()(
         SAMPLE | PACKED, moments, None, dim, None, None, None, num_samples, generator, rng,
         parameterization=parameterization, logvar_bounds=logvar_bounds,
     )  # fmt: skip
-    return cast(Tensor, z)
+    return z
 
 
 @overload
@@ -275,12 +278,14 @@ def gaussian_kl(
     >>> gaussian_kl(mu, logvar, free_bits=0.75, return_per_group=True)[1]  # the rates stay unclamped
     tensor([0.5000, 0.5000])
     """
+    kl: Tensor
+    rate: Tensor
     _, kl, rate = entry()(
         KL, mu, logvar, 1, prior_mu, prior_logvar, weight, free_bits=free_bits, clamp=clamp,
         penalty=penalty, batch_dims=batch_dims, group_dims=group_dims, balance=balance, reduction=reduction,
         parameterization=parameterization, logvar_bounds=logvar_bounds, process_group=process_group,
     )  # fmt: skip
-    return (kl, rate) if return_per_group else cast(Tensor, kl)
+    return (kl, rate) if return_per_group else kl
 
 
 @overload
@@ -357,12 +362,14 @@ def gaussian_kl_packed(
     >>> gaussian_kl_packed(torch.tensor([[1.0, 1.0, 0.0, 0.0]]))
     tensor(1.)
     """
+    kl: Tensor
+    rate: Tensor
     _, kl, rate = entry()(
         KL | PACKED, moments, None, dim, prior_mu, prior_logvar, weight, free_bits=free_bits, clamp=clamp,
         penalty=penalty, batch_dims=batch_dims, group_dims=group_dims, balance=balance, reduction=reduction,
         parameterization=parameterization, logvar_bounds=logvar_bounds, process_group=process_group,
     )  # fmt: skip
-    return (kl, rate) if return_per_group else cast(Tensor, kl)
+    return (kl, rate) if return_per_group else kl
 
 
 def sample_kl(

@@ -316,6 +316,18 @@ def test_quick(tiny_cases: None, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "| median of 1 |" in capsys.readouterr().out
 
 
+def test_on_a_terminal_the_cases_say_how_long_they_still_take(
+    tiny_cases: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("--quick --no-compile --rounds 1 --threads 1") == 0
+    assert " left" not in capsys.readouterr().err
+    monkeypatch.setattr(bench, "QUICK", [TINY, TINY])
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert command("--quick --no-compile --rounds 1 --threads 1") == 0
+    first, second = [line for line in capsys.readouterr().err.splitlines() if " ..." in line]
+    assert first.endswith(" ...") and second.endswith(" s left")
+
+
 def test_full(
     tiny_cases: None,
     two_threads: None,

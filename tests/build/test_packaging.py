@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
@@ -273,6 +274,41 @@ def test_objects_are_made_again_only_when_something_changed(tmp_path: Path) -> N
     later = header.stat().st_mtime_ns + 10**9
     os.utime(header, ns=(later, later))
     assert compiled("-O2") == 3
+
+
+class Screen(io.StringIO):
+    """A terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_build_says_how_far_it_is_and_on_a_terminal_how_long_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = script(tmp_path / "c++", "sleep 0.02; touch $7")
+    jobs = [(tmp_path / f"{name}.cpp", [compiler]) for name in "abc"]
+    monkeypatch.setenv("MAX_JOBS", "1")
+
+    def compiled(screen: io.StringIO, folder: str) -> list[str]:
+        (tmp_path / folder).mkdir()
+        monkeypatch.setattr(sys, "stdout", screen)
+        said: list[str] = []
+        _build.compile_sources(jobs, tmp_path / folder, said.append)
+        return [line.partition(": 0 s, ")[2] for line in said]
+
+    in_file = ["1 of 3 files", "2 of 3 files", "3 of 3 files"]
+    assert compiled(io.StringIO(), "file") == in_file
+    left = ", about 0 s left"
+    assert compiled(Screen(), "screen") == [in_file[0] + left, in_file[1] + left, in_file[2]]
+
+
+def test_the_time_left_is_that_of_the_steps_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_build.time, "monotonic", lambda: 160.0)
+    assert _build.time_left(100.0, 2, 3, Screen()) == ", about 30 s left"
+    assert _build.time_left(100.0, 1, 4, Screen()) == ", about 3 min left"
+    for done, screen in ((0, Screen()), (3, Screen()), (1, io.StringIO())):
+        assert _build.time_left(100.0, done, 3, screen) == ""
 
 
 NAMES = [

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +15,9 @@ from torch.utils.data import Dataset, IterableDataset, TensorDataset
 from vaekernels import collapse
 from vaekernels.collapse import diagnosis, tables, verdict
 from vaekernels.collapse.estimate import Estimate
+from vaekernels.collapse.examples import labels_of
+from vaekernels.collapse.measurements import USE_PAIRS, Measurements, stream
+from vaekernels.collapse.model import Model
 from vaekernels.collapse.verdict import Dim, advice, rule
 
 MODEL = Linear.worth([0.8, 0.3, 0.0], generator(0))
@@ -351,7 +353,9 @@ def test_a_slow_decoder_is_measured_on_fewer_examples(monkeypatch: pytest.Monkey
         now[0] = 0.0
         batches.clear()
         report = diagnose(encode, log_likelihood, x, n=2048, k=32, budget_s=budget)
-        assert report.verdict == "informative", report.reasons
+        # 32 examples and 16 contrast codes: I_dec is 0.6 nats, its lower end about the threshold of 0.1
+        possible = {"informative", "undetermined"} if n == 32 else {"informative"}
+        assert report.verdict in possible, report.reasons
         assert report.settings["n"] == n and report.settings["n_asked"] == 2048
         assert report.settings["k"] in (4, 8, 16) and now[0] <= budget * 1.02
         # after the check; 10 ms each
@@ -387,11 +391,30 @@ def dim(state: str, rate: float = 0.5) -> Dim:
 
 
 def test_a_constant_encoder_is_named_before_the_decoder() -> None:
-    for variance, constant in ((1e-12, True), (1e-4, False)):
-        dims = [replace(dim("pruned", 0.0), mu_variance=variance)] * 3
-        found = advice("collapsed", "model collapse", None, dims, {})
+    for apart, constant in ((1e-6, True), (1e-2, False)):
+        found = advice("collapsed", "model collapse", None, [dim("pruned", 0.0)], {}, apart=apart)
         assert found[0].startswith("encoder constant: ") == constant
-    assert not advice("informative", None, None, [dim("active")], {})[0].startswith("encoder")
+    assert not advice("informative", None, None, [dim("active")], {}, apart=0.0)[0].startswith("encoder")
+
+
+@pytest.mark.parametrize(("varying", "constant"), [(0.0, True), (0.03, True), (0.2, False)])
+def test_an_encoder_that_tells_a_few_examples_apart_is_constant_too(varying: float, constant: bool) -> None:
+    """Saturated units: a variance of mu of 0.01 comes from 3 % of the examples, all others have one code."""
+    x = torch.randn(400, 4, generator=torch.Generator().manual_seed(0))
+    x[:, 0] = 0
+    x[: int(400 * varying), 0] = torch.linspace(-1, 1, int(400 * varying))
+
+    def encode(x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, :1].expand(-1, 2) / 2, torch.zeros(len(x), 2)
+
+    def log_likelihood(x: Tensor, z: Tensor) -> Tensor:
+        return -x.square().sum(dim=1) + 0 * z.sum(dim=1)
+
+    report = diagnose(encode, log_likelihood, x, k=4, progress=False)
+    assert report.verdict == "collapsed"
+    assert (
+        any(line.startswith("encoder constant: 95 % of the examples") for line in report.advice) == constant
+    )
 
 
 def interval(middle: float, half: float = 0.01) -> Estimate:
@@ -432,6 +455,7 @@ def test_verdicts(
     assert ruling.verdict == verdict
     assert (
         verdict in ("rate-only", "informative", "partial")
+        or (information >= 0.2 and shuffle >= 0.2)  # used by more than a few
         or rule(metrics, dims, interval(0.02)).verdict == "rare-use"
     )
     if verdict == "collapsed":
@@ -496,6 +520,25 @@ def test_rare_use_is_found() -> None:
         low, high = report.checks["picked_out"][1:]
         assert 0 < low < high < 0.03  # fewer than use it: some contrast codes lie as near
         assert report.checks["half_of_delta_shuffle"] < 0.02
+
+
+def test_use_by_all_is_not_rare_use() -> None:
+    """Where mi_lower and Δ_shuffle are high enough, an I_dec that is not known well is no rare use."""
+    metrics = dict.fromkeys(
+        ("rate", "mi_lower", "mi_upper", "delta_shuffle"), Estimate(2.0, 0.4, 3.0)
+    ) | {"i_dec": Estimate(0.6, 0.09, 0.9)}  # fmt: skip
+    picked = Estimate(0.1, 0.02, 0.3)
+    assert rule(metrics, [], picked).verdict == "undetermined"
+    assert rule(metrics | {"mi_lower": Estimate(0.1, 0.05, 0.2)}, [], picked).verdict == "rare-use"
+
+
+def test_a_few_examples_that_bear_the_cost_are_told() -> None:
+    told = rarely(0.02, 200, 1).reasons
+    assert any("of the 200 examples bear half of Δ_shuffle: so few hardly tell" in each for each in told), (
+        told
+    )
+    for share, n in ((0.0, 200), (0.5, 200)):
+        assert not any("bear half" in each for each in rarely(share, n, 1).reasons)
 
 
 def test_no_use_is_not_rare_use() -> None:
@@ -777,6 +820,28 @@ def test_the_few_dimensions_with_information_are_measured_on_more_examples() -> 
     assert use.low < truth < use.high and use.high - use.low < 2
 
 
+def test_few_examples_are_shuffled_several_times() -> None:
+    def split(n: int, **settings: Any) -> Measurements:
+        found = Measurements("heldout", Model(MODEL.encode, MODEL.log_likelihood), X[:n], 0, 0, **settings)
+        found.encode()
+        found.shuffle()
+        return found
+
+    few = split(64)
+    assert (few.shuffles(), few.shuffles_of_dims(64)) == (8, 8)
+    assert few.shuffles_of_dims(USE_PAIRS // 8 // few.dims + 1) == 1
+    for settings in ({"hurried": True}, {"groups": torch.arange(64)}):
+        assert split(64, **settings).shuffles() == 1
+    lost = few.lost([torch.tensor([0]), torch.tensor([0, 1])], 64)
+    assert lost.shape == (64, 2, 8)
+    ready = few.use_columns(lost)
+    torch.testing.assert_close(ready.mean(dim=0), lost.mean(dim=(0, 2)))
+    # by hand for one example: what it loses, and what those lose that got its code
+    partners = torch.stack(few._use_pairs(64))
+    caused = torch.stack([lost[partner.argsort()[5], 0, i] for i, partner in enumerate(partners)])
+    assert ready[5, 0].item() == pytest.approx((lost[5, 0].mean() + caused.mean() - lost[:, 0].mean()).item())
+
+
 @pytest.mark.slow
 def test_false_activity_is_as_rare_as_said() -> None:
     """Two copies and a third dimension that a noisy decoder does not read: 2.5 % over both looks."""
@@ -810,6 +875,10 @@ def test_classes_are_told_one_by_one() -> None:
     for name, estimates in report.classes.items():
         nll = report.metrics["nll"]
         assert nll is not None and (estimates["nll"].low > nll.high) == (name == "1")
+    chosen = labels_of("classes", classes, X, 200, stream(0, "select"))[0]
+    for c in range(3):
+        cost = (report.samples.nll["shuffled"] - report.samples.nll["own"])[chosen == c]
+        assert report.classes[str(c)]["delta_shuffle"].value == pytest.approx(cost.mean().item())
     whole = sum(report.classes[str(c)]["rate"].value * int((classes == c).sum()) for c in range(3)) / 400
     assert whole == pytest.approx(report.metrics["rate"].value, rel=0.2)  # type: ignore[union-attr]
     assert tables.classes_of(report.to_json()) == report.classes

@@ -91,7 +91,7 @@ def test_the_likelihood_and_the_spread_of_mu_are_those_of_the_examples():
     monitor.record(reading)
     again = CollapseMonitor(model.encode, heldout, model.log_likelihood)
     again.load_state_dict(monitor.state_dict())
-    assert again.history == [reading]
+    assert again.history == [reading] and 0 < again.mi_seconds == monitor.mi_seconds
 
 
 def test_information_is_that_of_2048_of_more_examples(monkeypatch):

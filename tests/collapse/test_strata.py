@@ -13,6 +13,7 @@ from torch import Tensor
 from vaekernels import collapse
 from vaekernels.collapse import strata as within
 from vaekernels.collapse.estimate import Bootstrap, along_cycle
+from vaekernels.collapse.examples import near_copies
 from vaekernels.collapse.information import mi_bounds
 from vaekernels.collapse.pairing import derangement_of
 
@@ -40,6 +41,17 @@ def test_places_are_traded_within_strata() -> None:
     rows = within.contrast_rows_within(strata[:50], 4, generator(2))
     assert torch.equal(rows[:, 0], torch.arange(50)) and bool((strata[rows] == strata[:50, None]).all())
     assert all(len(set(row)) == 4 for row in rows.tolist())
+
+
+def test_places_are_traded_within_strata_between_groups() -> None:
+    groups = torch.arange(60) // 3
+    strata = groups % 4  # 5 groups each
+    strata[:3] = 9  # a group alone
+    partners = within.derangement_within(strata, generator(0), groups)
+    assert torch.equal(strata[partners], strata)
+    assert (groups[partners] == groups).nonzero().flatten().tolist() == [0, 1, 2]
+    for group in range(1, 20):
+        assert len(set(groups[partners[groups == group]].tolist())) == 1
 
 
 def test_information_within_strata() -> None:
@@ -154,6 +166,37 @@ def test_copies_make_no_interval_narrower() -> None:
     assert any("90 % of the examples are exact copies" in reason for reason in copied.reasons)
     assert any("over the 100 groups of the 1000 examples" in reason for reason in grouped.reasons)
     assert alone.checks["copies"] == 0 and not any("copies" in reason for reason in alone.reasons)
+
+
+@pytest.mark.parametrize("dims", [2, 6, 200])
+@pytest.mark.parametrize("copies", [2, 20])
+def test_near_copies_are_seen(dims: int, copies: int) -> None:
+    rng = generator(dims)
+    x = torch.randn(800 // copies, dims, generator=rng).repeat_interleave(copies, dim=0)
+    x += 2e-4 * torch.randn(x.shape, generator=rng)
+    assert near_copies(x) > 0.8
+    assert near_copies((torch.zeros(800, 3, dtype=torch.int64), x[:, None])) > 0.8
+
+
+@pytest.mark.parametrize("dims", [1, 2, 200])
+def test_independent_examples_are_no_near_copies(dims: int) -> None:
+    """With any density: normal, Cauchy, two clusters of all. In one dimension 1 / 50 have such a gap."""
+    a, b = torch.randn(2, 800, dims, generator=generator(dims))
+    for x in (a, a / b, a + 1e4 * (b[:, :1] > 0), a[:, 0]):
+        assert near_copies(x) < 0.05
+    assert near_copies(torch.zeros(60, 2)) == near_copies(torch.arange(60)) == 0
+
+
+def test_near_copies_are_told() -> None:
+    model = Linear.worth([0.8, 0.3], generator(0))
+    x = model.sample(128, generator(1)).repeat_interleave(4, dim=0)
+    x += 1e-4 * torch.randn(x.shape, generator=generator(2))
+    call = (model.encode, model.log_likelihood, x)
+    told = diagnose(*call)
+    assert told.checks["near_copies"] > 0.9 and told.checks["copies"] == 0
+    assert any("beside them, 50 times nearer than the next" in reason for reason in told.reasons)
+    grouped = diagnose(*call, groups=torch.arange(512) // 4)
+    assert not any("beside them" in reason for reason in grouped.reasons)
 
 
 def test_a_cycle_of_groups() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,14 +26,15 @@ pytestmark = [
 ]
 
 
-def reading(information: float, gap: float) -> Reading:
+def reading(information: float, gap: float, nll: float = 5.0) -> Reading:
     def near(value: float) -> Estimate:
         return Estimate(value, value - 0.02, value + 0.02)
 
-    return Reading(9, (information,), 1, near(information), near(information), near(gap), 5.0, (1.0,))
+    return Reading(9, (information,), 1, near(information), near(information), near(gap), nll, (1.0,))
 
 
 def lines(*readings: Reading, sigmas: tuple[float, ...] = (), config: Config | None = None) -> list[str]:
+    readings = tuple(replace(each, step=epoch) for epoch, each in enumerate(readings))
     return closing.lines(readings, sigmas, config or settings(), Path("runs/a b"))
 
 
@@ -58,6 +60,32 @@ def test_a_falling_sigma_is_still_training() -> None:
     assert found[0].startswith("still training: the learned sigma fell from 0.5 to 0.4 in the last epoch")
     assert found[1] == "  vaekernels train --resume 'runs/a b' --epochs 6"
     assert lines(reading(2.0, 3.0), sigmas=(0.5, 0.495))[0].startswith("the latent is used")
+
+
+@pytest.mark.parametrize(
+    ("nll", "still"),
+    [
+        ((68137, 65511, 65264), True),  # photos after 64 steps
+        ((19.4, 9.1, 8.4), True),
+        ((19.4, 8.7, 8.4), False),
+        ((68137, 65511, 65511), False),
+        ((68137, 65511), False),
+    ],
+)
+def test_a_model_that_still_learns_is_told_to_go_on(nll: tuple[float, ...], still: bool) -> None:
+    found = lines(*(reading(2.0, 3.0, each) for each in nll))
+    assert found[0].startswith("the latent is used")
+    assert ("the model still learns" in found[0]) == still
+    assert ("  vaekernels train --resume 'runs/a b' --epochs 6" in found) == still
+
+
+def test_a_finished_run_that_is_read_again_is_told_the_same() -> None:
+    first, second, last = (
+        replace(reading(2.0, 3.0, nll), step=step) for step, nll in ((8, 60.0), (16, 50.0), (24, 45.0))
+    )
+    told = closing.lines([first, second, last], (), settings(), Path("run"))
+    assert "the model still learns" in told[0]
+    assert closing.lines([first, second, last, last], (), settings(), Path("run")) == told
 
 
 def test_a_short_run_is_warned_of_collapse_and_told_so() -> None:

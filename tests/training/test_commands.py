@@ -215,8 +215,10 @@ def test_settings_lists_every_setting() -> None:
         ):
             assert f"  {table.name}.{each.name} " in told
     assert "objective.anneal " in told and "none | linear" in told and "at least 0" in told
+    assert "free_bits: nats per group" in told
     few = call("settings", "anneal")[0]
     assert " None " not in few and few.rstrip().endswith("none         a number, above 0, or none")
+    assert "anneal: how it gets there" in few and "free_bits: nats per group" not in few
     assert "objective.anneal_epochs" in few and "optim" not in few.replace("optimizer", "")
     assert "no setting has 'nothing'" in call("settings", "nothing", status=2)[1]
     assert json.loads(call("settings", "beta", "--json")[0])["objective"]["settings"]["beta"][0] == "1.0"

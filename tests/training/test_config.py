@@ -357,6 +357,21 @@ def test_models_that_do_not_fit_the_data(data: Data, given: str, message: str) -
     assert message in str(raised.value)
 
 
+@pytest.mark.parametrize(("examples", "batch_size", "taken"), [(54, 1, 3), (55, 2, 3), (41, 2, 3)])
+def test_batch_norm_refuses_batches_of_one_example(examples: int, batch_size: int, taken: int) -> None:
+    x = torch.zeros(examples, 6, dtype=torch.uint8)
+    data = Arrays("x", x, x[:4], "", levels=2)
+    given = f"model.batch_norm=0.7 optim.batch_size={batch_size}"
+    with pytest.raises(
+        ConfigError, match=f"optim.batch_size {batch_size} .* batches of one; set .* to {taken}"
+    ):
+        combinations.resolve(config(given), data)
+    combinations.resolve(config(f"model.batch_norm=0.7 optim.batch_size={taken}"), data)
+    combinations.resolve(config(f"optim.batch_size={batch_size}"), data)
+    images = Arrays("x", torch.zeros(examples, 1, 8, 8), torch.zeros(4, 1, 8, 8), "", levels=None)
+    combinations.resolve(config(f"model.kind=conv model.latent_channels=2 {given}"), images)
+
+
 def test_grey_values_are_no_bernoulli_data() -> None:
     binary = arrays((4,), None)
     wanted = config("model.likelihood=bernoulli")

@@ -247,6 +247,9 @@ def test_the_page_of_the_demo_holds_everything(shown: tuple[str, Path]) -> None:
     page = (shown[1] / "demo.html").read_text()
     for part in ("Reconstructions", "Samples of the prior", "Lines between the codes", "shuffled"):
         assert part in page
+    assert "prefers-color-scheme: dark" in page and "max-width: 500px" in page
+    plain = page[page.index("In plain words") :]
+    assert "Changing z" in plain and "I_dec: how much of x the decoder can find in z" in plain
     for variant in DEMOS["docstrings"][0].variants:
         assert f'<a href="{variant.folder}/report.html">{variant.title}</a>' in page
     assert page.count("data:image/svg+xml;base64,") == 6, "plane, curves, four histograms"
@@ -323,5 +326,5 @@ def test_conclusions() -> None:
     assert "the likelihood (IWAE) is better by 1.00 nats an example [-1.20, -0.80]" in lines[2]
     assert lines[3] == (
         "nothing: not alive either (collapsed (model collapse)); no difference in likelihood (IWAE) is seen: "
-        "+0.10 [-0.10, +0.30]; 1 distinct prior samples, not 1."
+        "+0.10 [-0.10, +0.30]."
     )

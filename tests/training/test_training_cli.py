@@ -74,6 +74,8 @@ def test_train_prints_and_keeps_the_evaluation(name: str) -> None:
     assert len(metrics["data"]["sha256"]) == 64
     heldout = metrics["heldout"]
     assert len(heldout["rate_per_dim"]) == 3
+    told = f"the bound on I(x;z), after every epoch, took {metrics['mi_seconds']:.2f} s"
+    assert told in " ".join(output.split()) and 0 < metrics["mi_seconds"] < metrics["seconds"]
     assert (
         heldout["delta_shuffle"]["low"]
         <= heldout["delta_shuffle"]["value"]
@@ -163,7 +165,7 @@ def test_ctrl_c_on_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             ["digits", "--resume", "a", "--run-dir", "b"],
             2,
-            "error: --resume goes on in the directory of the run",
+            "error: --resume goes on in the folder of the run",
         ),
         (["digits", "--run-dir", "file/run"], 1, "error: cannot make file/run: Not a directory"),
     ],

@@ -1,6 +1,6 @@
 """The benchmark: what the fused latent layer is worth against eager code, `torch.compile` and others.
 
-    vaekernels bench [--quick] [--device DEVICE] [--csv FILE] [--plots FOLDER] [--compare FILE]
+    vaekernels bench [--quick] [--device DEVICE] [--csv PATH] [--plots PATH] [--compare PATH]
 
 On a GPU (`--device cuda`) times are those of the device, in processes whose record survives one that breaks
 down (`processes`); a tuned torch.compile and a version written in Triton are timed as well. benchmarks/ runs
@@ -14,12 +14,14 @@ import csv
 import os
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from vaekernels._build import time_left
 from vaekernels._files import write_atomically
 from vaekernels.bench import gpu_report, processes
 from vaekernels.bench.cases import (
@@ -68,8 +70,10 @@ def _on_cpu(
         _say("diffusers is not installed and is left out")
     passes = ("both",) if options.quick else PASSES
     rows: list[Row] = []
+    begun = time.monotonic()
     for number, case in enumerate(cases, 1):
-        _say(f"{number}/{len(cases)} {case.op} {case.name} ...")
+        left = time_left(begun, number - 1, len(cases), sys.stderr)
+        _say(f"{number}/{len(cases)} {case.op} {case.name} ...{left}")
         rows += measure(
             case, rounds=options.rounds, device=device, compiled=not options.no_compile, passes=passes
         )
@@ -150,10 +154,12 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         "--largest", type=_positive, help="leave out cases of more latent elements (default: 2^26; GPU 2^28)"
     )
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--csv", type=Path, help="write every figure to this file")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to this file")
-    parser.add_argument("--plots", type=Path, help="draw plots into this folder (needs matplotlib)")
-    parser.add_argument("--compare", type=Path, metavar="FILE", help="an earlier --csv to compare with")
+    parser.add_argument("--csv", type=Path, metavar="PATH", help="write every figure to this file")
+    parser.add_argument("--markdown", type=Path, metavar="PATH", help="write the tables to this file")
+    parser.add_argument(
+        "--plots", type=Path, metavar="PATH", help="draw plots into this folder (needs matplotlib)"
+    )
+    parser.add_argument("--compare", type=Path, metavar="PATH", help="an earlier --csv to compare with")
     on_gpu = parser.add_argument_group("with --device cuda")
     on_gpu.add_argument(
         "--seconds",
@@ -161,7 +167,7 @@ def _parser(prog: str) -> argparse.ArgumentParser:
         help=f"limit for all cases; those left out are named (default: {processes.SECONDS:.0f})",
     )
     on_gpu.add_argument(
-        "--record", type=Path, metavar="FOLDER", help="keep the processes' measurements and log here"
+        "--record", type=Path, metavar="PATH", help="keep the processes' measurements and log in this folder"
     )
     return parser
 
@@ -229,13 +235,14 @@ def _fewer_threads(rounds: int, device: torch.device, largest: int) -> list[Row]
     rows: list[Row] = []
     most = torch.get_num_threads()
     counts = [n for n in (2**i for i in range((os.cpu_count() or 1).bit_length())) if n < most]
+    steps = [(count, case) for count in counts for case in THREAD_CASES if case.numel <= largest]
+    begun = time.monotonic()
     try:
-        for count in counts:
+        for number, (count, case) in enumerate(steps):
             torch.set_num_threads(count)
-            for case in THREAD_CASES:
-                if case.numel <= largest:
-                    _say(f"{count} of {most} threads: {case.name} ...")
-                    rows += measure(case, rounds=rounds, device=device, compiled=False, passes=("both",))
+            left = time_left(begun, number, len(steps), sys.stderr)
+            _say(f"{count} of {most} threads: {case.name} ...{left}")
+            rows += measure(case, rounds=rounds, device=device, compiled=False, passes=("both",))
     finally:
         torch.set_num_threads(most)
     return rows

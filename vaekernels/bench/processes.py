@@ -26,6 +26,7 @@ from typing import Any
 import torch
 
 from vaekernels import _native
+from vaekernels._build import time_left
 from vaekernels._files import lines_of
 from vaekernels.bench import gpu, gpu_report
 from vaekernels.bench.cases import GPU_CASES, QUICK, Case, Layer, Problem, eager, fused
@@ -317,6 +318,7 @@ def gather(options: argparse.Namespace, folder: Path) -> tuple[Record, list[str]
 
     cases = [key(case) for case in chosen_cases(options)]
     record = Record.read([*facts, times])
+    measuring = time.monotonic()
     while time.time() < until and set(cases) - record.done - record.crashed():
         before = len(record.started)
         process = start_work(
@@ -325,7 +327,8 @@ def gather(options: argparse.Namespace, folder: Path) -> tuple[Record, list[str]
         )  # fmt: skip
         finish(process, end)
         record = Record.read([*facts, times])
-        _say(f"{len(record.done)} of {len(cases)} cases at {time.time() - begin:.0f} s")
+        left = time_left(measuring, len(record.done), len(cases), sys.stderr)
+        _say(f"{len(record.done)} of {len(cases)} cases at {time.time() - begin:.0f} s{left}")
         if len(record.started) == before:
             left_out.append("a process that measures ended before its first case: see bench.log")
             break

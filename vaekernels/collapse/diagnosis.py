@@ -16,6 +16,7 @@ from vaekernels.collapse.budget import Budget, OutOfTime, fitting, progress_bar
 from vaekernels.collapse.decoder import importance_columns, importance_mean
 from vaekernels.collapse.estimate import RESAMPLES, Estimate, difference, holm_low
 from vaekernels.collapse.examples import (
+    GAP,
     Encode,
     Examples,
     LogLikelihood,
@@ -24,6 +25,7 @@ from vaekernels.collapse.examples import (
     count,
     digest,
     labels_of,
+    near_copies,
     select,
     take,
     whiten_latents,
@@ -49,6 +51,7 @@ from vaekernels.collapse.verdict import (
     EPS_INFO,
     EPS_USE,
     FINDINGS,
+    SAME_SHARE,
     THRESHOLDS,
     USE_TAIL,
     Answer,
@@ -87,8 +90,13 @@ METRICS = (
     "code_gap",
     "iwae_nll",
 )
+A_FEW = 5
+"""Examples that bear half of Delta_shuffle, below which the report says that so few decide."""
 COPIES = 0.05
 """Share of exact copies from which the report speaks of them."""
+NEAR_COPIES = 0.1
+"""Share of examples with near-copies from which the report asks about them. Of independent ones 0.02 at most
+have such a gap between their neighbours."""
 OF_TRAINING = ("beta", "effective_beta", "free_bits")
 ON_TRAIN = ("rate", "mi_lower", "mi_upper", "nll", "nelbo", "delta_shuffle", "i_dec")
 
@@ -157,13 +165,14 @@ def diagnose(
             32 examples at least.
         progress: a bar on standard error, where that is a terminal and rich is installed.
 
-    ``log_likelihood`` is evaluated about 130,000 times at the defaults: n (5 + k), then 16,384 times for
-    single dimensions (on 16384 / D examples, 64 at least), 512 k for the importance weights, 21,504 for the
-    refinement of 128 examples, where a gradient counts as 3; and 2 n + 512 k times for a train split. 128
-    examples at a time on a CPU, 512 elsewhere. Memory: the examples chosen, four arrays [n, D] a split (of
-    float64 up to 2^24 numbers, beyond of the encoder's dtype), about 1 GiB where n and D are large, and what
-    a batch of the model takes. The codes of the first sqrt(2^33 / D) examples are compared with one another,
-    23,170 for D = 16, 5,792 for 256, 1,448 for 4,096.
+    ``log_likelihood`` is evaluated about 130,000 times at the defaults: n (5 + k), 16,384 times for single
+    dimensions (on 16384 / D examples, 64 at least), 512 k for the importance weights, 21,504 for the
+    refinement of 128 examples, where a gradient counts as 3; and 2 n + 512 k times for a train split. Without
+    a budget, codes of at most 512 examples are shuffled 8 times, and single dimensions of at most 2048 / D.
+    128 examples at a time on a CPU, 512 elsewhere. Memory: the examples chosen, four arrays [n, D] a split
+    (of float64 up to 2^24 numbers, beyond of the encoder's dtype), about 1 GiB where n and D are large, and
+    what a batch of the model takes. The codes of the first sqrt(2^33 / D) examples are compared with one
+    another, 23,170 for D = 16, 5,792 for 256, 1,448 for 4,096.
 
     Raises:
         ValueError: fewer than 4 examples; wrong shapes; NaN or inf; functions that give two answers to the
@@ -224,11 +233,20 @@ def diagnose(
                 float(active_threshold),
                 strata[0] if strata else None,
                 grouped,
+                budget_s is not None,
             )
             trained = (
                 None
                 if chosen_train is None
-                else Measurements("train", model, chosen_train, seed, 1, strata=strata[1] if strata else None)
+                else Measurements(
+                    "train",
+                    model,
+                    chosen_train,
+                    seed,
+                    1,
+                    strata=strata[1] if strata else None,
+                    hurried=budget_s is not None,
+                )
             )
             settings = {
                 "n": n,
@@ -357,14 +375,17 @@ class _Diagnosis:
 
     def run(self, labels: tuple[Tensor, list[str]] | None) -> Report:
         held = self.held
-        self.copies = copies(held.x)
+        self.copies, self.near_copies = copies(held.x), near_copies(held.x)
         with self.budget.part("encoder"):
             self._encoder()
         n, dims = held.n, held.dims
         # What decides the verdict, then what decides the rest, then what is only reported.
-        self._part("shuffled codes", ("nll", "nelbo", "delta_shuffle"), 2 * n, self._shuffle)
+        self._part(
+            "shuffled codes", ("nll", "nelbo", "delta_shuffle"), n * (1 + held.shuffles()), self._shuffle
+        )
         self._part("contrast codes", ("i_dec",), n * self.held.contrast_codes(n, self.k), self._decoded)
-        self._part("single dimensions", ("use",), held.use_n * dims, self._use)
+        evaluations = held.use_n * dims * held.shuffles_of_dims(held.use_n)
+        self._part("single dimensions", ("use",), evaluations, self._use)
         self._use_again()
         self._together()
         some = min(n, self.budget.affordable(svi.evaluations(1), REFINED, LEAST_REFINED))
@@ -457,7 +478,7 @@ class _Diagnosis:
         def measure() -> None:
             self.small_together = self.held.together(small, n)
 
-        self._part("single dimensions", ("together",), n, measure)
+        self._part("single dimensions", ("together",), n * self.held.shuffles_of_dims(n), measure)
 
     def _unexplained(self) -> list[int]:
         """Dimensions with information that nobody was seen to use."""
@@ -475,7 +496,8 @@ class _Diagnosis:
         def measure() -> None:
             self.redundant = find_redundant(self.held, groups)
 
-        evaluations = cost(groups, self.held.examples_for(cost(groups, 1)))
+        examples = self.held.examples_for(cost(groups, 1))
+        evaluations = cost(groups, examples) * self.held.shuffles_of_dims(examples)
         if groups:
             self._part("redundant dimensions", ("redundant",), evaluations, measure)
 
@@ -508,7 +530,7 @@ class _Diagnosis:
         n, title = trained.n, "train split"
         names = tuple(f"train.{name}" for name in ("nll", "nelbo", "delta_shuffle"))
         self._part(title, tuple(f"train.{name}" for name in ON_TRAIN[:3]), 0, self._train_encoder)
-        self._part(title, names, 2 * n, self._train_shuffle)
+        self._part(title, names, n * (1 + trained.shuffles()), self._train_shuffle)
         some = min(n, CONTRASTED)
         self._part(title, ("train.i_dec",), some * trained.contrast_codes(some, self.k), self._train_decoded)
         self._compare(trained)
@@ -519,7 +541,8 @@ class _Diagnosis:
             def measure() -> None:
                 self._train_use(trained, unexplained)
 
-            self._part(title, ("use_train",), trained.use_n * len(unexplained), measure)
+            evaluations = trained.use_n * len(unexplained) * trained.shuffles_of_dims(trained.use_n)
+            self._part(title, ("use_train",), evaluations, measure)
 
     def _train_encoder(self) -> None:
         assert self.trained is not None
@@ -645,9 +668,25 @@ class _Diagnosis:
             subtype=ruling.subtype,
             overfit=overfit,
             excluded=excluded(ruling.verdict, self.held.independent(self.held.n)),
-            reasons=ruling.reasons + self._conditional() + self._dependent() + self._impossible() + on_train,
+            reasons=[
+                *ruling.reasons,
+                *self._conditional(),
+                *self._dependent(),
+                *self._concentrated(),
+                *self._impossible(),
+                *on_train,
+            ],
             findings={name: each.told for name, each in found.items()},
-            advice=advice(ruling.verdict, ruling.subtype, overfit, dims, found, unmeasured, self._short()),
+            advice=advice(
+                ruling.verdict,
+                ruling.subtype,
+                overfit,
+                dims,
+                found,
+                unmeasured,
+                self._short(),
+                self.held.apart(SAME_SHARE),
+            ),
             metrics=self.metrics,
             train=None if self.trained is None else self.train_metrics,
             gaps=self.gaps,
@@ -684,11 +723,25 @@ class _Diagnosis:
     def _dependent(self) -> list[str]:
         if "groups" in self.settings:
             return [f"intervals are over the {self.settings['groups']} groups of the {self.held.n} examples"]
-        if self.copies < COPIES:
+        told = []
+        if self.copies >= COPIES:
+            told = [f"{100 * self.copies:.0f} % of the examples are exact copies of others"]
+        if self.near_copies >= NEAR_COPIES:
+            told.append(
+                f"{100 * self.near_copies:.0f} % of the examples have others beside them, {GAP:g} times "
+                f"nearer than the next, as near-copies have"
+            )
+        so = ", and the intervals take them for independent: if they are not, pass groups="
+        return [each + so for each in told]
+
+    def _concentrated(self) -> list[str]:
+        share = self.held.concentration()
+        number = 0 if share is None else round(share * self.held.n)
+        if not 0 < number < A_FEW or self.metrics["delta_shuffle"].high < EPS_GLOBAL:  # type: ignore[union-attr]
             return []
         return [
-            f"{100 * self.copies:.0f} % of the examples are exact copies of others, and the intervals take "
-            f"them for independent: if they are not, pass groups="
+            f"{number} of the {self.held.n} examples bear{'s' if number == 1 else ''} half of Δ_shuffle: so "
+            f"few hardly tell how many use z, and the truth may lie above the interval; raise n"
         ]
 
     def _impossible(self) -> list[str]:
@@ -733,6 +786,7 @@ class _Diagnosis:
         return {
             "deterministic": True,
             "copies": self.copies,
+            "near_copies": self.near_copies,
             "finite": True,
             "likelihood_gradient": self.gradient,
             "information_cap": self.held.caps.get("mi_lower"),

@@ -29,6 +29,10 @@ Examples: TypeAlias = Tensor | tuple[Tensor, ...]
 """A tensor, or several with the same examples along their first axes."""
 
 _HASHED = 1 << 10
+_COMPARED, _NEIGHBOURS, _PROJECTED = 1 << 10, 32, 64
+GAP = 50.0
+"""How many times farther than the j-th neighbour the next one is, from which an example has near-copies. Of
+independent examples that lie in d dimensions, with any density, one in 50^(j d) has such a gap."""
 MINIMUM = 4  # examples: fewer give no interval worth the name
 
 
@@ -104,6 +108,31 @@ def copies(x: Examples) -> float:
                 found.update(ctypes.string_at(part[i].data_ptr(), part[i].nbytes))
             seen.add(found.digest())
     return 1 - len(seen) / count(x)
+
+
+def near_copies(x: Examples) -> float:
+    """The share of the examples that have others beside them, 32 at most, and all the rest at least
+    :data:`GAP` times as far: near-copies, or tight clusters of a few. Of the first 1024 examples, by the
+    Euclidean distance of their real numbers, or of 64 random projections of these, which keep distances to a
+    tenth. Equal examples count as one."""
+    parts: tuple[Tensor, ...] = (x,) if isinstance(x, Tensor) else x
+    first = [part[:_COMPARED].detach() for part in parts if part.is_floating_point()]
+    real = [part.reshape(len(part), -1) for part in first]  # one number an example may have no axis
+    if not real:
+        return 0.0
+    generator = torch.Generator().manual_seed(0)
+    points = torch.zeros(len(real[0]), 0, dtype=torch.float64)
+    for part in real:
+        if part.shape[1] > _PROJECTED:
+            directions = torch.randn(part.shape[1], _PROJECTED, generator=generator) / _PROJECTED**0.5
+            part = part.float() @ directions.to(part.device)
+        points = torch.cat([points, part.cpu().double()], dim=1)
+    # Not by the products of the points: those of near-copies cancel.
+    far = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
+    far = torch.where(far > 0, far, torch.inf)
+    nearest = far.topk(min(_NEIGHBOURS + 1, len(far)), largest=False).values
+    gaps = nearest[:, 1:] / nearest[:, :-1]
+    return (gaps.isfinite() & (gaps >= GAP)).any(dim=1).double().mean().item()
 
 
 def labels_of(

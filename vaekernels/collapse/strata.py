@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vaekernels.collapse.information import MIBounds, compared, contrast_rows, joint_bounds, mi_bounds
-from vaekernels.collapse.pairing import derangement
+from vaekernels.collapse.pairing import derangement, derangement_of
 
 __all__ = [
     "LEAST",
@@ -44,11 +44,17 @@ def rows_of(strata: Tensor) -> Iterator[Tensor]:
         yield (strata == number).nonzero()[:, 0]
 
 
-def derangement_within(strata: Tensor, generator: torch.Generator | None) -> Tensor:
-    """A permutation that trades places within strata; an example alone in its stratum keeps its own."""
+def derangement_within(
+    strata: Tensor, generator: torch.Generator | None, groups: Tensor | None = None
+) -> Tensor:
+    """Whose place each example takes, one of its stratum, and with ``groups`` one of another group: whole
+    groups follow one another, see :func:`pairing.derangement_of`. An example alone in its stratum, or with
+    its group alone, keeps its own place."""
     permutation = torch.arange(len(strata))
     for rows in rows_of(strata):
-        if len(rows) > 1:
+        if groups is not None and len(torch.unique(groups[rows])) > 1:
+            permutation[rows] = rows[derangement_of(groups[rows], generator=generator)]
+        elif groups is None and len(rows) > 1:
             permutation[rows] = rows[derangement(len(rows), generator=generator)]
     return permutation
 

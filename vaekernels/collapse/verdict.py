@@ -50,8 +50,11 @@ LOW_RATE = 0.1
 EMPTY_SHARE = 0.3
 """Share of information in a rate below which the rate is called empty."""
 NEAR = 0.5
-CONSTANT = 1e-8
-"""Variance of mu below which a dimension is constant: a ten-thousandth of the prior's standard deviation."""
+CONSTANT = 1e-4
+"""Distance below which two codes are the same: a ten-thousandth of the prior's standard deviation."""
+SAME_SHARE = 0.95
+"""Share of the examples from which on with the same code the encoder is called constant. A variance would be
+that of the few others: saturated units still tell an odd example apart."""
 LAG = 0.05
 """Gain of refined inference, in nats, from which a collapse is the encoder's."""
 HALF = 0.5
@@ -259,6 +262,7 @@ _LABELS = {
     "i_dec": "I_dec",
 }
 _DECODER = ["delta_shuffle", "i_dec"]
+_COMMON = ["mi_lower", "delta_shuffle"]
 RULES: list[tuple[Verdict, list[Condition]]] = [
     (
         "rate-only",
@@ -302,7 +306,9 @@ RARE = frozenset({"collapsed", "encoder-only", "near-collapsed", "undetermined"}
 def rule(metrics: Mapping[str, Estimate | None], dims: Sequence[Dim], picked: Estimate | None) -> Ruling:
     """The verdict. ``picked``: the share of the examples whose own code the decoder picks out."""
     ruling = _by_rules(metrics, dims)
-    if ruling.verdict in RARE and picked is not None and picked.low > 0:
+    # Where both hold, z is used by more than a few, and it is I_dec that is not known well enough.
+    common = all(Condition(name, "low", "at least", EPS_GLOBAL).holds(metrics) for name in _COMMON)
+    if ruling.verdict in RARE and picked is not None and picked.low > 0 and not common:
         told = (
             f"the decoder picks the own code out of the contrasts, with 95 % of the posterior, for a share "
             f"of {ends(picked)} of the examples: lower end above 0"
@@ -457,21 +463,21 @@ def advice(
     found_wrong: Mapping[str, Finding],
     unmeasured: Sequence[str] = (),
     short: bool = False,
+    apart: float = math.inf,
 ) -> list[str]:
     """What to do about it. ``unmeasured``: metrics of :data:`FINDINGS`; ``short``: more time would have shown
-    more."""
+    more; ``apart``: how far the codes of :data:`SAME_SHARE` of the examples lie from one code at most."""
     found = [each.advice for each in found_wrong.values()]
     if not (found and verdict == "informative"):
         undecided = short and verdict == "undetermined"
         found.insert(0, _MORE_TIME if undecided else _ADVICE[subtype if subtype is not None else verdict])
-    most = max((dim.mu_variance for dim in dims), default=math.inf)
-    if verdict in ("collapsed", "rate-only", "near-collapsed") and most < CONSTANT:
+    if verdict in ("collapsed", "rate-only", "near-collapsed") and apart < CONSTANT:
         # A weaker decoder does not cure an encoder that cannot tell the examples apart.
         found.insert(
             0,
-            f"encoder constant: over the examples the variance of mu is {most:.1g} at most, so no decoder "
-            f"could use z. Look at the encoder first: are its inputs centred and scaled, are its units "
-            f"saturated, does its gradient vanish?",
+            f"encoder constant: {100 * SAME_SHARE:g} % of the examples have the same mu and logvar, within "
+            f"{apart:.1g}, so no decoder could use z. Look at the encoder first: are its inputs centred and "
+            f"scaled, are its units saturated, does its gradient vanish?",
         )
     if unmeasured and verdict in FOUND_IN:
         found.append(f"not measured, so it may be bad: {', '.join(unmeasured)}")

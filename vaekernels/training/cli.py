@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import typer
 from lightning_fabric import Fabric
 from rich.console import Console
 
+from vaekernels import collapse
 from vaekernels._command import STOPPED
 from vaekernels.training import commands, diagnosis, display, engine, objectives, strategies
 from vaekernels.training import data as datasets
@@ -141,7 +143,7 @@ def train(
     resume: Annotated[
         _Path,
         typer.Option(
-            metavar="RUN", help="Continue the run in this directory, with its settings.", show_default=False
+            metavar="RUN", help="Continue the run in this folder, with its settings.", show_default=False
         ),
     ] = None,
     device: Annotated[
@@ -162,7 +164,7 @@ def train(
     """
     with _reported():
         if resume is not None and run_dir is not None:
-            raise ConfigError("--resume goes on in the directory of the run; leave out --run-dir")
+            raise ConfigError("--resume goes on in the folder of the run; leave out --run-dir")
         options: dict[str, dict[str, Any]] = {
             "model": {"latent_dim": latent_dim},
             "objective": {"beta": beta, "free_bits": free_bits, "clamp": clamp, "group": group},
@@ -211,6 +213,7 @@ def _train(chosen: Config, fabric: Fabric, resume: Path | None, run_dir: Path | 
     evaluation = trainer.fit()
     for table in display.evaluation_tables(evaluation, console.width):
         console.print(table)
+    console.print(display.price(trainer.monitor.mi_seconds, trainer.progress.seconds))
     verdict, *advised = trainer.closing()
     console.print(verdict)
     for command in advised:  # to be copied, so not wrapped
@@ -235,6 +238,26 @@ def diagnose(
     train: Annotated[
         bool, typer.Option("--train/--no-train", help="Measure on the training data too, to see overfitting.")
     ] = True,
+    active_threshold: Annotated[
+        float, typer.Option(help="Variance of mu from which a dimension is an active unit.")
+    ] = collapse.ACTIVE_THRESHOLD,
+    classes: Annotated[
+        _Str,
+        typer.Option(
+            metavar="LABELS",
+            help="Also print the measures of each class: length (of text), digit (of digits), a factor of "
+            "sprites, or a file of labels, a whole number for each example.",
+            show_default=False,
+        ),
+    ] = None,
+    condition: Annotated[
+        _Str,
+        typer.Option(
+            metavar="LABELS",
+            help="Measure within the classes of these labels: what z says of the class does not count.",
+            show_default=False,
+        ),
+    ] = None,
     against: Annotated[
         _Path,
         typer.Option(
@@ -255,11 +278,23 @@ def diagnose(
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
         if budget is not None and not budget > 0:
             raise ConfigError(f"--budget must be greater than 0, got {budget:g}")
+        if not 0 <= active_threshold < math.inf:
+            raise ConfigError(f"--active-threshold must be at least 0, got {active_threshold:g}")
         engine.set_threads(EngineConfig(threads=threads))
         run = commands.or_newest(run)
         opened = open_run(run, lambda text: print(text, file=sys.stderr), device=device)
         opened.require_examples()
-        report = diagnosis.diagnose(opened, n=n, k=k, seed=seed, budget_s=budget, train=train)
+        report = diagnosis.diagnose(
+            opened,
+            n=n,
+            k=k,
+            seed=seed,
+            active_threshold=active_threshold,
+            classes=classes,
+            condition=condition,
+            budget_s=budget,
+            train=train,
+        )
         try:
             page = diagnosis.save(report, run, diagnosis.extras(opened))
         finally:  # saved first, for standard output may be closed; printed even if it cannot be saved
@@ -316,7 +351,7 @@ def _announce(trainer: Trainer, data: Data, console: Console) -> None:
 def _base(preset: str | None, config: Path | None) -> Config:
     """The settings of the preset, with those of the file over them."""
     if preset is None and config is None:
-        raise ConfigError(f"name a preset: {', '.join(presets.PRESETS)}; or your own data, or --config FILE")
+        raise ConfigError(f"name a preset: {', '.join(presets.PRESETS)}; or your own data, or --config PATH")
     if preset is None:
         assert config is not None
         return settings.load(config)

@@ -409,7 +409,9 @@ def _settings(word: str) -> dict[str, Any]:
             if word in f"{table.name}.{each.name}"
         }
         if rows:
-            tables[table.name] = {"meaning": inspect.cleandoc(kind.__doc__ or ""), "settings": rows}
+            paragraphs = inspect.cleandoc(kind.__doc__ or "").split("\n\n")
+            told = [each for each in paragraphs if any(name in each for name in rows)]
+            tables[table.name] = {"meaning": "\n\n".join(told if word else paragraphs), "settings": rows}
     return tables
 
 

@@ -23,14 +23,17 @@ _TITLE = "Runs side by side"
 
 
 def outcome(path: Path, say: Callable[[str], None]) -> Outcome:
-    """The run in ``path`` with its saved report, which is made and saved now where there is none, or one of
-    fewer training steps. CheckpointError if the report cannot be read."""
+    """The run in ``path`` with its saved report, which is made and saved now where there is none, one of
+    fewer training steps, or one within classes. CheckpointError if the report cannot be read."""
     run = open_run(path, say)
     run.require_examples()
     report = _saved(path)
-    if report is None or report.settings.get("steps") != run.step:
-        say(f"{path} has no report of step {run.step}: diagnosing")
-        report = diagnosis.diagnose(run, progress=False)
+    settings = {} if report is None else report.settings
+    if report is None or settings.get("steps") != run.step or "condition" in settings:
+        classes = settings.get("condition")
+        found = "" if classes is None else f", the one there is is within classes of {classes}"
+        say(f"{path} has no report of step {run.step}{found}: diagnosing")
+        report = diagnosis.diagnose(run)
         diagnosis.save(report, path, diagnosis.extras(run))
     seen = gallery.look(run.model, run.data, run.device)
     return Outcome(str(path), str(path / PAGE), report, seen, diagnosis.curves(run))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,21 @@ import torch
 from torch import Tensor
 
 from vaekernels import collapse
-from vaekernels.collapse import Curve, Extras, Report, TextTable
-from vaekernels.training import gallery, logs, objectives, strategies
-from vaekernels.training.errors import CheckpointError
+from vaekernels.collapse import ACTIVE_THRESHOLD, Curve, Extras, Report, TextTable, strata
+from vaekernels.collapse.estimate import Bootstrap, along_cycle
+from vaekernels.collapse.pairing import derangement
+from vaekernels.collapse.verdict import FOUND_IN
+from vaekernels.training import gallery, labels, logs, objectives, strategies
+from vaekernels.training.data import Text
+from vaekernels.training.errors import CheckpointError, InputError
 from vaekernels.training.objectives import Task
 from vaekernels.training.run import Run, open_run
 
 __all__ = ["against", "curves", "diagnose", "extras", "grid", "save"]
+
+_BATCH = 256
+_SAME = ("n", "k", "seed", "active_threshold", "condition")
+"""Settings of two reports that are compared."""
 
 
 def diagnose(
@@ -26,27 +35,95 @@ def diagnose(
     n: int = 2048,
     k: int = 32,
     seed: int = 0,
+    active_threshold: float = ACTIVE_THRESHOLD,
+    classes: str | None = None,
+    condition: str | None = None,
     budget_s: float | None = None,
     train: bool = True,
     progress: bool = True,
 ) -> Report:
     """:func:`vaekernels.collapse.diagnose` of the model of ``run`` on its held-out data, and, with ``train``,
-    on its training data as well. Inference is refined at the run's effective beta, 1 where it has none."""
+    on its training data as well. Inference is refined at the run's effective beta, 1 where it has none.
+
+    ``classes``, ``condition``: labels of :func:`labels.find`. No model here is told the length or the class,
+    so z may hold it, and ``condition`` is None unless asked for; where most of what z says is the length of
+    the sentence, a reason of the report says so. InputError where there are no such labels, or too few
+    examples of each."""
     task = Task.of(run.config, run.data, run.model.latent_dim)
     beta = objectives.build(run.config.objective, task).effective_beta
-    return collapse.diagnose(
-        run.model.encode,
-        run.model.log_likelihood,
-        run.data.heldout,
-        train=run.data.train if train else None,
-        n=n,
-        k=k,
-        seed=seed,
-        beta=1.0 if beta is None else beta,
-        device=run.device,
-        budget_s=budget_s,
-        progress=progress,
+    given: object = None
+    if condition is not None:
+        of_train, of_heldout = labels.find(run.data, condition, run.config.data)
+        given = (of_heldout, of_train) if train else of_heldout
+    try:
+        report = collapse.diagnose(
+            run.model.encode,
+            run.model.log_likelihood,
+            run.data.heldout,
+            train=run.data.train if train else None,
+            condition=given,
+            n=n,
+            k=k,
+            seed=seed,
+            beta=1.0 if beta is None else beta,
+            active_threshold=active_threshold,
+            classes=None if classes is None else labels.find(run.data, classes, run.config.data)[1],
+            device=run.device,
+            budget_s=budget_s,
+            progress=progress,
+        )
+    except ValueError as error:
+        if condition is None or not str(error).startswith("condition "):
+            raise
+        raise InputError(f"--condition {condition}: {error}") from error
+    told = {name: what for name, what in (("classes", classes), ("condition", condition)) if what}
+    told |= _settings(run)
+    skipped = {name: why for name, why in report.skipped.items() if name not in told}
+    report = replace(report, settings=report.settings | told, skipped=skipped)
+    if condition is None and budget_s is None and isinstance(run.data, Text) and report.verdict in FOUND_IN:
+        report = _with_lengths(report, run, n, seed)
+    return report
+
+
+def _with_lengths(report: Report, run: Run, n: int, seed: int) -> Report:
+    """``report`` and, where it is so, that most of what the decoder reads from z is the length of the
+    sentence: less than half of what another example's z costs remains, significantly, where that example has
+    the same length."""
+    generator = torch.Generator().manual_seed(seed)
+    x = run.data.heldout
+    x = x[torch.randperm(len(x), generator=generator)[:n]]
+    x = x[strata.order(run.data.lengths(x))]
+    if len(x) < 2 * strata.LEAST:
+        return report
+    pairs = derangement(len(x), generator=generator)
+    within = strata.derangement_within(run.data.lengths(x), generator)
+    z = torch.empty(len(x), run.model.latent_dim)
+    with torch.no_grad():
+        for a in range(0, len(x), _BATCH):
+            mu, logvar = (part.float().cpu() for part in run.model.encode(x[a : a + _BATCH].to(run.device)))
+            z[a : a + _BATCH] = mu + (logvar / 2).exp() * torch.randn(mu.shape, generator=generator)
+        own, other, alike = (_nll(run, x, codes) for codes in (z, z[pairs], z[within]))
+    any_length = along_cycle(other - own, pairs)
+    same_length = along_cycle(alike - own, within)
+    columns = torch.stack([any_length, same_length, any_length - 2 * same_length], dim=1)
+    cost, left, more = Bootstrap(len(x), generator=generator).estimates(columns)
+    if more.low <= 0:
+        return report
+    told = (
+        f"of the {cost.show(2)} nats that another sentence's z costs, {left.show(2)} remain where it has the "
+        f"same length: more than half of what z says is the length"
     )
+    remedy = "what z says beside the length of the sentence: --condition length"
+    return replace(report, reasons=[*report.reasons, told], advice=[*report.advice, remedy])
+
+
+def _nll(run: Run, x: Tensor, z: Tensor) -> Tensor:
+    """float64 [n]"""
+    nll = torch.empty(len(x), dtype=torch.float64)
+    for a in range(0, len(x), _BATCH):
+        part = slice(a, a + _BATCH)
+        nll[part] = -run.model.log_likelihood(x[part].to(run.device), z[part].to(run.device)).cpu()
+    return nll
 
 
 def against(report: Report, run: Path, other: Path, device: str | None) -> str:
@@ -57,7 +134,15 @@ def against(report: Report, run: Path, other: Path, device: str | None) -> str:
     told = report.settings
     found = _saved(other, opened.step, told)
     if found is None:
-        found = diagnose(opened, n=told["n"], k=told["k"], seed=told["seed"], train=False, progress=False)
+        found = diagnose(
+            opened,
+            n=told["n"],
+            k=told["k"],
+            seed=told["seed"],
+            active_threshold=told["active_threshold"],
+            condition=told.get("condition"),
+            train=False,
+        )
     try:
         return report.against(found, (str(run), str(other)))
     except ValueError as error:
@@ -69,13 +154,13 @@ def _saved(folder: Path, step: int, told: Mapping[str, Any]) -> Report | None:
         found = Report.load(folder)
     except (OSError, ValueError):
         return None
-    same = all(found.settings.get(name) == told[name] for name in ("n", "k", "seed"))
+    same = all(found.settings.get(name) == told.get(name) for name in _SAME)
     return found if same and found.settings.get("steps") == step else None
 
 
 def extras(run: Run) -> Extras:
-    """Settings, training curves, and what the model makes of its latent."""
-    return Extras(settings=_settings(run), curves=curves(run), **_shown(run))
+    """Training curves, and what the model makes of its latent."""
+    return Extras(curves=curves(run), **_shown(run))
 
 
 def save(report: Report, folder: Path, more: Extras) -> Path:

@@ -34,7 +34,7 @@ class InputError(TrainingError, ValueError):
 
 
 class CheckpointError(TrainingError):
-    """A run directory or checkpoint that is missing, unreadable, of another run or in use."""
+    """A run's folder or checkpoint that is missing, unreadable, of another run or in use."""
 
 
 class Interrupted(TrainingError):

@@ -17,7 +17,7 @@ from vaekernels.training.data.csv_tables import read_csv
 from vaekernels.training.data.images import SUFFIXES, image_paths, read_image
 from vaekernels.training.errors import DataError, InputError
 
-__all__ = ["codes", "example", "examples"]
+__all__ = ["array", "codes", "example", "examples"]
 
 HELD_OUT = "heldout:"
 
@@ -57,20 +57,22 @@ def examples(data: Data, given: str, size: int | None = None) -> Any:
     if data.is_image and (path.is_dir() or path.suffix.lower() in SUFFIXES):
         paths = image_paths(path, lambda text: None) if path.is_dir() else [path]
         return torch.cat([_image(each, data, size) for each in paths])
-    return _array(path)
+    return array(path)
 
 
 def codes(path: Path) -> Tensor:
     """The codes in a file: of what ``encode`` wrote mu, or an array [N, D]."""
-    array = _array(path)
-    if array.dtype.names is not None:
-        if "mu" not in array.dtype.names:
-            raise DataError(f"{path} has no mu, it has {', '.join(array.dtype.names)}")
-        array = array["mu"]
-    return native(array, str(path)).float()
+    found = array(path)
+    if found.dtype.names is not None:
+        if "mu" not in found.dtype.names:
+            raise DataError(f"{path} has no mu, it has {', '.join(found.dtype.names)}")
+        found = found["mu"]
+    return native(found, str(path)).float()
 
 
-def _array(path: Path) -> np.ndarray:
+def array(path: Path) -> np.ndarray:
+    """The array in an .npy file, the one named x in an .npz file, the table in a .csv file. DataError if
+    there is none."""
     suffix = path.suffix.lower()
     with opened(path) as file:
         try:

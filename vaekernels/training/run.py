@@ -225,7 +225,7 @@ def new_folder(path: Path) -> Path:
             made.mkdir(parents=True)
         except FileExistsError:
             if not made.parent.is_dir():
-                raise CheckpointError(f"cannot make {made}: {made.parent} is no directory") from None
+                raise CheckpointError(f"cannot make {made}: {made.parent} is no folder") from None
         except OSError as error:
             raise CheckpointError(f"cannot make {made}: {error.strerror}") from error
         else:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vaekernels.collapse import Report
+from vaekernels.collapse import ACTIVE_THRESHOLD, Report
 from vaekernels.training import data as datasets
 from vaekernels.training import diagnosis, display, engine, run
 from vaekernels.training.codec import Codes, Decoded, codes_of, examples_of, words_of
@@ -110,12 +110,35 @@ class Run(run.Run):
         return [word for word in words_of(self.data, sentence) if word not in self.data.vocabulary]
 
     def report(
-        self, *, n: int = 2048, k: int = 32, seed: int = 0, train: bool = True, progress: bool = False
+        self,
+        *,
+        n: int = 2048,
+        k: int = 32,
+        seed: int = 0,
+        active_threshold: float = ACTIVE_THRESHOLD,
+        classes: str | None = None,
+        condition: str | None = None,
+        train: bool = True,
+        progress: bool = False,
     ) -> Report:
         """The diagnosis of :func:`vaekernels.collapse.diagnose`, measured now on the data of the run;
-        ``train``: on the training data as well. Writes nothing. DataError where the data are missing."""
+        ``train``: on the training data as well. Writes nothing.
+
+        ``classes``, ``condition``: the name of labels that the data have ("length" of text, "digit" of
+        digits, the factors of sprites), or the path of a file of labels, a whole number for each example.
+        DataError where the data or the file are missing, InputError where there are no such labels."""
         self.require_examples()
-        return diagnosis.diagnose(self, n=n, k=k, seed=seed, train=train, progress=progress)
+        return diagnosis.diagnose(
+            self,
+            n=n,
+            k=k,
+            seed=seed,
+            active_threshold=active_threshold,
+            classes=classes,
+            condition=condition,
+            train=train,
+            progress=progress,
+        )
 
     @property
     def length(self) -> int:

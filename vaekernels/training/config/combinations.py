@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Literal
@@ -70,6 +71,7 @@ def check(config: Config) -> None:
 
 def resolve(config: Config, data: Data) -> Config:
     """``config`` with every "auto" of the model decided for ``data``. ConfigError if they do not fit."""
+    _check_batches(config, len(data.train))
     model = config.model
     kind = model.kind
     if isinstance(data, Text):
@@ -135,6 +137,19 @@ def _problems(config: Config) -> Iterator[str]:
         )
     if config.engine.devices > 1 and config.model.batch_norm is not None and config.engine.device == "cpu":
         yield "model.batch_norm over several engine.devices needs GPUs: torch averages its means only there"
+
+
+def _check_batches(config: Config, examples: int) -> None:
+    """A variance needs two examples in every batch: those of an epoch are equal but for one example. Those of
+    a latent with positions are over its positions as well."""
+    model, asked = config.model, config.optim.batch_size
+    smallest = examples // math.ceil(examples / asked) if examples else asked
+    if model.batch_norm is not None and model.latent_channels is None and smallest < 2:
+        raise ConfigError(
+            f"model.batch_norm needs 2 examples in every batch: with optim.batch_size {asked} the "
+            f"{examples:,} training examples make batches of one; set optim.batch_size to "
+            f"{max(3, asked + 1)} or more"
+        )
 
 
 def _check_arrays(model: ModelConfig, data: Arrays) -> None:

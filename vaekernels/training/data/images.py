@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vaekernels.training.config import DataConfig
 from vaekernels.training.data.arrays import as_arrays
-from vaekernels.training.data.base import Arrays, Data, Most, digest, split
+from vaekernels.training.data.base import Arrays, Data, Factors, Most, digest, split
 from vaekernels.training.errors import DataError
 from vaekernels.training.waiting import tracked
 
@@ -32,9 +32,11 @@ def load_digits(config: DataConfig, say: Callable[[str], None]) -> Data:
         raise DataError(
             "digits come with scikit-learn, which is missing; pip install 'vaekernels[train]'"
         ) from error
-    x = torch.from_numpy(datasets.load_digits().images).to(torch.uint8).unsqueeze(1)
+    bunch = datasets.load_digits()
+    x = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1)
     train, heldout = split(x)
-    return Arrays("digits", train, heldout, digest(x), levels=17)
+    factors = Factors(("digit",), *split(torch.from_numpy(bunch.target).float().unsqueeze(1)))
+    return Arrays("digits", train, heldout, digest(x), levels=17, factors=factors)
 
 
 # --- folders of image files

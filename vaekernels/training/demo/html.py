@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from vaekernels.collapse import Curve, plots
-from vaekernels.collapse.html import IDLE
+from vaekernels.collapse.html import IDLE, MEANINGS, PLAIN
+from vaekernels.collapse.verdict import FINDINGS
 from vaekernels.training import gallery
 from vaekernels.training.demo import tables
 from vaekernels.training.demo.outcome import Outcome
@@ -19,6 +20,16 @@ from vaekernels.training.diagnosis import grid
 __all__ = ["render"]
 
 _SAMPLES = 12
+_EXPLAINED = {
+    "rate": "rate",
+    "I(x;z)": "mi_lower",
+    "I_dec": "i_dec",
+    "Δ_shuffle": "delta_shuffle",
+    "active units": "active_units",
+    "NELBO": "nelbo",
+    "NLL (IWAE)": "iwae_nll",
+}
+"""Row of the table -> the metric that it shows."""
 _CURVES = ("rate, nats", "I(x;z), lower bound, nats")
 
 
@@ -30,6 +41,7 @@ class Section:
     outcomes: Sequence[Outcome]
     rows: list[tuple[str, list[str]]]
     conclusions: list[str]
+    plain: list[tuple[str, str]]
     plane: str
     curves: str
     likelihoods: list[tuple[str, str]]
@@ -46,7 +58,12 @@ def render(heading: str, parts: Sequence[tuple[str, Sequence[Outcome]]]) -> str:
         lstrip_blocks=True,
     )
     sections = [_section(title, outcomes) for title, outcomes in parts]
-    return environment.get_template("demo.html.j2").render(heading=heading, sections=sections, shown=_SAMPLES)
+    return environment.get_template("demo.html.j2").render(
+        heading=heading,
+        sections=sections,
+        shown=_SAMPLES,
+        meanings={row: MEANINGS[metric] for row, metric in _EXPLAINED.items()},
+    )
 
 
 def _section(title: str, outcomes: Sequence[Outcome]) -> Section:
@@ -57,6 +74,7 @@ def _section(title: str, outcomes: Sequence[Outcome]) -> Section:
         outcomes,
         tables.rows(outcomes, tables.interval),
         tables.conclusions(outcomes),
+        [(outcome.title, _plain(outcome)) for outcome in outcomes],
         plots.plane(points, {}, unused={each.title for each in outcomes if each.report.verdict in IDLE}),
         plots.curves(_joined(outcomes)),
         [
@@ -67,6 +85,12 @@ def _section(title: str, outcomes: Sequence[Outcome]) -> Section:
         [each for each in seen if isinstance(each, gallery.Sentences)],
         [_grids(each) for each in seen if isinstance(each, gallery.Images)],
     )
+
+
+def _plain(outcome: Outcome) -> str:
+    """The verdict and the findings for a reader who knows none of the measures."""
+    found = [FINDINGS[name] for name in outcome.report.findings]
+    return PLAIN[outcome.report.verdict] + (f" But: {'; '.join(found)}." if found else "")
 
 
 def _joined(outcomes: Sequence[Outcome]) -> dict[str, dict[str, Curve]]:

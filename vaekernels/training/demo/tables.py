@@ -107,7 +107,7 @@ def conclusions(outcomes: Sequence[Outcome]) -> list[str]:
         found = change(other, first)
         price = f"likelihoods not compared: {found}" if isinstance(found, str) else _likelihood(found)
         line = f"{other.title}: {state} ({other.verdict}); {price}"
-        if other.seen is not None and first.seen is not None:
+        if other.seen is not None and first.seen is not None and other.seen.distinct != first.seen.distinct:
             line += f"; {other.seen.distinct} distinct prior samples, not {first.seen.distinct}"
         said.append(f"{line}.")
     return said
