@@ -341,16 +341,20 @@ def check_random(like: Tensor, rng: Tensor | None, generator: torch.Generator | 
         )
 
 
+# Inside a transform of torch.func no tensor of torch 2.6 shows its values. From 2.11 on those do that the
+# transform does not wrap; between them nobody has looked.
+_TRANSFORMS_HIDE = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+
+
 def _readable(t: Tensor) -> bool:
-    # Fake tensors, functorch's wrappers and what is being traced claim the CPU too, yet show no values; nor
-    # does any tensor of torch 2.6 inside a transform of torch.func.
+    # Fake tensors, functorch's wrappers and what is being traced claim the CPU too, yet show no values.
     return (
         t.is_cpu
         and type(t) in (Tensor, torch.nn.Parameter)
         and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and not torch._C._functorch.is_functorch_wrapped_tensor(t)
-        and torch._C._functorch.peek_interpreter_stack() is None
+        and not (_TRANSFORMS_HIDE and torch._C._functorch.peek_interpreter_stack() is not None)
     )
 
 
