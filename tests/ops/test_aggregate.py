@@ -119,6 +119,8 @@ SHAPES = [
 @pytest.mark.shim
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_values_and_gradients(shape, backend, device):
+    if backend == "shim":
+        shape = tuple(min(size, 1030) for size in shape)  # 4096 rows take half a minute there
     tensors, upstream = problem(*shape, device=device)
     check(vk.log_aggregate_posterior, tensors, upstream)
 
@@ -354,7 +356,7 @@ def test_any_shape(n, m, d, seed, spread):
 @pytest.mark.shim
 @pytest.mark.parametrize("weighting", WEIGHTS)
 def test_gradcheck(weighting, backend, device):
-    (z, mu, lv), _ = problem(5, 5, 3, device=device)
+    (z, mu, lv), _ = problem(4, 4, 2, device=device)
     leaves = [t.clone().requires_grad_() for t in (z, mu, lv)]
     for per_dim in (True, False):
 

@@ -46,16 +46,16 @@ DEMOS: dict[str, tuple[Part, ...]] = {
         Part(
             "Too aggressive KL weighting",
             (
-                Variant("beta 4", "digits", "objective.beta=4 optim.epochs=100"),
+                Variant("beta 6", "digits", "objective.beta=6 optim.epochs=100"),
                 Variant(
-                    "annealed to 4",
+                    "annealed to 6",
                     "digits",
-                    "objective.beta=4 objective.anneal=linear optim.epochs=100",
+                    "objective.beta=6 objective.anneal=linear optim.epochs=100",
                 ),
                 Variant(
-                    "beta 4, free bits",
+                    "beta 6, free bits",
                     "digits",
-                    "objective.beta=4 objective.free_bits=0.25 optim.epochs=100",
+                    "objective.beta=6 objective.free_bits=0.25 optim.epochs=100",
                 ),
             ),
         ),
