@@ -277,7 +277,7 @@ def test_the_settings_of_the_demos_are_what_their_titles_say() -> None:
                 variant.config({})
                 assert re.fullmatch(r"[\w.-]+", variant.folder)
     first, annealed, _ = DEMOS["digits"][0].variants
-    assert first.config({}).objective.beta == annealed.config({}).objective.beta == 4.0
+    assert first.config({}).objective.beta == annealed.config({}).objective.beta == 6.0
 
 
 # --- the words follow the figures
