@@ -310,6 +310,10 @@ def figures(rate: float, iwae: float) -> dict[str, Estimate]:
     }
 
 
+def test_a_number_that_rounds_to_zero_has_no_sign() -> None:
+    assert tables.interval(Estimate(-0.001, -0.02, 0.004)) == "0.00 [-0.02, 0.00]"
+
+
 def test_conclusions() -> None:
     dead = outcome("beta 1", "collapsed", figures(0.0, 50.0), ["a"] * 3)
     worse = outcome("floor", "informative", figures(4.0, 51.5), ["a", "b", "c"])

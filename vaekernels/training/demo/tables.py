@@ -166,4 +166,5 @@ def _plus_minus(estimate: Estimate, signed: bool) -> str:
 
 
 def _number(value: float, of: Estimate, signed: bool) -> str:
-    return f"{value:{'+' if signed else ''}.{1 if abs(of.value) >= 10 else 2}f}"
+    digits = 1 if abs(of.value) >= 10 else 2
+    return f"{round(value, digits) + 0.0:{'+' if signed else ''}.{digits}f}"  # + 0.0: for -0.00
