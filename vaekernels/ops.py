@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vaekernels import _checks, _dispatch, _distributed, reference
-from vaekernels._dispatch import KL, PACKED, SAMPLE, entry
+from vaekernels._dispatch import KL, PACKED, SAMPLE, _is_dynamo_compiling, entry
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,7 +65,6 @@ class KLDecomposition(NamedTuple):
 
 
 _new_tuple = tuple.__new__
-_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 
 
 def _named(out: tuple[Tensor, ...]) -> SampleKL:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from vaekernels import collapse
 from vaekernels.collapse import ACTIVE_THRESHOLD, Curve, Extras, Report, TextTable, strata
+from vaekernels.collapse.decoder import Codes
 from vaekernels.collapse.estimate import Bootstrap, along_cycle
+from vaekernels.collapse.model import Model
 from vaekernels.collapse.pairing import derangement
 from vaekernels.collapse.verdict import FOUND_IN
 from vaekernels.training import gallery, labels, logs, objectives, strategies
@@ -24,7 +27,6 @@ from vaekernels.training.run import Run, open_run
 
 __all__ = ["against", "curves", "diagnose", "extras", "grid", "save"]
 
-_BATCH = 256
 _SAME = ("n", "k", "seed", "active_threshold", "condition")
 """Settings of two reports that are compared."""
 
@@ -97,12 +99,10 @@ def _with_lengths(report: Report, run: Run, n: int, seed: int) -> Report:
         return report
     pairs = derangement(len(x), generator=generator)
     within = strata.derangement_within(run.data.lengths(x), generator)
-    z = torch.empty(len(x), run.model.latent_dim)
-    with torch.no_grad():
-        for a in range(0, len(x), _BATCH):
-            mu, logvar = (part.float().cpu() for part in run.model.encode(x[a : a + _BATCH].to(run.device)))
-            z[a : a + _BATCH] = mu + (logvar / 2).exp() * torch.randn(mu.shape, generator=generator)
-        own, other, alike = (_nll(run, x, codes) for codes in (z, z[pairs], z[within]))
+    model = Model(run.model.encode, run.model.log_likelihood, device=run.device)
+    codes = Codes.draw(*model.moments(x), generator)
+    own = model.nll(x, codes.own)
+    other, alike = (model.nll(x, partial(codes.shuffled, others)) for others in (pairs, within))
     any_length = along_cycle(other - own, pairs)
     same_length = along_cycle(alike - own, within)
     columns = torch.stack([any_length, same_length, any_length - 2 * same_length], dim=1)
@@ -115,15 +115,6 @@ def _with_lengths(report: Report, run: Run, n: int, seed: int) -> Report:
     )
     remedy = "what z says beside the length of the sentence: --condition length"
     return replace(report, reasons=[*report.reasons, told], advice=[*report.advice, remedy])
-
-
-def _nll(run: Run, x: Tensor, z: Tensor) -> Tensor:
-    """float64 [n]"""
-    nll = torch.empty(len(x), dtype=torch.float64)
-    for a in range(0, len(x), _BATCH):
-        part = slice(a, a + _BATCH)
-        nll[part] = -run.model.log_likelihood(x[part].to(run.device), z[part].to(run.device)).cpu()
-    return nll
 
 
 def against(report: Report, run: Path, other: Path, device: str | None) -> str:
