@@ -1,5 +1,10 @@
 // From the blocks' sums to the results: rows, tiles of groups, the loss. Computed by the blocks that arrive
 // last, or by a kernel of its own; the same code in the same order in both cases.
+//
+// Everything waits for the last block, which runs this code once: what takes its time is fetching
+// instructions and parameters. So loops are not unrolled, what is rarely needed is not inlined, and functions
+// that are not inlined take numbers: through a reference, each field of ForwardArgs would be a load from
+// memory.
 #pragma once
 
 #include "forward.cuh"
@@ -23,27 +28,32 @@ __device__ __forceinline__ FreeBits<R> free_bits_of(const ForwardArgs<R>& a, int
   return {a.free_bits_per_group ? a.free_bits_per_group[group] : a.free_bits};
 }
 
+// The sum of `count` numbers, the same for all threads of the block.
+template <class R>
+__device__ __noinline__ R sum_of(const R* from, int64_t count, R* shared) {
+  R sum = 0;
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) sum += __ldcg(from + i);
+  return block_sum(shared, sum);
+}
+
 // The sum of the weights that a part of a tile counts.
 template <class R>
-__device__ R part_weight(const ForwardArgs<R>& a, int part, R* shared) {
+__device__ __forceinline__ R part_weight(const ForwardArgs<R>& a, int part, R* shared) {
   const int chunk = part / a.g.splits, split = part % a.g.splits;
   const int64_t step = a.g.folded ? a.g.split_length : a.g.chunk_rows;
   const int64_t begin = (a.g.folded ? split : chunk) * step;
   const int64_t end = a.g.folded || split == 0 ? min(a.rows, begin + step) : begin;
-  R sum = 0;
-  for (int64_t i = begin + threadIdx.x; i < end; i += blockDim.x) sum += a.weight[i];
-  return block_sum(shared, sum);
+  return sum_of(a.weight + begin, end - begin, shared);
 }
 
 // The sum of all weights, as far as the parts of a tile that has been completed tell.
 template <class R>
-__device__ R total_weight(const ForwardArgs<R>& a, int64_t tile, R* shared) {
+__device__ __forceinline__ R total_weight(const ForwardArgs<R>& a, int64_t tile, R* shared) {
   if (a.weight == nullptr) return static_cast<R>(a.rows);
   const int parts = a.g.parts();
   if (parts == 1) return part_weight(a, 0, shared);
-  R sum = 0;
-  for (int i = threadIdx.x; i < parts; i += blockDim.x) sum += __ldcg(a.weights + tile * parts + i);
-  return block_sum(shared, sum);
+  return sum_of(a.weights + tile * parts, parts, shared);
 }
 
 // 16 or, of doubles, 32 bytes that other blocks have written.
@@ -76,11 +86,13 @@ template <int N, class R>
 __device__ __forceinline__ void gather_columns(const ForwardArgs<R>& a, int64_t tile, R* sums) {
   constexpr int kLoads = 4;
   const int width = a.g.width(), parts = a.g.parts();
-  const int across = min(width / N, static_cast<int>(blockDim.x)), down = blockDim.x / across;
+  const int across = min(width / N, static_cast<int>(blockDim.x)), log = 31 - __clz(across);
+  const int down = static_cast<int>(blockDim.x) >> log;
   const int height = across < 32 ? static_cast<int>(blockDim.x) / 32 : down;
-  const int column = threadIdx.x & (across - 1), first = threadIdx.x / across;
+  const int column = threadIdx.x & (across - 1), first = static_cast<int>(threadIdx.x) >> log;
   const int row = across < 32 ? threadIdx.x / 32 : first;
   __syncthreads();
+#pragma unroll 1
   for (int base = 0; base < width; base += across * N) {
     const R* from = a.sums + tile * parts * width + base + column * N;
     R sum[N] = {};
@@ -115,10 +127,11 @@ __device__ void gather_tile(const ForwardArgs<R>& a, int64_t tile, R* sums) {
 
 // Rates, gates and the share of the loss of `count` groups from `first` on, from their sums over all rows.
 template <class R>
-__device__ R finish_groups(const ForwardArgs<R>& a, int64_t first, int count, R weight, const R* sums,
-                           R* shared) {
+__device__ __forceinline__ R finish_groups(const ForwardArgs<R>& a, int64_t first, int count, R weight,
+                                           const R* sums, R* shared) {
   const R inverse = R(1) / weight;
   R loss = 0;
+#pragma unroll 1
   for (int c = threadIdx.x; c < count; c += blockDim.x) {
     const int64_t group = first + c;
     if (group >= a.groups) continue;
@@ -213,19 +226,18 @@ __device__ __forceinline__ void store_loss(const ForwardArgs<R>& a, R sum, R wei
 
 // The same from the shares in `losses`.
 template <class R>
-__device__ void finish_loss(const ForwardArgs<R>& a, R* shared) {
+__device__ __forceinline__ void finish_loss(const ForwardArgs<R>& a, R* shared) {
   if (!a.has_loss()) return;
-  R sum = 0;
-  for (int64_t i = threadIdx.x; i < a.loss_count(); i += blockDim.x) sum += __ldcg(a.losses + i);
-  sum = block_sum(shared, sum);
+  const R sum = sum_of(a.losses, a.loss_count(), shared);
   const R weight = total_weight(a, 0, shared);
   store_loss(a, sum, weight);
 }
 
 // Finishes everything where ForwardArgs::few_sums: a warp adds up a group.
 template <class R>
-__device__ void complete_few(const ForwardArgs<R>& a, R* sums) {
+__device__ __forceinline__ void complete_few(const ForwardArgs<R>& a, R* sums) {
   const int width = a.g.width(), parts = a.g.parts(), groups = static_cast<int>(a.g.tiles) * width;
+#pragma unroll 1
   for (int group = threadIdx.x / 32; group < groups; group += blockDim.x / 32) {
     const R* from = a.sums + group / width * parts * width + group % width;
     R sum = 0;
@@ -263,13 +275,14 @@ __device__ __forceinline__ void complete_tile(const ForwardArgs<R>& a, int64_t t
 // waited for. `clamped`: this thread's share of a loss of clamped elements. kCells: whether single cells may
 // matter (Geometry::cells); without them 48 registers are enough.
 template <bool kCells, class R>
-__device__ __noinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile, int part, R clamped,
-                                          int* flag, R* sums) {
+__device__ __forceinline__ void finish_block(const ForwardArgs<R>& a, int64_t tile, int part, R clamped,
+                                             int* flag, R* sums) {
   const int width = a.g.width(), parts = a.g.parts();
   const int64_t block = tile * parts + part;
   const bool counting = a.counters != nullptr;
   R* behind = sums + width;  // for block_sum, which must not overwrite the sums
   if (parts > 1) {
+#pragma unroll 1
     for (int c = threadIdx.x; c < width; c += blockDim.x) a.sums[block * width + c] = sums[c];
     if (a.weight != nullptr) {
       const R weight = part_weight(a, part, behind);
@@ -332,9 +345,12 @@ __device__ __forceinline__ void sum_threads(const Geometry& g, R (&sum)[kSums], 
     if (lane % min(g.tx(), 32) == 0 && (!narrow || lane < 1 << row)) matrix[place] = sum[0];
     __syncthreads();
     const int rows = narrow ? g.threads() / 32 : g.tz();
+#pragma unroll 1
     for (int c = threadIdx.x; c < width; c += blockDim.x) {
       R total = 0;
+#pragma unroll 1
       for (int z = 0; z < rows; ++z)
+#pragma unroll 4
         for (int piece = 0; piece < pieces; ++piece) total += matrix[(z * width + c) * pieces + piece];
       sums[c] = total;
     }

@@ -287,7 +287,7 @@ ForwardArgs<R> arguments(const Forward& call) {
   a.groups = call.G;
   a.numel = call.numel();
   a.K = static_cast<int>(call.K);
-  const int64_t sets = std::min(call.K, ceil_div(kReducingBlocks, g.tiles * g.parts()));
+  const int64_t sets = g.plain ? call.K : std::min(call.K, ceil_div(kReducingBlocks, g.tiles * g.parts()));
   a.block_samples = static_cast<int>(ceil_div(call.K, std::max<int64_t>(sets, 1)));
   a.mu = source_of(mu, g, call.dtype);
   a.scale = source_of(scale, g, call.dtype);
@@ -311,6 +311,7 @@ ForwardArgs<R> arguments(const Forward& call) {
   a.in = stride32_of(a.mu, g, 16);
   a.prior_in = stride32_of(a.prior_mu, g, 16);
   a.quads = stride32_of(a.z, g, 4 * item_size(call.dtype));
+  a.sample_quads = static_cast<uint32_t>(a.numel / 4);
   a.kl_wide = is_wide_dense(call.kl, g, 1, sizeof(R));
   a.free_bits = static_cast<R>(call.free_bits);
   a.row_size = static_cast<R>(call.row_size());

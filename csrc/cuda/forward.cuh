@@ -12,7 +12,8 @@ struct ForwardArgs {
   Geometry g;
   int64_t rows, groups, numel;  // rows: of the batch
   int K;
-  int block_samples;  // of the K, those that a block draws; the blocks of the first ones compute the KL
+  int block_samples;      // of the K, those that a block draws; the blocks of the first ones compute the KL
+  uint32_t sample_quads;  // for plain kernels, whose blocks draw one: quads of z in a sample
   Source mu, scale, prior_mu, prior_scale, z;
   Stride32 in, prior_in, quads;  // for plain kernels, of mu and the scale, of the prior, and of z in quads
   Bounds<R> bounds;
@@ -50,7 +51,7 @@ struct ForwardArgs {
     return g.tiles == 1 && clamp != Clamp::sample && !finishes_rows();
   }
   // Whether the last block of all adds up the sums of all tiles, rather than the last block of each tile
-  // those of the tile: one arrival is waited for in place of two, which takes 2 us less.
+  // those of the tile: one arrival is waited for in place of two, which takes 1 us less.
   __host__ __device__ bool few_sums() const {
     return g.tiling == Tiling::row && g.tiles > 1 && g.parts() > 1 && clamp != Clamp::sample &&
            !finishes_rows() && g.tiles * g.width() <= 32 && g.tiles * g.parts() * g.width() <= 4096;

@@ -5,8 +5,8 @@
 namespace vk::cuda {
 namespace {
 
-// Computes the batch rows of a block. Adds twice their KL to `sum`: by column, or (row) all of it to sum[0].
-// Special: with weights of batch rows, and log-variances that have to be adjusted.
+// Computes one sample of the batch rows of a block. Adds twice their KL to `sum`: by column, or (row) all of
+// it to sum[0]. Special: with weights of batch rows, and log-variances that have to be adjusted.
 template <class T, Tiling kTiling, Kl K, bool Sample, bool Special, int kSums>
 __device__ __forceinline__ void forward_rows(const ForwardArgs<float>& a, const QuadKeys& keys,
                                              const ThreadOffsets& p, float (&sum)[kSums]) {
@@ -17,6 +17,7 @@ __device__ __forceinline__ void forward_rows(const ForwardArgs<float>& a, const 
   const uint32_t steps = kColumn && p.tail == 0 ? 0 : p.steps;
   VectorOffset in(a.in, first, p.o, p.i / N), quad(a.quads, first, p.o, p.i / N);
   VectorOffset prior(a.prior_in, first, p.o, p.i / N);
+  if constexpr (Sample) quad.at += blockIdx.z * a.sample_quads;
   char* const mu_data = in_registers(a.mu.data);
   char* const scale_data = in_registers(a.scale.data);
   char* const z_data = in_registers(a.z.data);
@@ -84,6 +85,15 @@ __device__ __forceinline__ void forward_rows(const ForwardArgs<float>& a, const 
   } while (!folded && batch_row < static_cast<uint32_t>(p.b_end));
 }
 
+template <class T, Tiling kTiling, Kl K, bool Sample, int kSums>
+__device__ __forceinline__ void forward_block(const ForwardArgs<float>& a, const QuadKeys& keys,
+                                              const ThreadOffsets& p, float (&sum)[kSums]) {
+  if (a.special)
+    forward_rows<T, kTiling, K, Sample, true>(a, keys, p, sum);
+  else
+    forward_rows<T, kTiling, K, Sample, false>(a, keys, p, sum);
+}
+
 // What keeps every kernel out of local memory.
 template <class T, Tiling kTiling, Kl K, bool Sample>
 inline constexpr int kRegisters =
@@ -100,10 +110,10 @@ forward_plain_kernel(const __grid_constant__ ForwardArgs<float> a) {
   store_state(a);
   const ThreadOffsets p = thread_offsets_of<kTiling, kVector<T>>(a.g);
   float sum[kSums] = {};
-  if (a.special)
-    forward_rows<T, kTiling, K, Sample, true>(a, keys, p, sum);
-  else
-    forward_rows<T, kTiling, K, Sample, false>(a, keys, p, sum);
+  if constexpr (K != Kl::none && Sample) {
+    if (blockIdx.z > 0) return forward_block<T, kTiling, Kl::none, true>(a, keys, p, sum);
+  }
+  forward_block<T, kTiling, K, Sample>(a, keys, p, sum);
   if constexpr (K != Kl::none) {
 #pragma unroll
     for (int j = 0; j < kSums; ++j) sum[j] *= 0.5f;
@@ -119,7 +129,9 @@ void forward_plain(const ForwardArgs<float>& a, bool has_kl, bool sample, cudaSt
                  const auto kernel = forward_plain_kernel<T, kTiling, K, Sample>;
                  const int sums = kTiling == Tiling::column ? kVector<T> : 1;
                  const size_t shared = K == Kl::none ? 0 : reduction_bytes<float>(a.g, sums);
-                 VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
+                 dim3 grid = grid_of(a.g);
+                 if (Sample) grid.z = static_cast<unsigned>(a.K);
+                 VK_LAUNCH(kernel, grid, a.g.threads(), shared, stream, a);
                });
 }
 

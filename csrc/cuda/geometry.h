@@ -81,6 +81,9 @@ inline constexpr int64_t kReducingBlocks = 4 * kWave;
 
 // Plain kernels count the quads of z and a tensor's 16-byte vectors in 32 bits.
 inline constexpr int64_t kMostPlain = int64_t{1} << 32;
+// Plain kernels have blocks of their own for every sample, which read mu and the scale again: from the
+// second-level cache, as long as that holds both.
+inline constexpr int64_t kMostPlainSamples = 65535, kRereadBytes = int64_t{1} << 23;
 
 VK_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -254,9 +257,10 @@ template <size_t N>
 Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>& tensors) {
   Geometry g = view_of(p, purpose, tensors);
   const int size = item_size(p.dtype);
-  g.plain = purpose.plain && p.dtype != DType::f64 && (!purpose.sample || p.K == 1) &&
+  const bool rereads = p.K <= kMostPlainSamples && p.numel() * size <= kRereadBytes;
+  g.plain = purpose.plain && p.dtype != DType::f64 && (!purpose.sample || p.K == 1 || rereads) &&
             (p.param == Param::logvar || p.param == Param::log_std) && g.cells == Cells::none &&
-            g.I * size % 16 == 0 && p.numel() / 4 < kMostPlain &&
+            g.I * size % 16 == 0 && std::max<int64_t>(p.K, 1) * (p.numel() / 4) < kMostPlain &&
             is_plain({purpose.dense, g.O * g.I, g.I, 1}, g, size);
   for (size_t i = 0; i < N; ++i) g.plain = g.plain && is_plain(*tensors.axes[i], g, size);
   for (size_t i = 0; i < N; i += 2)

@@ -26,22 +26,22 @@ __device__ __forceinline__ R lane_sum(R value, int lanes) {
 }
 
 // The sum of one number per thread, the same for all threads of the block: a butterfly within each warp, then
-// the warps in their order. `shared` takes a number per warp. blockDim.x is a multiple of 32.
+// one over the warps. `shared` takes a number per warp. blockDim.x is a multiple of 32.
 template <class R>
 __device__ __forceinline__ R block_sum(R* shared, R value) {
   value = lane_sum(value, 32);
   __syncthreads();
   if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = value;
   __syncthreads();
-  R sum = shared[0];
-  for (unsigned warp = 1; warp < blockDim.x / 32; ++warp) sum += shared[warp];
-  return sum;
+  const unsigned lane = threadIdx.x % 32;
+  return lane_sum(lane < blockDim.x / 32 ? shared[lane] : R(0), 32);
 }
 
 // Adds, within a warp, the numbers of the lanes that are a multiple of `apart` from each other, a power of
 // two. The whole warp takes part.
 template <class R, int N>
 __device__ __forceinline__ void sum_lanes_apart(R (&value)[N], int apart) {
+#pragma unroll 1
   for (int m = apart; m < 32; m *= 2) {
 #pragma unroll
     for (int j = 0; j < N; ++j) value[j] += __shfl_xor_sync(0xFFFFFFFFu, value[j], m);
@@ -52,6 +52,7 @@ __device__ __forceinline__ void sum_lanes_apart(R (&value)[N], int apart) {
 // the other. Called by all threads of the block, after a barrier; ends with one.
 template <class R>
 __device__ __forceinline__ void sum_columns(R* matrix, int width, int height) {
+#pragma unroll 1
   for (int c = threadIdx.x; c < width; c += blockDim.x) {
     R sum = matrix[c];
 #pragma unroll 4

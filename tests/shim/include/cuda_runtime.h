@@ -2,6 +2,7 @@
 // collectives.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <source_location>
@@ -50,6 +51,7 @@ template <class T>
 T __ldcg(const T* p) {
   return *p;
 }
+inline int __clz(int x) { return std::countl_zero(static_cast<unsigned>(x)); }
 
 namespace shim {
 
