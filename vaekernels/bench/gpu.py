@@ -50,8 +50,8 @@ __all__ = [
     "wall_rows",
 ]
 
-# The calls of a replay move about this many bytes. Before a graph that draws numbers, torch writes its generator's
-# seed and offset, about 5 us on an H200: ten calls of 200 MB leave 0.5 us of that to each.
+# The calls of a replay move about this many bytes. Before a graph that draws numbers, torch writes its
+# generator's seed and offset, about 5 us on an H200: ten calls of 200 MB leave 0.5 us of that to each.
 BYTES_PER_REPLAY = 2 * 2**30
 MOST_CALLS = 48
 # Above, the graphs of all contenders together would not fit the memory.
