@@ -82,6 +82,17 @@ def test_the_package_alone_imports_neither_the_trainer_nor_what_it_needs() -> No
     assert not {"pydantic", "lightning_fabric", "rich", "matplotlib"} & set(found.stdout.split())
 
 
+def test_commands_that_do_not_train_do_not_wait_for_lightning_and_dynamo() -> None:
+    code = (
+        "import sys\n"
+        "from vaekernels.training import cli, engine\n"
+        "print(engine.single_device('cpu'), *({'lightning_fabric', 'torch._dynamo'} & set(sys.modules)))"
+    )
+    home = Path(training.__file__).parents[2]
+    found = subprocess.run([sys.executable, "-c", code], cwd=home, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["cpu"]
+
+
 # --- resumption
 
 

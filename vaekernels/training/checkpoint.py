@@ -13,16 +13,18 @@ import os
 import random
 import struct
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning_fabric import Fabric
 
 from vaekernels._files import write_atomically
 from vaekernels.training.data import Data, is_own
 from vaekernels.training.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = [
     "load",

@@ -8,11 +8,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from lightning_fabric import Fabric
 from rich.console import Console
 
 from vaekernels import collapse
@@ -25,6 +24,9 @@ from vaekernels.training.data import Data
 from vaekernels.training.errors import ConfigError, Interrupted, TrainingError, nearest
 from vaekernels.training.run import RunFolder, new_run_folder, open_run
 from vaekernels.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = ["app"]
 

@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import gc
-import io
 import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
-from lightning_fabric import Fabric
-from lightning_fabric.plugins import TorchCheckpointIO
 
 from vaekernels.training.config import EngineConfig
 from vaekernels.training.errors import ConfigError, TrainingError
 
+# Fabric imports torch._dynamo, which takes 3 s: it is imported where a run starts.
 if TYPE_CHECKING:
+    from lightning_fabric import Fabric
     from torch.distributed import ProcessGroup
 
 __all__ = ["launch", "leave", "once", "process_group", "set_threads", "single_device"]
 
 T = TypeVar("T")
-
-
-class SavesInPlace(TorchCheckpointIO):
-    """Writes a checkpoint where it is to lie, and nowhere else. Fabric's own way goes by a file in the folder
-    for temporary files, which stays there when the process is killed."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
-        # By way of memory, as Fabric does: what fails is then the file's writing, with an OSError.
-        content = io.BytesIO()
-        torch.save(checkpoint, content)
-        Path(path).write_bytes(content.getbuffer())
 
 
 def set_threads(config: EngineConfig) -> None:
@@ -54,6 +39,10 @@ def launch(config: EngineConfig) -> Fabric:
     elif config.device == "cuda" and devices > torch.cuda.device_count():
         raise ConfigError(f"engine.devices {devices}: this machine has {torch.cuda.device_count()}")
     strategy = "ddp" if devices * nodes > 1 else "auto"
+    from lightning_fabric import Fabric
+
+    from vaekernels.training.checkpoint_io import SavesInPlace
+
     fabric = Fabric(
         accelerator=config.device,
         devices=devices,
@@ -98,6 +87,10 @@ def leave(fabric: Fabric) -> None:
 def single_device(name: str) -> torch.device:
     """The device that a run of one process with this setting would take."""
     _require_available(EngineConfig(device=name).device)  # type: ignore[arg-type]  # checked at run time
+    if name == "cpu" or (name == "auto" and not torch.accelerator.is_available()):
+        return torch.device("cpu")
+    from lightning_fabric import Fabric
+
     return Fabric(accelerator=name, devices=1).device
 
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any
-
-from lightning_fabric import Fabric
-from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+from typing import TYPE_CHECKING, Any
 
 from vaekernels._files import lines_of, open_regular
 from vaekernels.training.checkpoint import write_text
 from vaekernels.training.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+    from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 
 __all__ = ["Log", "read"]
 
@@ -88,6 +89,8 @@ class Log:
             return
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in lines))
         if self._wanted:
+            from lightning_fabric.loggers.tensorboard import TensorBoardLogger
+
             self._tensorboard = TensorBoardLogger(
                 self._path.parent, name="", version="tensorboard", purge_step=purge_step
             )

@@ -9,11 +9,10 @@ import time
 import warnings
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from filelock import FileLock
-from lightning_fabric import Fabric
 from rich.console import Console
 from torch import Tensor
 
@@ -42,6 +41,9 @@ from vaekernels.training.progress import Progress, Step
 from vaekernels.training.run import RunFolder
 from vaekernels.training.seeds import derive, seed_defaults
 from vaekernels.training.strategies import Part
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
 
 __all__ = ["Trainer"]
 
