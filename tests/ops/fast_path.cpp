@@ -79,6 +79,8 @@ int main() {
        vk::Param::logvar, vk::Clamp::sample},
       {"two samples", f32, 1024, 128, 1, dense(128, 1), dense(128, 1), false, 0, true, true,
        vk::Param::logvar, vk::Clamp::batch, 2},
+      {"two samples, too large to be read twice", f32, 8192, 512, 1, dense(512, 1), dense(512, 1), false, 0,
+       true, true, vk::Param::logvar, vk::Clamp::batch, 2},
       {"[2^24-1,1024] bf16", bf16, (1 << 24) - 1, 1024, 1, dense(1024, 1), dense(1024, 1)},
       {"[2^24,1024] bf16", bf16, 1 << 24, 1024, 1, dense(1024, 1), dense(1024, 1)},
   };

@@ -34,7 +34,8 @@ weights: plain column
 log_std: plain column
 std: general column
 clamp by sample: general column
-two samples: general column
+two samples: plain column
+two samples, too large to be read twice: general column
 [2^24-1,1024] bf16: plain column
 [2^24,1024] bf16: general column
 """
