@@ -302,11 +302,11 @@ def row(
     if not made.plain:
         return made
     found = vector_loops(blocks(body))
-    if len(found) != 2:
-        raise ValueError(
-            f"{made.label}: {len(found)} loops load 16 bytes at a time, expected the main one and another"
-        )
-    main, special = found
+    # Forward, the blocks of the samples after the first skip the KL: two leaner loops.
+    expected = 4 if made.kernel == "forward_plain" and made.kl and made.sample else 2
+    if len(found) != expected:
+        raise ValueError(f"{made.label}: {len(found)} loops load 16 bytes at a time, expected {expected}")
+    main, special = found[-2:]
     elements = 16 // (4 if dtype == "float32" else 2)
     return replace(
         made,

@@ -105,6 +105,7 @@ def test_every_level_with_fma_gives_the_bits_of_the_library(level, lanes, run):
     assert np.array_equal(rate, ours.kl_per_group.numpy())
 
 
+@pytest.mark.slow  # compiles the kernels twice
 @pytest.mark.parametrize("level", ["avx2", "avx512"])
 def test_every_level_with_fma_gives_all_results_of_the_choice_at_run_time(level, build):
     """Forward and backward, every dtype, layout and option. Where a CPU has AVX-512 this compares it, through
