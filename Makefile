@@ -22,7 +22,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-ops test-others test-build test-integrations test-peers test-cuda-host fuzz check-slow docs install-matrix bench
+.PHONY: help demo test test-ops test-training test-build test-collapse test-rest test-integrations test-peers test-cuda-host fuzz check-slow docs install-matrix bench
 .PHONY: instructions predicted-cycles lint types cuda-objects cuda-objects-where-nvcc sass gpu-build gpu-check gpu-bench build clean
 
 PYTHON ?= python3
@@ -63,21 +63,18 @@ build: $(BUILT)
 demo: $(BUILT)
 	$(PY) -m vaekernels demo docstrings
 
-# Two processes side by side, each of which takes one core: the longest beside all the others in turn, the shortest
-# of the tests last, so that both end at about the same time with and without nvcc. The output of each comes at its end.
+# Two processes side by side, each of which takes one core: the longest parts first, so that both end at about the same
+# time, with and without nvcc. The output of each part comes at its end.
+PARTS := ops training build collapse
 test: $(BUILT)
-	$(MAKE) -k -j2 -O --no-print-directory test-ops lint types cuda-objects-where-nvcc test-others test-build
+	$(MAKE) -k -j2 -O --no-print-directory test-ops test-training cuda-objects-where-nvcc test-build test-collapse \
+	  test-rest types lint
 
-OPS := tests/ops tests/shim tests/gpu tests/integrations tests/cuda_host
+$(PARTS:%=test-%): test-%: $(BUILT)
+	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest tests/$*
 
-test-ops: $(BUILT)
-	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest $(OPS)
-
-test-others: $(BUILT)
-	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest $(addprefix --ignore=,$(OPS) tests/build)
-
-test-build: $(BUILT)
-	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest tests/build
+test-rest: $(BUILT)
+	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest $(PARTS:%=--ignore=tests/%)
 
 # An environment that uses the packages of $(VENV), so that torch is not installed twice and $(VENV) stays
 # without these libraries.
