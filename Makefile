@@ -67,8 +67,8 @@ demo: $(BUILT)
 # time, with and without nvcc. The output of each part comes at its end.
 PARTS := ops training build collapse
 test: $(BUILT)
-	$(MAKE) -k -j2 -O --no-print-directory test-ops test-training cuda-objects-where-nvcc test-build test-collapse \
-	  test-rest types lint
+	$(MAKE) -k -j2 -O --no-print-directory test-ops test-training cuda-objects-where-nvcc test-build test-rest \
+	  test-collapse types lint
 
 $(PARTS:%=test-%): test-%: $(BUILT)
 	VAEKERNELS_REQUIRE_NATIVE=1 $(PY) -m pytest tests/$*
