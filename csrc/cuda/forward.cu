@@ -287,7 +287,7 @@ ForwardArgs<R> arguments(const Forward& call) {
   a.groups = call.G;
   a.numel = call.numel();
   a.K = static_cast<int>(call.K);
-  const int64_t sets = g.plain ? call.K : std::min(call.K, ceil_div(kReducingBlocks, g.tiles * g.parts()));
+  const int64_t sets = std::min(call.K, ceil_div(kReducingBlocks, g.tiles * g.parts()));
   a.block_samples = static_cast<int>(ceil_div(call.K, std::max<int64_t>(sets, 1)));
   a.mu = source_of(mu, g, call.dtype);
   a.scale = source_of(scale, g, call.dtype);

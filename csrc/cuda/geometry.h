@@ -83,7 +83,9 @@ inline constexpr int64_t kReducingBlocks = 4 * kWave;
 inline constexpr int64_t kMostPlain = int64_t{1} << 32;
 // Plain kernels have blocks of their own for every sample, which read mu and the scale again: from the
 // second-level cache, as long as that holds both.
-inline constexpr int64_t kMostPlainSamples = 65535, kRereadBytes = int64_t{1} << 23;
+inline constexpr int64_t kRereadBytes = int64_t{1} << 23;
+// The most blocks along the second and the third axis of a grid.
+inline constexpr int64_t kMostBlocks = 65535;
 
 VK_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -231,8 +233,7 @@ inline void set_parts(Geometry& g, bool reduces) {
   const int64_t all = steps * row_steps;
   int64_t waves = ceil_div(g.tiles * all, kWave * (reduces ? kReducingSteps : kSteps));
   if (reduces) waves = std::min(waves, kReducingBlocks / kWave);
-  int64_t parts =
-      one_block ? 1 : std::clamp<int64_t>(waves * kWave / g.tiles, 1, std::min<int64_t>(all, 65535));
+  int64_t parts = one_block ? 1 : std::clamp<int64_t>(waves * kWave / g.tiles, 1, std::min(all, kMostBlocks));
   parts = ceil_div(all, ceil_div(all, parts));
 
   const int64_t round = g.cells == Cells::none ? 1 : 8;  // bits are packed by whole bytes
@@ -257,7 +258,7 @@ template <size_t N>
 Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>& tensors) {
   Geometry g = view_of(p, purpose, tensors);
   const int size = item_size(p.dtype);
-  const bool rereads = p.K <= kMostPlainSamples && p.numel() * size <= kRereadBytes;
+  const bool rereads = p.K <= kMostBlocks && p.numel() * size <= kRereadBytes;
   g.plain = purpose.plain && p.dtype != DType::f64 && (!purpose.sample || p.K == 1 || rereads) &&
             (p.param == Param::logvar || p.param == Param::log_std) && g.cells == Cells::none &&
             g.I * size % 16 == 0 && std::max<int64_t>(p.K, 1) * (p.numel() / 4) < kMostPlain &&

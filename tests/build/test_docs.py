@@ -167,7 +167,7 @@ def test_the_readme_runs() -> None:
     given |= {"heldout": torch.randn(60, 3, generator=draw)}
     readme = README.read_text(encoding="utf-8")
     found = [code for language, code in BLOCK.findall(readme) if language == "python"]
-    assert len(found) >= 3
+    assert len(found) >= 4
     space: dict[str, object] = {}
     for code in found:
         space |= given  # the first block makes a mu of its own
