@@ -78,9 +78,11 @@ inline Chunks chunks_of(const Matrix& m, bool bits, int64_t K) {
   c.row_step = std::max<int64_t>(1, size / std::max<int64_t>(m.cols, 1));
   if (m.kind == Matrix::Kind::columns) {
     if (m.cols > kTile && !(bits && m.cols % 8 != 0)) {
-      // Tall chunks of one tile's width: their sums stay in the first-level cache and are few.
-      c.col_step = kTile;
-      c.row_step = 2 * size / kTile;
+      // Tall chunks, whose sums stay in the first-level cache and are few. Two tiles wide, since the
+      // processor reads ahead within 4 KiB: with one tile of float32 the forward takes 1.1 to 1.4 times as
+      // long.
+      c.col_step = 2 * kTile;
+      c.row_step = 2 * size / c.col_step;
     }
     c.row_step = (c.row_step + 7) / 8 * 8;
   } else if (m.kind == Matrix::Kind::strips) {

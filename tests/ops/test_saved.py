@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,3 +80,31 @@ def test_nothing_is_saved_without_gradients(device, backend):
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         vk.sample_kl(mu, mu, free_bits=0.3)
     assert saved == []
+
+
+def _in_huge_pages(t):
+    """Whether the kernel was asked for huge pages at the middle of t's memory."""
+    middle = t.data_ptr() + t.nbytes // 2
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first = line.split(maxsplit=1)[0]
+        if not first.endswith(":"):
+            begin, end = (int(part, 16) for part in first.split("-"))
+            inside = begin <= middle < end
+        elif inside and first == "VmFlags:":
+            return "hg" in line.split()
+    raise AssertionError("no mapping holds the tensor")
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage").is_dir(),
+    reason="no transparent huge pages here",
+)
+def test_large_results_are_in_huge_pages():
+    require_kernels("cpu")
+    mu, logvar = torch.zeros(2**12, 2**11), torch.zeros(2**12, 2**11)
+    z = vk.reparameterize(mu.requires_grad_(), logvar.requires_grad_())
+    (grad,) = torch.autograd.grad(vk.gaussian_kl(mu, logvar), logvar)
+    moments = torch.zeros(2, 2**12, 2**11, requires_grad=True)
+    (packed,) = torch.autograd.grad(vk.gaussian_kl_packed(moments, dim=0), moments)
+    assert [_in_huge_pages(t) for t in (z.detach(), grad, packed)] == [True] * 3

@@ -45,7 +45,11 @@ def test_sizes_one_column(size, device, backend):
     _check_size((size, 1), torch.float32, device)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (0, 2, 3, 4), (4, 0), (3, 4, 0, 5), (257, 129), (65, 3, 17, 5)])
+@pytest.mark.parametrize(
+    "shape",
+    [(0, 5), (0, 2, 3, 4), (4, 0), (3, 4, 0, 5), (257, 129), (65, 3, 17, 5), (67, 513), (33, 2500)],
+    ids=str,
+)
 def test_sizes_other_shapes(shape, device, backend):
     _check_size(shape, torch.float32, device, group_dims=1)
     _check_size(shape, torch.float32, device, group_dims=())
