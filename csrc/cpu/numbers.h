@@ -75,13 +75,33 @@ VK_FN void copy_vector(const T* from, T* to) {
   typedef T Vector __attribute__((vector_size(Bytes), aligned(alignof(T)), may_alias));
   *reinterpret_cast<Vector*>(to) = *reinterpret_cast<const Vector*>(from);
 }
+// Rows of at most eight vectors, by loops of a known length: half the time of one that asks where a row ends.
+template <int Vectors = 1, class T>
+VK_FN bool copy_short_rows(int vectors, const T* from, int64_t from_stride, T* to, int64_t to_stride,
+                           int rows, int n) {
+  constexpr int kWhole = 32 / sizeof(T);
+  if (vectors == Vectors) {
+    for (int row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
+#pragma GCC unroll 8
+      for (int i = 0; i < Vectors - 1; ++i) copy_vector<T, 32>(from + i * kWhole, to + i * kWhole);
+      copy_vector<T, 32>(from + n - kWhole, to + n - kWhole);
+    }
+    return true;
+  }
+  if constexpr (Vectors < 8)
+    return copy_short_rows<Vectors + 1>(vectors, from, from_stride, to, to_stride, rows, n);
+  return false;
+}
 template <class T>
 VK_CLONES void copy_rows(const T* from, int64_t from_stride, T* to, int64_t to_stride, int rows, int n) {
   constexpr int kWhole = 32 / sizeof(T), kHalf = kWhole / 2;
+  if (n >= kWhole && copy_short_rows((n + kWhole - 1) / kWhole, from, from_stride, to, to_stride, rows, n))
+    return;
   for (int row = 0; row < rows; ++row, from += from_stride, to += to_stride) {
     if (n >= kWhole) {
+#pragma GCC unroll 8
       for (int i = 0; i + kWhole <= n; i += kWhole) copy_vector<T, 32>(from + i, to + i);
-      if (n % kWhole != 0) copy_vector<T, 32>(from + n - kWhole, to + n - kWhole);
+      copy_vector<T, 32>(from + n - kWhole, to + n - kWhole);
     } else if (n >= kHalf) {
       copy_vector<T, 16>(from, to);
       copy_vector<T, 16>(from + n - kHalf, to + n - kHalf);
