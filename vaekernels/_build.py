@@ -657,8 +657,8 @@ def main(arguments: Sequence[str]) -> int:
     """Tools for the build itself, run as a script.
 
     `torch` prints the torch of this interpreter as JSON, `gpus` the compute capabilities of the GPUs; `nvcc`
-    succeeds where there is one; `cuda-objects DIR` compiles the CUDA sources for sm_80, sm_90 and PTX, and
-    links nothing.
+    succeeds where there is one; `cuda-objects DIR` compiles the CUDA sources for sm_90 and PTX, and links
+    nothing.
     """
     # Python puts the folder of a script first, and there the package's modules would shadow others' by name.
     sys.path.pop(0)
@@ -682,7 +682,7 @@ def main(arguments: Sequence[str]) -> int:
     folder.mkdir(parents=True)
     start = time.monotonic()
     try:
-        flags = [*_gencode("80", ptx=False), *_gencode("90", ptx=True), NO_LOCAL_MEMORY]
+        flags = [*_gencode("90", ptx=True), NO_LOCAL_MEMORY]
         objects = compile_cuda_objects(torch_in_use(), nvcc, flags, folder, print)
     except BuildProblem as problem:
         print(f"cuda-objects: {problem}\n{problem.log or ''}", file=sys.stderr)

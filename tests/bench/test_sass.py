@@ -254,7 +254,7 @@ def test_the_committed_table_is_of_these_kernels(table):
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["75", "80", "86", "89", "100", "120"])
 def test_no_architecture_takes_local_memory(arch, tmp_path):
-    """ptxas gives each one other registers; `make cuda-objects` looks at sm_80 and sm_90."""
+    """ptxas gives each one other registers; `make cuda-objects` looks at sm_90."""
     nvcc = _build.find_nvcc()
     if nvcc is None:
         pytest.skip("nvcc was not found")

@@ -92,7 +92,7 @@ def available(level: str) -> bool:
     return order.index(level) <= order.index(here)
 
 
-@pytest.mark.parametrize("lanes", [4, 8, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("lanes", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 16))])
 @pytest.mark.parametrize("level", ["avx2", "avx512"])
 def test_every_level_with_fma_gives_the_bits_of_the_library(level, lanes, run):
     """The widest vectors too: where the CPU has none, the compiler makes them of narrower ones."""

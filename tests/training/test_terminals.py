@@ -125,7 +125,7 @@ def command(*arguments: str, encoding: str, folder: Path) -> subprocess.Complete
     return subprocess.run(run, capture_output=True, cwd=folder, env=environment, timeout=300)
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize("encoding", [pytest.param("cp1252", marks=pytest.mark.slow), "ascii"])
 def test_output_that_is_not_utf_8(encoding: str, vectors: Path) -> None:
     run = vectors / f"run-{encoding}"
     train = command("train", "npz:x.npz", *SMALL, "--out", run.name, encoding=encoding, folder=vectors)
