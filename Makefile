@@ -9,7 +9,7 @@
 #   make check-slow    the tests that are too slow for make test
 #   make docs          the documentation, as pages in build/docs
 #   make bench         the speed table
-#   make install-matrix  installs the package in every way, in fresh environments (20 minutes, 10 GB, a registry)
+#   make install-matrix  installs the package in every way, in fresh environments (45 minutes, 25 GB, a registry)
 #   make instructions  counts the CPU kernels' instructions per element (needs valgrind)
 #   make predicted-cycles  cycles that llvm-mca predicts for those loops on other processors
 #   make sass          the CUDA kernels' instructions, counted (needs nvcc): benchmarks/results/sass.csv

@@ -19,6 +19,9 @@ from environments import OTHER_TORCH, TORCH, UV, Environment, Failed, Matrix, No
 from vaekernels import _build
 
 NO_CUDA = {"VAEKERNELS_CUDA": "0"}
+OLDER_TORCHES = ("2.6.0", "2.8.0", "2.10.0")
+# Files of tests/ops. What a version lacks is skipped there, with the reason.
+OPS_TESTS = ("values", "gradients", "compile", "export", "tracing")
 
 
 @dataclass(frozen=True)
@@ -241,8 +244,27 @@ def headers_cell(version: str) -> None:
         return Outcome(f"{len(jobs)} files" + ("" if nvcc else ", not csrc/cuda: there is no nvcc"))
 
 
-for each in ("2.11.0", OTHER_TORCH, "2.14.1", "2.15.0"):
+for each in (*OLDER_TORCHES, "2.11.0", OTHER_TORCH, "2.14.1", "2.15.0"):
     headers_cell(each)
+
+
+def older_torch_cell(version: str) -> None:
+    @cell(f"torch-{version}", f"torch {version}: the tests of {', '.join(OPS_TESTS)}")
+    def _(matrix: Matrix) -> Outcome:
+        made = matrix.environment(f"torch-{version}", torch=version)
+        made.pip(matrix.source(), VAEKERNELS_BUILD="1", **NO_CUDA)
+        outcome = works(made)
+        made.pip("pytest", "hypothesis", "scipy")
+        files = [matrix.source() / "tests" / "ops" / f"test_{name}.py" for name in OPS_TESTS]
+        told = made.run(
+            [made.python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not cpu-shim", *files],
+            VAEKERNELS_REQUIRE_NATIVE="1",
+        )
+        return Outcome(f"{outcome.facts}; {told.splitlines()[-1].strip('= ')}")
+
+
+for each in OLDER_TORCHES:
+    older_torch_cell(each)
 
 
 # ---- compilers

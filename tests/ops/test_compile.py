@@ -344,6 +344,7 @@ def test_autocast_leaves_other_errors():
             vk.gaussian_kl(m, [0.0], m.bfloat16(), m)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8: an error, see docs/install.md")
 def test_autocast_promotes_in_compiled_code():
     m, v = torch.zeros(4, 3, dtype=torch.bfloat16), torch.rand(4, 3)
 

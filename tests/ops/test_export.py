@@ -141,6 +141,7 @@ def test_exported_from_the_reference_it_needs_no_library(monkeypatch):
     assert not any("vaekernels" in str(node.target) for node in program.graph.nodes)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.8."), reason="torch 2.8 hides it, see docs/install.md")
 def test_without_the_compiled_library_it_says_what_it_needs(tmp_path, kernels):
     """The package as it is where nothing is compiled: without its library, and without a cache of one."""
     package = Path(vk.__file__).parent

@@ -28,7 +28,10 @@ TESTS = {
     "diffusers": ["tests/models/autoencoders/test_models_autoencoder_kl.py"],
     "scvi": ["tests/model/test_scvi.py", "tests/model/test_totalvi.py", "tests/model/test_peakvi.py"],
     "monai": ["tests/networks/nets/test_autoencoderkl.py", "tests/networks/nets/test_spade_autoencoderkl.py"],
-    "multivae": ["tests"],
+    "multivae": [
+        *("tests/test_utils.py", "tests/test_cvae.py", "tests/test_mvtcae.py"),
+        *(f"tests/test_{name}_model.py" for name in ("jmvae", "mvae", "mmvae", "telbo")),
+    ],
 }
 
 
