@@ -47,6 +47,8 @@ Tensors4 latent_backward(const Options& o, const OptTensor& grad_z, const OptTen
 // the shapes of all arguments, which took a fifth of a small forward and backward.
 class LatentBackward final : public Node {
  public:
+  LatentBackward() {}  // where it is defaulted, `new LatentBackward()` writes zeros to the whole node first
+
   Options options;
   int64_t dim = 0;
   bool sample = false, kl = false, prior_grads = false;

@@ -57,6 +57,8 @@ CXX_FLAGS = [
     # vectors, which here only inlined functions are given.
     *(STANDARD, "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-Wno-psabi"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
+    # Calls into torch without a stub in between: a small forward and backward takes 3 % less.
+    "-fno-plt",
 ]
 # at::parallel_for is a template that runs serially where its caller was compiled without OpenMP. The runtime
 # that gets linked is torch's own: both go by the name libgomp.so.1. Apple's clang has none.
