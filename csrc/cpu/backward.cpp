@@ -185,11 +185,10 @@ class BackwardJob {
       const bool open = p_.clamp != Clamp::batch || !std::signbit(gate[g]);
       if (grad_kl_ && scalar && !by_row_ && open) s += gain;
     }
-    // Where a tile holds whole rows, every tile has the same numbers: written out once for a whole tile, they
-    // are read in place.
-    if (m_.kind != Matrix::Kind::cells && p_.G < kTile && kTile % p_.G == 0 && p_.numel() >= kTile) {
-      shared_.resize(kTile);
-      for (int64_t n = p_.G; n < kTile; n *= 2) std::copy_n(shared_.begin(), n, shared_.begin() + n);
+    // Repeated for a tile that begins with any of them, so that they are read in place.
+    if (m_.kind != Matrix::Kind::cells && p_.G < tile_ && p_.numel() >= tile_) {
+      shared_.resize(static_cast<size_t>(tile_ + p_.G));
+      for (int64_t n = p_.G; n < tile_ + p_.G; ++n) shared_[n] = shared_[n - p_.G];
     }
   }
 
@@ -221,7 +220,7 @@ class BackwardJob {
     const bool plain = !by_row_ && !weight_;
     if (plain && m_.kind != Matrix::Kind::cells && p_.reduction != Reduction::elementwise) {
       const int64_t col = begin % m_.cols;
-      if (n == kTile && col + n <= static_cast<int64_t>(shared_.size())) return shared_.data() + col;
+      if (col + padded(n) <= static_cast<int64_t>(shared_.size())) return shared_.data() + col;
     }
     for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
       const int64_t b = row / m_.inner;

@@ -132,6 +132,7 @@ class ForwardJob {
 
   void run(int64_t begin, int64_t end) {
     State state;
+    std::fill_n(state.tile.kl, kTile + kLanes, R(0));
     if (p_.has_kl && m_.kind != Matrix::Kind::cells) {
       const size_t width =
           static_cast<size_t>(folded_ ? std::min<int64_t>(kTile, p_.numel()) : chunks_.col_step);
@@ -206,6 +207,8 @@ class ForwardJob {
     if (folded_) {
       add_columns(kl, R(1), 0, n, state);
       if (++state.rows == kRowsPerFlush) flush_columns(state);
+    } else if (m_.kind == Matrix::Kind::columns && !weight_ && !row_values_wanted_) {
+      add_rows_of(c, begin, n, state);
     } else if (m_.kind == Matrix::Kind::columns) {
       const R* value = kl;
       if (p_.clamp == Clamp::sample) value = clamp_cells(begin, n, state);
@@ -250,6 +253,28 @@ class ForwardJob {
       add_scaled(kl, w, sum, len);
     } else {
       for (int i = 0; i < len; ++i) sum[i] += w * kl[i];
+    }
+  }
+
+  // All rows of a tile, short ones in one call: a call for each took a quarter of the forward of rows of 10.
+  void add_rows_of(const Chunk& c, int64_t begin, int n, State& state) {
+    const int64_t width = c.col1 - c.col0;
+    for (int at = 0; at < n;) {
+      const int64_t col = (begin + at) % m_.cols - c.col0;
+      const int whole = col == 0 && width <= kLanes ? (n - at) / static_cast<int>(width) : 0;
+      const int rows = std::min(whole, kRowsPerFlush - state.rows);
+      const R* kl = state.tile.kl + at;
+      if (rows > 0) {
+        add_rows(kl, rows, static_cast<int>(width), state.sum.data());
+        state.rows += rows;
+        at += rows * static_cast<int>(width);
+      } else {
+        const int len = static_cast<int>(std::min<int64_t>(n - at, width - col));
+        add_columns(kl, R(1), col, len, state);
+        state.rows += col + len == width ? 1 : 0;
+        at += len;
+      }
+      if (state.rows == kRowsPerFlush) flush_columns(state);
     }
   }
 

@@ -61,7 +61,8 @@ inline TileShape shape_of(int n, int width) {
 template <class R>
 struct TileBuffers {
   R mu[kTile], scale[kTile], prior_mu[kTile], prior_scale[kTile];
-  R kl[kTile], z[kTile];  // z: or the standard deviations
+  R kl[kTile + kLanes];  // add_rows reads behind a tile
+  R z[kTile];            // or the standard deviations
 };
 
 template <class R>

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "tile.h"
@@ -97,11 +98,15 @@ inline Chunks chunks_of(const Matrix& m, bool bits, int64_t K) {
   return c;
 }
 
-// Elements of a tile: as many whole rows as fit, where the loops can run over rows in place. By the shape
+// Elements of a tile: as many whole rows as fit, where some of them make whole groups of lanes. The loops can
+// then run over rows of such a width in place, and others are copied without parts of rows. By the shape
 // alone, as the sums go by tiles.
 inline int tile_of(const Matrix& m) {
-  for (const int64_t row : {m.cols * m.inner, m.cols})
-    if (row > 0 && row < kTile && row % kLanes == 0) return static_cast<int>(kTile / row * row);
+  for (const int64_t row : {m.cols * m.inner, m.cols}) {
+    if (row == 0 || row >= kTile) continue;
+    const int64_t unit = std::lcm(row, static_cast<int64_t>(kLanes));
+    if (unit <= kTile) return static_cast<int>(kTile / unit * unit);
+  }
   return kTile;
 }
 

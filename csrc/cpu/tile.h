@@ -6,6 +6,7 @@
 // starts, and results do not depend on chunk borders or vector width.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -225,6 +226,16 @@ VK_CLONES void clamp_tile(const R* __restrict kl, const R* __restrict lambda, Pe
 template <class R>
 VK_CLONES void add_scaled(const R* __restrict x, R w, R* __restrict sum, int n) {
   for (int i = 0; i < n; ++i) sum[i] += w * x[i];
+}
+
+// Adds rows of at most kLanes numbers, one behind the other, in their order. Reads up to kLanes behind them.
+template <class R>
+VK_CLONES void add_rows(const R* __restrict x, int rows, int width, R* __restrict sum) {
+  R part[kLanes] = {};  // in registers
+  std::copy_n(sum, width, part);
+  for (int row = 0; row < rows; ++row)
+    for (int i = 0; i < kLanes; ++i) part[i] += x[row * width + i];
+  std::copy_n(part, width, sum);
 }
 
 template <class R>
