@@ -187,8 +187,10 @@ class BackwardJob {
     }
     // Repeated for a tile that begins with any of them, so that they are read in place.
     if (m_.kind != Matrix::Kind::cells && p_.G < tile_ && p_.numel() >= tile_) {
-      shared_.resize(static_cast<size_t>(tile_ + p_.G));
-      for (int64_t n = p_.G; n < tile_ + p_.G; ++n) shared_[n] = shared_[n - p_.G];
+      const int64_t size = tile_ + p_.G;
+      shared_.resize(static_cast<size_t>(size));
+      for (int64_t n = p_.G; n < size; n *= 2)
+        std::copy_n(shared_.begin(), std::min(n, size - n), shared_.begin() + n);
     }
   }
 

@@ -100,8 +100,10 @@ inline Chunks chunks_of(const Matrix& m, bool bits, int64_t K) {
 
 // Elements of a tile: as many whole rows as fit, where some of them make whole groups of lanes. The loops can
 // then run over rows of such a width in place, and others are copied without parts of rows. By the shape
-// alone, as the sums go by tiles.
+// alone, as the sums go by tiles. All elements where they fit: `is_repeated` relies on it.
 inline int tile_of(const Matrix& m) {
+  const int64_t all = m.rows * m.cols;
+  if (all > 0 && all <= kTile) return static_cast<int>(all);
   for (const int64_t row : {m.cols * m.inner, m.cols}) {
     if (row == 0 || row >= kTile) continue;
     const int64_t unit = std::lcm(row, static_cast<int64_t>(kLanes));

@@ -107,6 +107,8 @@ def test_a_latent_without_elements_costs_nothing(device, backend):
         (5, (5, 3)),
         (700, (1, 1)),
         (70, (10, 30)),
+        (5, (36, 13)),
+        (4, (50, 10)),
         (3, (1, 512)),
         (3, (1, 513)),
     ],
