@@ -186,7 +186,7 @@ class BackwardJob {
       if (grad_kl_ && scalar && !by_row_ && open) s += gain;
     }
     // Repeated for a tile that begins with any of them, so that they are read in place.
-    if (m_.kind != Matrix::Kind::cells && p_.G < tile_ && p_.numel() >= tile_) {
+    if (m_.kind != Matrix::Kind::cells && p_.G < tile_ && p_.numel() >= kTile) {
       const int64_t size = tile_ + p_.G;
       shared_.resize(static_cast<size_t>(size));
       for (int64_t n = p_.G; n < size; n *= 2)

@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <numeric>
 #include <vector>
 
 #include "tile.h"
@@ -106,8 +105,9 @@ inline int tile_of(const Matrix& m) {
   if (all > 0 && all <= kTile) return static_cast<int>(all);
   for (const int64_t row : {m.cols * m.inner, m.cols}) {
     if (row == 0 || row >= kTile) continue;
-    const int64_t unit = std::lcm(row, static_cast<int64_t>(kLanes));
-    if (unit <= kTile) return static_cast<int>(kTile / unit * unit);
+    const int n = static_cast<int>(row);
+    const int unit = n * (kLanes / std::min(n & -n, kLanes));  // a multiple of both
+    if (unit <= kTile) return kTile / unit * unit;
   }
   return kTile;
 }
