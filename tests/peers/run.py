@@ -25,8 +25,17 @@ TESTS = {
         "tests/contrib/forecast/test_forecaster.py",
     ],
     "pythae": ["tests/test_VAE.py", "tests/test_BetaVAE.py", "tests/test_DisentangledBetaVAE.py"],
-    "diffusers": ["tests/models/autoencoders/test_models_autoencoder_kl.py"],
-    "scvi": ["tests/model/test_scvi.py", "tests/model/test_totalvi.py", "tests/model/test_peakvi.py"],
+    "diffusers": [
+        f"tests/models/autoencoders/test_models_{name}.py"
+        for name in (
+            *("autoencoder_kl", "asymmetric_autoencoder_kl", "autoencoder_kl_temporal_decoder"),
+            *("autoencoder_kl_cogvideox", "autoencoder_wan", "autoencoder_ltx_video", "autoencoder_mochi"),
+        )
+    ],
+    "scvi": [
+        f"tests/model/test_{name}.py"
+        for name in ("scvi", "totalvi", "peakvi", "linear_scvi", "scanvi", "condscvi", "multivi", "destvi")
+    ],
     "monai": ["tests/networks/nets/test_autoencoderkl.py", "tests/networks/nets/test_spade_autoencoderkl.py"],
     "multivae": [
         *("tests/test_utils.py", "tests/test_cvae.py", "tests/test_mvtcae.py"),
