@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -79,11 +79,14 @@ def problem(n: int, m: int, d: int, *, seed: int = 0, spread: float = 1.0, devic
     return [t.to(device) for t in (near, mu, logvar)], [t.to(device) for t in upstream]
 
 
-def close(got: Tensor, expected: Tensor, usual: Tensor, what: str, floor: float = 4e-6) -> None:
-    """As near to the truth as twice what the usual code is, or `floor` of the largest number."""
+def close(
+    got: Tensor, expected: Tensor, usual: Tensor, what: str, floor: float = 4e-6, terms: Tensor | None = None
+) -> None:
+    """As near to the truth as twice what the usual code is, or `floor` of the largest number, also of `terms`,
+    whose sums the numbers are."""
     got, usual = got.double().cpu(), usual.double().cpu()
     expected = expected.cpu()
-    scale = expected.abs().max().clamp(min=1e-30)
+    scale = max(t.abs().max().cpu().clamp(min=1e-30) for t in (expected, terms) if t is not None)
     error, allowed = (got - expected).abs().max(), 2 * (usual - expected).abs().max() + floor * scale
     assert error <= allowed, f"{what}: off by {error:.3g} of {scale:.3g}, allowed are {allowed:.3g}"
 
@@ -102,7 +105,9 @@ def check(function, tensors, upstream, dtype=torch.float32, **options) -> Found:
         ("z", "mu", "logvar"), got.grads, exact.grads, usual.grads, strict=True
     ):
         assert grad.dtype == dtype
-        close(grad, truth, other, f"the gradient of {name}", eps)
+        # What goes to the means adds up to z's gradient, and may cancel: 27 parts of 0.08 made 0.004.
+        terms = exact.grads[1] if name == "z" else None
+        close(grad, truth, other, f"the gradient of {name}", eps, terms)
     return got
 
 
@@ -345,6 +350,7 @@ def test_a_sample_does_not_depend_on_the_others(backend, device):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 40), st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**20), st.floats(0, 4))
+@example(1, 27, 1, 13731, 0.5)
 def test_any_shape(n, m, d, seed, spread):
     tensors, upstream = problem(n, m, d, seed=seed, spread=spread)
     check(vk.log_aggregate_posterior, tensors, upstream)
