@@ -82,8 +82,8 @@ def problem(n: int, m: int, d: int, *, seed: int = 0, spread: float = 1.0, devic
 def close(
     got: Tensor, expected: Tensor, usual: Tensor, what: str, floor: float = 4e-6, terms: Tensor | None = None
 ) -> None:
-    """As near to the truth as twice what the usual code is, or `floor` of the largest number, also of `terms`,
-    whose sums the numbers are."""
+    """As near to the truth as twice what the usual code is, or `floor` of the largest number. Numbers that
+    are sums of `terms` are compared with the largest of these too."""
     got, usual = got.double().cpu(), usual.double().cpu()
     expected = expected.cpu()
     scale = max(t.abs().max().cpu().clamp(min=1e-30) for t in (expected, terms) if t is not None)
