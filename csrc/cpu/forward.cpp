@@ -99,7 +99,9 @@ class ForwardJob {
         lambda_(static_cast<const R*>(call.free_bits_per_group)),
         row_values_wanted_(call.has_kl && (call.clamp == Clamp::sample || call.reduction == Reduction::none)),
         folded_(m_.kind == Matrix::Kind::columns && !row_values_wanted_ && call.weight == nullptr &&
-                m_.cols > 0 && m_.cols < kTile && kTile % m_.cols == 0) {
+                m_.cols > 0 && m_.cols < kTile && kTile % m_.cols == 0),
+        short_rows_(m_.kind == Matrix::Kind::columns && !row_values_wanted_ && call.weight == nullptr &&
+                    m_.cols > 0 && m_.cols <= kLanes && tile_of(m_) % m_.cols == 0) {
     if (call.z != nullptr) {
       normals_.emplace_back(call, call.numel());
       z_ = View<R>(call.z, call.dense(), call, m_);
@@ -207,8 +209,8 @@ class ForwardJob {
     if (folded_) {
       add_columns(kl, R(1), 0, n, state);
       if (++state.rows == kRowsPerFlush) flush_columns(state);
-    } else if (m_.kind == Matrix::Kind::columns && !weight_ && !row_values_wanted_) {
-      add_rows_of(c, begin, n, state);
+    } else if (short_rows_) {
+      add_short_rows(kl, n, state);
     } else if (m_.kind == Matrix::Kind::columns) {
       const R* value = kl;
       if (p_.clamp == Clamp::sample) value = clamp_cells(begin, n, state);
@@ -256,24 +258,15 @@ class ForwardJob {
     }
   }
 
-  // All rows of a tile, short ones in one call: a call for each took a quarter of the forward of rows of 10.
-  void add_rows_of(const Chunk& c, int64_t begin, int n, State& state) {
-    const int64_t width = c.col1 - c.col0;
-    for (int at = 0; at < n;) {
-      const int64_t col = (begin + at) % m_.cols - c.col0;
-      const int whole = col == 0 && width <= kLanes ? (n - at) / static_cast<int>(width) : 0;
-      const int rows = std::min(whole, kRowsPerFlush - state.rows);
-      const R* kl = state.tile.kl + at;
-      if (rows > 0) {
-        add_rows(kl, rows, static_cast<int>(width), state.sum.data());
-        state.rows += rows;
-        at += rows * static_cast<int>(width);
-      } else {
-        const int len = static_cast<int>(std::min<int64_t>(n - at, width - col));
-        add_columns(kl, R(1), col, len, state);
-        state.rows += col + len == width ? 1 : 0;
-        at += len;
-      }
+  // A call for each of them took a quarter of the forward of rows of 10.
+  void add_short_rows(const R* kl, int n, State& state) {
+    const int width = static_cast<int>(m_.cols);
+    for (int rows = n / width; rows > 0;) {
+      const int some = std::min(rows, kRowsPerFlush - state.rows);
+      add_rows(kl, some, width, state.sum.data());
+      kl += some * width;
+      rows -= some;
+      state.rows += some;
       if (state.rows == kRowsPerFlush) flush_columns(state);
     }
   }
@@ -407,7 +400,8 @@ class ForwardJob {
   const R* weight_;
   const R* lambda_;
   const bool row_values_wanted_;
-  const bool folded_;  // whole rows fit a tile exactly: tiles are added as they are and folded at the end
+  const bool folded_;      // whole rows fit a tile exactly: tiles are added as they are and folded at the end
+  const bool short_rows_;  // else, and tiles are whole rows of at most kLanes: these are added by one call
   std::vector<Normals<R>> normals_;  // one, where z is wanted
   View<R> z_;                        // of the first sample
   std::optional<RepeatedSamples<R>> repeated_;
