@@ -12,20 +12,20 @@ using BackwardTile = bool (*)(const TileInputs<R>&, Bounds<R>, const R*, const R
                               const TileGradients<R>&, TileShape);
 template <class R>
 Tiles<BackwardTile<R>> backward_tiles(const Problem& problem, Mode mode, bool draw) {
-  return tiles_for<R, BackwardTile<R>>(problem, mode, draw, [](auto p, auto m, auto d, auto near) {
-    return backward_tile<p.value, m.value, d.value, near.value, R>;
+  return tiles_for<R, BackwardTile<R>>(problem, mode, draw, [](auto p, auto m, auto d, auto loop) {
+    return backward_tile<p.value, m.value, d.value, loop.value, R>;
   });
 }
 
-// n numbers of grad_z from element `at` on, of all samples one behind the other: where they are if a tile can
-// be read there, else in `buffer`.
+// n numbers of grad_z from element `at` on, of all samples one behind the other: where they are if that many
+// `wanted` ones can be read there, else in `buffer`.
 template <class R>
-const R* read_grad_z(const Backward& p, int64_t at, int n, R* buffer) {
+const R* read_grad_z(const Backward& p, int64_t at, int n, int wanted, R* buffer) {
   return as_type<R>(p.dtype, [&](auto zero) -> const R* {
     using T = decltype(zero);
     const T* data = static_cast<const T*>(p.grad_z) + at;
     if constexpr (std::is_same_v<T, R>) {
-      if (n % kLanes == 0) return data;
+      if (n == wanted) return data;
     }
     load_rows(data, 0, 1, n, buffer);
     return buffer;
@@ -75,7 +75,7 @@ class RepeatedSums {
     for (int64_t i = index * chunk_; i < stop; i += width_) {
       const int n = static_cast<int>(std::min<int64_t>(width_, stop - i));
       const R* eps = normals_(0, i, n, buffer);
-      const R* grad = read_grad_z(p_, i, n, grad_z);
+      const R* grad = read_grad_z(p_, i, n, padded(n), grad_z);
       if (n < width_) {
         // The places behind the last tile's end belong to elements too, and get zeros.
         std::copy_n(grad, n, grad_z);
@@ -244,7 +244,7 @@ class BackwardJob {
     const TileInputs<R> in = in_.read(begin, n, shape.width, mode_ == Mode::prior, s.tile);
     const R *sum = s.sum, *noise = s.noise;
     if (draws_) {
-      sum = read_grad_z(p_, begin, n, s.grad_z);
+      sum = read_grad_z(p_, begin, n, std::max(n, kLanes), s.grad_z);
       noise = normals_[0](0, begin, n, s.normals);
     } else if (repeated_) {
       sum = sums_.data();
@@ -253,7 +253,7 @@ class BackwardJob {
       std::fill_n(s.sum, kTile, R(0));
       std::fill_n(s.noise, kTile, R(0));
       for (int64_t k = 0; k < p_.K; ++k) {
-        const R* grad_z = read_grad_z(p_, k * p_.numel() + begin, n, s.grad_z);
+        const R* grad_z = read_grad_z(p_, k * p_.numel() + begin, n, padded(n), s.grad_z);
         add_noise_tile(grad_z, normals_[0](k, begin, n, s.normals), s.sum, s.noise, padded(n));
       }
     }
@@ -265,7 +265,7 @@ class BackwardJob {
       if (*views[i]) to[i] = views[i]->direct(begin, n, shape.width);
       if (!to[i].at) to[i] = {buffers[i], shape.width};
     }
-    run_tile(tiles_, [&](auto tile) {
+    run_tile(tiles_, shape, [&](auto tile) {
       return tile(in, bounds_, sum, noise, c, p_.has_z, static_cast<R>(p_.posterior_share),
                   static_cast<R>(p_.prior_share), TileGradients<R>{to[0], to[1], to[2], to[3]}, shape);
     });

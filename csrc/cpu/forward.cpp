@@ -18,8 +18,8 @@ template <class R>
 using ForwardTile = bool (*)(const TileInputs<R>&, Bounds<R>, const R*, Rows<R>, R*, TileShape);
 template <class R>
 Tiles<ForwardTile<R>> forward_tiles(const Problem& problem, Mode mode, bool draw) {
-  return tiles_for<R, ForwardTile<R>>(problem, mode, draw, [](auto p, auto m, auto d, auto near) {
-    return forward_tile<p.value, m.value, d.value, near.value, R>;
+  return tiles_for<R, ForwardTile<R>>(problem, mode, draw, [](auto p, auto m, auto d, auto loop) {
+    return forward_tile<p.value, m.value, d.value, loop.value, R>;
   });
 }
 
@@ -65,7 +65,7 @@ class RepeatedSamples {
       as_type<R>(p_.dtype, [&](auto zero) {
         auto* to = static_cast<decltype(zero)*>(p_.z) + i;
         if constexpr (std::is_same_v<decltype(zero), R>) {
-          if (n % kLanes == 0) return sample_tile(mu_ + phase, sd_ + phase, eps, to, n);
+          if (n >= kLanes) return sample_tile(mu_ + phase, sd_ + phase, eps, to, n);
         }
         sample_tile(mu_ + phase, sd_ + phase, eps, sampled, padded(n));
         store_rows(static_cast<const R*>(sampled), to, 0, 1, n);
@@ -170,7 +170,7 @@ class ForwardJob {
         eps = normals_[0](0, begin, n, state.normals);
         if (const Rows<R> direct = z_.direct(begin, n, shape.width); direct.at) z = direct;
       }
-      run_tile(tiles_, [&](auto tile) { return tile(in, bounds_, eps, z, state.tile.kl, shape); });
+      run_tile(tiles_, shape, [&](auto tile) { return tile(in, bounds_, eps, z, state.tile.kl, shape); });
       if (draws_ && z.at == state.tile.z) z_.write(begin, n, z.at);
       if (repeated_)
         repeated_->take(in.mu.at, static_cast<const R*>(state.tile.z));  // of the only tile
@@ -196,9 +196,9 @@ class ForwardJob {
     for (int64_t k = 0; k < p_.K; ++k) {
       const R* eps = normals_[0](k, begin, n, state.normals);
       const View<R> z = z_.block(k * p_.numel());
-      R* direct = z.direct(begin, n, kTile).at;
+      R* direct = z.direct(begin, n, std::max(n, kLanes)).at;
       R* to = direct ? direct : state.sampled;
-      sample_tile(mu, static_cast<const R*>(state.tile.z), eps, to, padded(n));
+      sample_tile(mu, static_cast<const R*>(state.tile.z), eps, to, std::max(n, kLanes));
       if (!direct) z.write(begin, n, to);
     }
   }
@@ -287,15 +287,23 @@ class ForwardJob {
     }
     clamp_tile(static_cast<const R*>(state.tile.kl), static_cast<const R*>(state.lambda), p_.penalty,
                state.value, state.open, padded(n));
-    pack_bits(state.open, n, p_.open + begin / 8);
+    pack_bits(state.open, begin, n, p_.open);
     return state.value;
   }
 
-  static void pack_bits(const uint8_t* open, int n, uint8_t* out) {
-    for (int i = 0; i < n; i += 8) {
+  // Bits `begin` to begin + n of `out`, whose earlier ones are there already.
+  static void pack_bits(const uint8_t* open, int64_t begin, int n, uint8_t* out) {
+    out += begin / 8;
+    int i = 0;
+    if (const int bit = static_cast<int>(begin % 8); bit != 0) {
+      unsigned byte = *out;
+      for (; bit + i < 8 && i < n; ++i) byte |= static_cast<unsigned>(open[i]) << (bit + i);
+      *out++ = static_cast<uint8_t>(byte);
+    }
+    for (; i < n; i += 8) {
       unsigned byte = 0;
       for (int j = 0; j < 8 && i + j < n; ++j) byte |= static_cast<unsigned>(open[i + j]) << j;
-      out[i / 8] = static_cast<uint8_t>(byte);
+      *out++ = static_cast<uint8_t>(byte);
     }
   }
 
@@ -379,7 +387,7 @@ class ForwardJob {
         if (p_.clamp == Clamp::sample) {
           open[static_cast<size_t>(cell % 8)] = kl >= lambda(g) ? 1 : 0;
           if (cell % 8 == 7 || cell + 1 == p_.cells())
-            pack_bits(open.data(), static_cast<int>(cell % 8) + 1, p_.open + cell / 8);
+            pack_bits(open.data(), cell / 8 * 8, static_cast<int>(cell % 8) + 1, p_.open);
           kl = clamp_value(kl, lambda(g), p_.penalty);
         }
         row += static_cast<double>(kl);

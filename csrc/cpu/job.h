@@ -6,13 +6,16 @@
 
 namespace vk::cpu {
 
-// Both kinds of the loop over a tile; `near` is null where it cannot be used.
+// The kinds of the loop over a tile; `near` is null where it cannot be used.
 template <class Tile>
 struct Tiles {
-  Tile near, far;
+  Tile near, far, rows;
 };
 
-// `make(param, mode, draw, near)`, integral constants all, gives the loop.
+template <Loop L>
+using LoopOf = std::integral_constant<Loop, L>;
+
+// `make(param, mode, draw, loop)`, integral constants all, gives the loop.
 template <class R, class Tile, class Make>
 Tiles<Tile> tiles_for(const Problem& problem, Mode mode, bool draw, const Make& make) {
   const bool bounded = problem.lo > -std::numeric_limits<double>::infinity() ||
@@ -21,8 +24,8 @@ Tiles<Tile> tiles_for(const Problem& problem, Mode mode, bool draw, const Make& 
     const auto of = [&](auto m, auto d) -> Tiles<Tile> {
       Tile near = nullptr;
       if constexpr (kHasNear<p.value, R>)
-        if (!bounded) near = make(p, m, d, std::true_type());
-      return {near, make(p, m, d, std::false_type())};
+        if (!bounded) near = make(p, m, d, LoopOf<Loop::near>());
+      return {near, make(p, m, d, LoopOf<Loop::far>()), make(p, m, d, LoopOf<Loop::rows>())};
     };
     const auto with_draw = [&](auto m) { return draw ? of(m, std::true_type()) : of(m, std::false_type()); };
     if (mode == Mode::sample) return with_draw(std::integral_constant<Mode, Mode::sample>());
@@ -32,7 +35,11 @@ Tiles<Tile> tiles_for(const Problem& problem, Mode mode, bool draw, const Make& 
 }
 
 template <class Tile, class Run>
-void run_tile(const Tiles<Tile>& tiles, const Run& run) {
+void run_tile(const Tiles<Tile>& tiles, TileShape shape, const Run& run) {
+  if (shape.width % kLanes != 0 && shape.rows > 1) {
+    run(tiles.rows);
+    return;
+  }
   if (tiles.near == nullptr || !run(tiles.near)) run(tiles.far);
 }
 
@@ -53,9 +60,9 @@ int width_of(std::initializer_list<const View<R>*> views) {
   return width;
 }
 
-// A tile of n elements in rows of `width` if n is a multiple of it, else in one row.
+// A tile of n elements in rows of `width` if there are several, else in one row.
 inline TileShape shape_of(int n, int width) {
-  return width < kTile && n % width == 0 ? TileShape{n / width, width} : TileShape{1, padded(n)};
+  return n > width && n % width == 0 ? TileShape{n / width, width} : TileShape{1, std::max(n, kLanes)};
 }
 
 template <class R>

@@ -1,9 +1,10 @@
 // The elementwise half of the CPU kernels: loops over a tile that fits the first-level cache, written so that
 // the compiler vectorises them for every instruction set.
 //
-// Every loop runs over whole groups of kLanes elements, the unused elements behind the end of a tile
-// included. So there is no scalar remainder, every element takes the same instructions wherever a tile
-// starts, and results do not depend on chunk borders or vector width.
+// Every loop runs over whole groups of elements. Where n elements are not a multiple of a group, the last
+// group covers some elements again, or the unused ones behind the end of a buffer. So there is no scalar
+// remainder, every element takes the same instructions wherever a tile starts, and results do not depend on
+// chunk borders or vector width.
 #pragma once
 
 #include <algorithm>
@@ -21,18 +22,33 @@
 
 namespace vk::cpu {
 
-inline constexpr int kLanes = 32;
+inline constexpr int kLanes = 32;  // elements of a group
+inline constexpr int kBlock = 16;  // of a group in rows whose width is no multiple of kLanes
 
-// How many elements the loops below run over for n wanted ones.
+// Whole groups for n elements.
 inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Calls body(i) for i in [0, n), n a multiple of kLanes. Masking n shows that to the compiler.
+// Calls body(i) for i in [0, n), n at least kLanes; twice for some i where it is not a multiple. Both parts
+// are one loop, so that the body is compiled once; masking shows the compiler that no remainder is left.
 template <class Body>
 VK_FN void lanes(int n, const Body& body) {
-  const int whole = n & -kLanes;
+  for (int from = 0, part = n & -kLanes;; from = n - kLanes, part = kLanes) {
+    const int whole = part & -kLanes;
 #pragma GCC ivdep
 #pragma GCC unroll 2
-  for (int i = 0; i < whole; ++i) body(i);
+    for (int i = 0; i < whole; ++i) body(from + i);
+    if (from + whole >= n) return;
+  }
+}
+
+// The same for n of at least kBlock. It takes more instructions for an element, fewer for a short row.
+template <class Body>
+VK_FN void blocks(int n, const Body& body) {
+  for (int i = 0; i < n; i += kBlock) {
+    const int at = std::min(i, n - kBlock);
+#pragma GCC ivdep
+    for (int j = 0; j < kBlock; ++j) body(at + j);
+  }
 }
 
 // ---- normals ---------------------------------------------------------------------------------------------
@@ -63,7 +79,7 @@ struct Rows {
 };
 
 struct TileShape {
-  int rows, width;  // width: a multiple of kLanes
+  int rows, width;  // width: at least kBlock, of a single row kLanes
 };
 
 template <class R>
@@ -72,12 +88,23 @@ struct TileInputs {
   AnyRange range = {};  // here the compiler does not know its numbers, which math.h wants
 };
 
-// There are two kinds of the loop over a tile. `Near` is for log-variances within +-87 and no bounds on them,
-// which is nearly every call. It needs five clamps less; they would use the same ports of the processor as
-// the multiplications, which limit the speed. It checks the numbers that it reads and returns false where the
-// other kind has to compute the tile again. Both give the same bits.
+// The kinds of the loop over a tile, which give the same bits. `near` is for log-variances within +-87 and no
+// bounds on them, which is nearly every call. It needs five clamps less; they would use the same ports of the
+// processor as the multiplications, which limit the speed. It checks the numbers that it reads and returns
+// false where `far` has to compute the tile again. `rows` is for rows in place whose width is no multiple of
+// kLanes; it is not split into near and far, since a check takes a reduction for each row.
+enum class Loop { near, far, rows };
+
 template <Param P, class R>
 inline constexpr bool kHasNear = sizeof(R) == 4 && !kHoldsSd<P>;
+
+template <Loop L, class Body>
+VK_FN void lanes_of(int n, const Body& body) {
+  if constexpr (L == Loop::rows)
+    blocks(n, body);
+  else
+    lanes(n, body);
+}
 
 // The largest |s| as bits, of which a NaN has more than any number.
 struct LargestScale {
@@ -92,29 +119,29 @@ struct LargestScale {
   }
 };
 
-template <bool Near, class R>
+template <Loop L, class R>
 VK_FN auto range_of(const TileInputs<R>& in) {
-  if constexpr (Near)
+  if constexpr (L == Loop::near)
     return NearRange();
   else
     return in.range;
 }
-template <bool Near, class R>
+template <Loop L, class R>
 VK_FN auto bounds_for(const Bounds<R>& bounds) {
-  if constexpr (Near)
+  if constexpr (L == Loop::near)
     return NoBounds<R>();
   else
     return bounds;
 }
 
 // The pointers of a row are parameters of a function, since only there does the compiler heed `restrict`.
-template <Param P, Mode M, bool Draw, bool Near, class R, class B, class Range>
+template <Param P, Mode M, bool Draw, Loop L, class R, class B, class Range>
 VK_FN void forward_row(const R* __restrict mu, const R* __restrict s, const R* __restrict prior_mu,
                        const R* __restrict prior_s, const R* __restrict eps, R* __restrict z,
                        R* __restrict kl, int width, const B& bounds, const Range& range,
                        LargestScale& largest) {
-  lanes(width, [&](int i) VK_LAMBDA {
-    if constexpr (Near) {
+  lanes_of<L>(width, [&](int i) VK_LAMBDA {
+    if constexpr (L == Loop::near) {
       largest.see(s[i]);
       if constexpr (M == Mode::prior) largest.see(prior_s[i]);
     }
@@ -128,18 +155,18 @@ VK_FN void forward_row(const R* __restrict mu, const R* __restrict s, const R* _
 
 // Draw: z = mu + sd eps at once, for the one sample that most calls want. Else the standard deviations go to
 // `z`, for sample_tile.
-template <Param P, Mode M, bool Draw, bool Near, class R>
+template <Param P, Mode M, bool Draw, Loop L, class R>
 VK_CLONES bool forward_tile(const TileInputs<R>& in, Bounds<R> bounds, const R* eps, Rows<R> z, R* kl,
                             TileShape shape) {
-  const auto b = bounds_for<Near>(bounds);
-  const auto range = range_of<Near>(in);
+  const auto b = bounds_for<L>(bounds);
+  const auto range = range_of<L>(in);
   LargestScale largest;
   for (int row = 0; row < shape.rows; ++row) {
     const int at = row * shape.width;
-    forward_row<P, M, Draw, Near>(in.mu[row], in.scale[row], in.prior_mu[row], in.prior_scale[row], eps + at,
-                                  z[row], kl + at, shape.width, b, range, largest);
+    forward_row<P, M, Draw, L>(in.mu[row], in.scale[row], in.prior_mu[row], in.prior_scale[row], eps + at,
+                               z[row], kl + at, shape.width, b, range, largest);
   }
-  return !Near || largest.near<P>();
+  return L != Loop::near || largest.near<P>();
 }
 
 template <class R>
@@ -148,7 +175,8 @@ VK_CLONES void sample_tile(const R* __restrict mu, const R* __restrict sd, const
   lanes(n, [&](int i) VK_LAMBDA { z[i] = mu[i] + sd[i] * eps[i]; });
 }
 
-// One of several samples: adds its share of the sums of grad_z and of grad_z eps.
+// One of several samples: adds its share of the sums of grad_z and of grad_z eps. n is a multiple of kLanes,
+// so that no share is added twice.
 template <class R>
 VK_CLONES void add_noise_tile(const R* __restrict grad_z, const R* __restrict eps, R* __restrict sum,
                               R* __restrict noise, int n) {
@@ -163,20 +191,21 @@ struct TileGradients {
   Rows<R> mu, scale, prior_mu, prior_scale;
 };
 
-template <Param P, Mode M, bool Draw, bool Near, class R, class B, class Range>
+template <Param P, Mode M, bool Draw, Loop L, class R, class B, class Range>
 VK_FN void backward_row(const R* __restrict mu, const R* __restrict s, const R* __restrict prior_mu,
                         const R* __restrict prior_s, const R* __restrict sum, const R* __restrict noise,
                         const R* __restrict c, R* __restrict grad_mu, R* __restrict grad_s,
                         R* __restrict grad_prior_mu, R* __restrict grad_prior_s, bool sampled,
                         R posterior_share, R prior_share, int width, const B& bounds, const Range& range,
                         LargestScale& largest) {
-  lanes(width, [&](int i) VK_LAMBDA {
-    if constexpr (Near) {
+  lanes_of<L>(width, [&](int i) VK_LAMBDA {
+    if constexpr (L == Loop::near) {
       largest.see(s[i]);
       if constexpr (M == Mode::prior) largest.see(prior_s[i]);
     }
     // A near log-variance has a finite sd, which needs no test.
-    const SampleGradients<R> z{sum[i], Draw ? sum[i] * noise[i] : noise[i], Draw || Near || sampled};
+    const SampleGradients<R> z{sum[i], Draw ? sum[i] * noise[i] : noise[i],
+                               Draw || L == Loop::near || sampled};
     if constexpr (M == Mode::prior) {
       const ElementGradients<R> g = gradients_prior<P>(mu[i], s[i], prior_mu[i], prior_s[i], bounds, z,
                                                        c[i] * posterior_share, c[i] * prior_share, range);
@@ -197,21 +226,21 @@ VK_FN void backward_row(const R* __restrict mu, const R* __restrict s, const R* 
 // In: the sums over samples of grad_z and of grad_z eps; c, the gradient of the loss with respect to each
 // element's KL. Draw: of one sample, and `noise` holds eps itself. `sampled`: z was used at all, so that the
 // sums are not merely 0.
-template <Param P, Mode M, bool Draw, bool Near, class R>
+template <Param P, Mode M, bool Draw, Loop L, class R>
 VK_CLONES bool backward_tile(const TileInputs<R>& in, Bounds<R> bounds, const R* sum, const R* noise,
                              const R* c, bool sampled, R posterior_share, R prior_share,
                              const TileGradients<R>& out, TileShape shape) {
-  const auto b = bounds_for<Near>(bounds);
-  const auto range = range_of<Near>(in);
+  const auto b = bounds_for<L>(bounds);
+  const auto range = range_of<L>(in);
   LargestScale largest;
   for (int row = 0; row < shape.rows; ++row) {
     const int at = row * shape.width;
-    backward_row<P, M, Draw, Near>(in.mu[row], in.scale[row], in.prior_mu[row], in.prior_scale[row], sum + at,
-                                   noise + at, c + at, out.mu[row], out.scale[row], out.prior_mu[row],
-                                   out.prior_scale[row], sampled, posterior_share, prior_share, shape.width,
-                                   b, range, largest);
+    backward_row<P, M, Draw, L>(in.mu[row], in.scale[row], in.prior_mu[row], in.prior_scale[row], sum + at,
+                                noise + at, c + at, out.mu[row], out.scale[row], out.prior_mu[row],
+                                out.prior_scale[row], sampled, posterior_share, prior_share, shape.width, b,
+                                range, largest);
   }
-  return !Near || largest.near<P>();
+  return L != Loop::near || largest.near<P>();
 }
 
 // ---- free bits and sums ----------------------------------------------------------------------------------

@@ -232,6 +232,16 @@ def test_gradient_at_the_tie_is_one(tensor, clamp, penalty, dtype, device, backe
     assert torch.autograd.grad(reference.clamp(min=TIE["rate"]), reference)[0] == 1.0
 
 
+@pytest.mark.parametrize("width", [5, 13, 30, 50, 250, 500])
+def test_each_element_has_its_own_gate(width, device, backend):
+    """Widths whose rows, tiles and bytes of eight gates begin in different places."""
+    mu = torch.randn(203, width, device=device, requires_grad=True)
+    kl = vk.gaussian_kl(mu, torch.zeros_like(mu), free_bits=0.2, clamp="sample", reduction="sum")
+    (grad,) = torch.autograd.grad(kl, mu)
+    gate_is_open = mu.detach().double().square() / 2 >= 0.2
+    assert torch.equal(grad, torch.where(gate_is_open, mu, 0.0).detach())
+
+
 def test_backward_never_decides_again(device, backend):
     """The forward's decision is saved: free_bits that change in place after it do not move the gate."""
     for clamp in ("batch", "sample"):

@@ -198,8 +198,16 @@ def test_half_precision_is_float32_rounded_as_torch_rounds(width, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("prior", [False, True])
-@pytest.mark.parametrize("shape", [(40, 32), (40, 64), (40, 96), (9, 256), (5, 512), (3, 640), (70, 2, 4, 8)])
-def test_where_rows_lie_changes_no_bit(shape, prior, dtype):
+@pytest.mark.parametrize("clamp", ["batch", "sample"])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *[(97, 10), (97, 16), (83, 19), (83, 30), (40, 32), (51, 50), (40, 64), (40, 96), (9, 250), (9, 256)],
+        *[(5, 500), (5, 511), (5, 512), (3, 640), (70, 2, 4, 8), (70, 2, 5, 5), (70, 2, 3, 10)],
+    ],
+    ids=str,
+)
+def test_where_rows_lie_changes_no_bit(shape, clamp, prior, dtype):
     """Rows in place, rows that are copied together, one row over several tiles: slices of wider tensors give
     what tensors of their own give."""
     require_kernels("cpu")
@@ -208,7 +216,7 @@ def test_where_rows_lie_changes_no_bit(shape, prior, dtype):
     grad_z = torch.randn(shape, dtype=torch.float64).to(dtype)
 
     def results(leaves: list[torch.Tensor], given: list[torch.Tensor]) -> list[torch.Tensor]:
-        z, kl, rate = vk.sample_kl(*given, free_bits=0.25, rng=torch.tensor(STATE))
+        z, kl, rate = vk.sample_kl(*given, free_bits=0.25, clamp=clamp, rng=torch.tensor(STATE))
         return [z, kl, rate, *torch.autograd.grad((z, kl), leaves, (grad_z, torch.ones_like(kl)))]
 
     leaves = [p.clone().requires_grad_() for p in pieces]
@@ -217,7 +225,8 @@ def test_where_rows_lie_changes_no_bit(shape, prior, dtype):
         assert torch.equal(one, two)
     leaf = torch.cat(pieces[:2], 1).requires_grad_()
     rest = [p.clone().requires_grad_() for p in pieces[2:]]
-    z, kl, rate = vk.sample_kl_packed(leaf, 1, *rest, free_bits=0.25, rng=torch.tensor(STATE))
+    rng = torch.tensor(STATE)
+    z, kl, rate = vk.sample_kl_packed(leaf, 1, *rest, free_bits=0.25, clamp=clamp, rng=rng)
     grads = torch.autograd.grad((z, kl), [leaf, *rest], (grad_z, torch.ones_like(kl)))
     packed = [z, kl, rate, *grads[0].chunk(2, 1), *grads[1:]]
     for one, two in zip(results(leaves, leaves), packed, strict=True):
