@@ -63,7 +63,10 @@ CXX_FLAGS = [
 # at::parallel_for is a template that runs serially where its caller was compiled without OpenMP. The runtime
 # that gets linked is torch's own: both go by the name libgomp.so.1. Apple's clang has none.
 OPENMP_FLAGS = [] if sys.platform == "darwin" else ["-fopenmp"]
-NVCC_FLAGS = [STANDARD, "-O3", "--threads", "0", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
+NVCC_FLAGS = [
+    *(STANDARD, "-O3", "--threads", "0"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wno-maybe-uninitialized"),
+]
 # For the kernels in development: local memory is memory beside the registers, a hundred times slower.
 NO_LOCAL_MEMORY = "-Xptxas=--warn-on-spills,--warn-on-local-memory-usage,--warning-as-error"
 

@@ -39,7 +39,7 @@ CLONES = [
     ("avx512", "x86_64_v4", 16, "zmm", ["skylake-avx512", "icelake-server", "znver4"]),
 ]
 # In the mangled names of the tiles: logvar, the KL to N(0, I), with z, all log-variances near.
-TILE = r"_tileILNS_5ParamE0ELNS0_4ModeE1ELb1ELb1EfE"
+TILE = r"_tileILNS_5ParamE0ELNS0_4ModeE1ELb1ELNS0_4LoopE0EfE"
 # Part, function, an instruction that only its loop has, and how many vectors the loop stores for W elements.
 PARTS = [
     ("Philox", r"normals_{clone}", "vpmuludq", 1),
@@ -107,7 +107,9 @@ def loops(library: str) -> Iterator[Loop]:
     for clone, suffix, width, register, processors in CLONES:
         for part, pattern, marker, streams in PARTS:
             wanted = re.compile(pattern.format(clone=clone, suffix=suffix))
-            lines = innermost_loop(next(code[name] for name in code if wanted.search(name)), marker)
+            found = [code[name] for name in code if wanted.search(name)]
+            assert found, f"{library} has no function {wanted.pattern}"
+            lines = innermost_loop(found[0], marker)
             # those to the stack are none of the results'
             stores = [text for text in lines if re.search(rf"%{register}\d+,[^%]*\((?!%rsp)", text)]
             yield Loop(clone, processors, part, lines, len(stores) * width / streams)
