@@ -252,9 +252,15 @@ class BackwardJob {
     } else if (p_.has_z) {
       std::fill_n(s.sum, kTile, R(0));
       std::fill_n(s.noise, kTile, R(0));
+      const int whole = n / kLanes * kLanes;  // of these none has to be copied
       for (int64_t k = 0; k < p_.K; ++k) {
-        const R* grad_z = read_grad_z(p_, k * p_.numel() + begin, n, padded(n), s.grad_z);
-        add_noise_tile(grad_z, normals_[0](k, begin, n, s.normals), s.sum, s.noise, padded(n));
+        const int64_t at = k * p_.numel() + begin;
+        const R* eps = normals_[0](k, begin, n, s.normals);
+        if (whole > 0)
+          add_noise_tile(read_grad_z(p_, at, whole, whole, s.grad_z), eps, s.sum, s.noise, whole);
+        if (whole < n)
+          add_noise_tile(read_grad_z(p_, at + whole, n - whole, kLanes, s.grad_z), eps + whole, s.sum + whole,
+                         s.noise + whole, kLanes);
       }
     }
     const R* c = kl_used_ ? coefficients(begin, n, s) : s.c;
@@ -265,9 +271,10 @@ class BackwardJob {
       if (*views[i]) to[i] = views[i]->direct(begin, n, shape.width);
       if (!to[i].at) to[i] = {buffers[i], shape.width};
     }
-    run_tile(tiles_, shape, [&](auto tile) {
-      return tile(in, bounds_, sum, noise, c, p_.has_z, static_cast<R>(p_.posterior_share),
-                  static_cast<R>(p_.prior_share), TileGradients<R>{to[0], to[1], to[2], to[3]}, shape);
+    const TileGradients<R> out{to[0], to[1], to[2], to[3]};
+    run_tile(tiles_, shape, [&](auto tile, int from, TileShape part) {
+      return tile(in.from(from), bounds_, sum + from, noise + from, c + from, p_.has_z,
+                  static_cast<R>(p_.posterior_share), static_cast<R>(p_.prior_share), out.from(from), part);
     });
     for (int i = 0; i < 4; ++i)
       if (*views[i] && to[i].at == buffers[i]) views[i]->write(begin, n, buffers[i]);

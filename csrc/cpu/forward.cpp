@@ -165,12 +165,14 @@ class ForwardJob {
       const TileShape shape = shape_of(n, width_);
       const TileInputs<R> in = in_.read(begin, n, shape.width, mode_ == Mode::prior, state.tile);
       Rows<R> z{state.tile.z, shape.width};
-      const R* eps = nullptr;
+      const R* eps = state.normals.eps;  // not read where nothing is drawn
       if (draws_) {
         eps = normals_[0](0, begin, n, state.normals);
         if (const Rows<R> direct = z_.direct(begin, n, shape.width); direct.at) z = direct;
       }
-      run_tile(tiles_, shape, [&](auto tile) { return tile(in, bounds_, eps, z, state.tile.kl, shape); });
+      run_tile(tiles_, shape, [&](auto tile, int from, TileShape part) {
+        return tile(in.from(from), bounds_, eps + from, z.from(from), state.tile.kl + from, part);
+      });
       if (draws_ && z.at == state.tile.z) z_.write(begin, n, z.at);
       if (repeated_)
         repeated_->take(in.mu.at, static_cast<const R*>(state.tile.z));  // of the only tile

@@ -34,13 +34,17 @@ Tiles<Tile> tiles_for(const Problem& problem, Mode mode, bool draw, const Make& 
   });
 }
 
+// Calls run(loop, from, shape) for what makes up the tile, from column `from` on.
 template <class Tile, class Run>
 void run_tile(const Tiles<Tile>& tiles, TileShape shape, const Run& run) {
-  if (shape.width % kLanes != 0 && shape.rows > 1) {
-    run(tiles.rows);
+  if (shape.rows > 1 && shape.width % kLanes != 0) {
+    run(tiles.rows, 0, shape);
     return;
   }
-  if (tiles.near == nullptr || !run(tiles.near)) run(tiles.far);
+  in_groups(shape.width, [&](int from, int width) {
+    const TileShape part{shape.rows, width};
+    if (tiles.near == nullptr || !run(tiles.near, from, part)) run(tiles.far, from, part);
+  });
 }
 
 // Calls job.run(begin, end) over all `count` items, each of `elements` latent elements.

@@ -28,20 +28,26 @@ inline constexpr int kBlock = 16;  // of a group in rows whose width is no multi
 // Whole groups for n elements.
 inline int padded(int n) { return (n + kLanes - 1) / kLanes * kLanes; }
 
-// Calls body(i) for i in [0, n), n at least kLanes; twice for some i where it is not a multiple. Both parts
-// are one loop, so that the body is compiled once; masking shows the compiler that no remainder is left.
+// Calls body(i) for i in [0, n), n a multiple of kLanes. Masking n shows that to the compiler.
 template <class Body>
 VK_FN void lanes(int n, const Body& body) {
-  for (int from = 0, part = n & -kLanes;; from = n - kLanes, part = kLanes) {
-    const int whole = part & -kLanes;
+  const int whole = n & -kLanes;
 #pragma GCC ivdep
 #pragma GCC unroll 2
-    for (int i = 0; i < whole; ++i) body(from + i);
-    if (from + whole >= n) return;
-  }
+  for (int i = 0; i < whole; ++i) body(i);
 }
 
-// The same for n of at least kBlock. It takes more instructions for an element, fewer for a short row.
+// Calls part(from, m) for whole groups that cover n elements, n at least kLanes: the last of them covers some
+// elements again where n is no multiple of kLanes.
+template <class Part>
+VK_FN void in_groups(int n, const Part& part) {
+  const int whole = n / kLanes * kLanes;
+  part(0, whole);
+  if (whole < n) part(n - kLanes, kLanes);
+}
+
+// Calls body(i) for i in [0, n), n at least kBlock, by blocks of which the last covers some elements again.
+// It takes more instructions for an element than `lanes`, fewer for a short row.
 template <class Body>
 VK_FN void blocks(int n, const Body& body) {
   for (int i = 0; i < n; i += kBlock) {
@@ -76,16 +82,21 @@ struct Rows {
   R* at = nullptr;
   int64_t stride = 0;
   VK_FN R* operator[](int row) const { return at + row * stride; }
+  Rows from(int column) const { return {at == nullptr ? at : at + column, stride}; }
 };
 
 struct TileShape {
-  int rows, width;  // width: at least kBlock, of a single row kLanes
+  int rows, width;  // width: of several rows at least kBlock, of one at least kLanes
 };
 
 template <class R>
 struct TileInputs {
   Rows<const R> mu, scale, prior_mu, prior_scale;
   AnyRange range = {};  // here the compiler does not know its numbers, which math.h wants
+
+  TileInputs from(int column) const {
+    return {mu.from(column), scale.from(column), prior_mu.from(column), prior_scale.from(column), range};
+  }
 };
 
 // The kinds of the loop over a tile, which give the same bits. `near` is for log-variances within +-87 and no
@@ -172,7 +183,9 @@ VK_CLONES bool forward_tile(const TileInputs<R>& in, Bounds<R> bounds, const R* 
 template <class R>
 VK_CLONES void sample_tile(const R* __restrict mu, const R* __restrict sd, const R* __restrict eps,
                            R* __restrict z, int n) {
-  lanes(n, [&](int i) VK_LAMBDA { z[i] = mu[i] + sd[i] * eps[i]; });
+  in_groups(n, [&](int from, int m) VK_LAMBDA {
+    lanes(m, [&](int i) VK_LAMBDA { z[from + i] = mu[from + i] + sd[from + i] * eps[from + i]; });
+  });
 }
 
 // One of several samples: adds its share of the sums of grad_z and of grad_z eps. n is a multiple of kLanes,
@@ -189,6 +202,10 @@ VK_CLONES void add_noise_tile(const R* __restrict grad_z, const R* __restrict ep
 template <class R>
 struct TileGradients {
   Rows<R> mu, scale, prior_mu, prior_scale;
+
+  TileGradients from(int column) const {
+    return {mu.from(column), scale.from(column), prior_mu.from(column), prior_scale.from(column)};
+  }
 };
 
 template <Param P, Mode M, bool Draw, Loop L, class R, class B, class Range>
