@@ -273,8 +273,11 @@ class BackwardJob {
     }
     const TileGradients<R> out{to[0], to[1], to[2], to[3]};
     run_tile(tiles_, shape, [&](auto tile, int from, TileShape part) {
-      return tile(in.from(from), bounds_, sum + from, noise + from, c + from, p_.has_z,
-                  static_cast<R>(p_.posterior_share), static_cast<R>(p_.prior_share), out.from(from), part);
+      const auto run = [&](const TileInputs<R>& from_in, const TileGradients<R>& from_out) {
+        return tile(from_in, bounds_, sum + from, noise + from, c + from, p_.has_z,
+                    static_cast<R>(p_.posterior_share), static_cast<R>(p_.prior_share), from_out, part);
+      };
+      return from == 0 ? run(in, out) : run(in.from(from), out.from(from));
     });
     for (int i = 0; i < 4; ++i)
       if (*views[i] && to[i].at == buffers[i]) views[i]->write(begin, n, buffers[i]);

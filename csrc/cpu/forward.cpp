@@ -171,7 +171,10 @@ class ForwardJob {
         if (const Rows<R> direct = z_.direct(begin, n, shape.width); direct.at) z = direct;
       }
       run_tile(tiles_, shape, [&](auto tile, int from, TileShape part) {
-        return tile(in.from(from), bounds_, eps + from, z.from(from), state.tile.kl + from, part);
+        const auto run = [&](const TileInputs<R>& from_in) {
+          return tile(from_in, bounds_, eps + from, z.from(from), state.tile.kl + from, part);
+        };
+        return from == 0 ? run(in) : run(in.from(from));
       });
       if (draws_ && z.at == state.tile.z) z_.write(begin, n, z.at);
       if (repeated_)
