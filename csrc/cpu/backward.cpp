@@ -178,12 +178,18 @@ class BackwardJob {
     const R gain = static_cast<R>(product);
     by_row_ = grad_kl_ && (p_.reduction == Reduction::none || (scalar && p_.clamp == Clamp::sample));
     row_gain_ = gain;
+    // Loops without a branch inside, so that they are vectorised.
     shared_.assign(static_cast<size_t>(p_.G), R(0));
-    for (int64_t g = 0; g < p_.G; ++g) {
-      R& s = shared_[static_cast<size_t>(g)];
-      if (grad_rate) s = p_.group_sums ? grad_rate[g] : grad_rate[g] * inverse;
-      const bool open = p_.clamp != Clamp::batch || !std::signbit(gate[g]);
-      if (grad_kl_ && scalar && !by_row_ && open) s += gain;
+    R* const shared = shared_.data();
+    if (grad_rate) {
+      const R factor = p_.group_sums ? R(1) : inverse;
+      for (int64_t g = 0; g < p_.G; ++g) shared[g] = grad_rate[g] * factor;
+    }
+    if (grad_kl_ && scalar && !by_row_) {
+      if (p_.clamp == Clamp::batch)
+        for (int64_t g = 0; g < p_.G; ++g) shared[g] = std::signbit(gate[g]) ? shared[g] : shared[g] + gain;
+      else
+        for (int64_t g = 0; g < p_.G; ++g) shared[g] += gain;
     }
     // Repeated for a tile that begins with any of them, so that they are read in place.
     if (m_.kind != Matrix::Kind::cells && p_.G < tile_ && p_.numel() >= kTile) {

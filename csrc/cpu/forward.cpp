@@ -27,7 +27,9 @@ Tiles<ForwardTile<R>> forward_tiles(const Problem& problem, Mode mode, bool draw
 template <class R>
 void check_not_negative(const char* name, const void* data, int64_t n) {
   const R* x = static_cast<const R*>(data);
-  for (int64_t i = 0; i < n; ++i)
+  bool all = true;
+  for (int64_t i = 0; i < n; ++i) all &= x[i] >= R(0);  // without a branch, so that it is vectorised
+  for (int64_t i = 0; !all && i < n; ++i)
     if (!(x[i] >= R(0)))
       throw std::invalid_argument(std::string(name) + " must be non-negative and not NaN, got " +
                                   repr(static_cast<double>(x[i])) + " at index " + std::to_string(i) +
@@ -114,7 +116,7 @@ class ForwardJob {
       if (weight_) check_not_negative<R>("weight", weight_, p_.B);
       if (lambda_) check_not_negative<R>("free_bits", lambda_, p_.G);
       if (m_.kind == Matrix::Kind::columns) {
-        columns_.reset(new double[static_cast<size_t>(chunks_.down() * p_.G)]);
+        sums_.reset(new double[static_cast<size_t>(std::max<int64_t>(chunks_.down(), 1) * p_.G)]);
         if (row_values_wanted_) row_values_.reset(new double[static_cast<size_t>(p_.B * chunks_.across)]);
       } else {
         const size_t cells = static_cast<size_t>(parts() * p_.cells());
@@ -136,10 +138,12 @@ class ForwardJob {
     State state;
     std::fill_n(state.tile.kl, kTile + kLanes, R(0));
     if (p_.has_kl && m_.kind != Matrix::Kind::cells) {
-      const size_t width =
-          static_cast<size_t>(folded_ ? std::min<int64_t>(kTile, p_.numel()) : chunks_.col_step);
-      state.sum.resize(width);
-      state.total.resize(width);
+      state.width = static_cast<int>(folded_ ? std::min<int64_t>(kTile, p_.numel()) : chunks_.col_step);
+      state.sum.resize(static_cast<size_t>(state.width));
+      if (folded_ || m_.kind == Matrix::Kind::strips) {
+        state.totals.resize(state.sum.size());
+        state.total = state.totals.data();
+      }
     }
     for (int64_t i = begin; i < end; ++i) chunk(i, state);
   }
@@ -150,10 +154,12 @@ class ForwardJob {
     typename Normals<R>::Buffer normals;
     R sampled[kTile], value[kTile], lambda[kTile];
     uint8_t open[kTile];
-    std::vector<R> sum;         // per column, at most kRowsPerFlush rows
-    std::vector<double> total;  // per column
-    int rows = 0;               // in `sum`
-    double row_sum = 0;         // of the current matrix row, as far as it was read
+    int width = 0;               // how many columns are added up
+    std::vector<R> sum;          // of each, over at most kRowsPerFlush rows
+    std::vector<double> totals;  // the same over all rows, where these are not the results
+    double* total = nullptr;     // the same, in `totals` or in the results
+    int rows = 0;                // in `sum`
+    double row_sum = 0;          // of the current matrix row, as far as it was read
   };
 
   // How many chunks a cell's sum is spread over.
@@ -161,6 +167,16 @@ class ForwardJob {
 
   void chunk(int64_t index, State& state) {
     const Chunk c = chunks_[index];
+    const bool columns = p_.has_kl && m_.kind == Matrix::Kind::columns;
+    double* const sums =
+        columns ? &sums_[static_cast<size_t>(index / chunks_.across * p_.G + c.col0)] : nullptr;
+    if (columns) {
+      std::fill_n(sums, c.col1 - c.col0, 0.0);
+      if (!folded_) {
+        state.width = static_cast<int>(c.col1 - c.col0);
+        state.total = sums;
+      }
+    }
     for_tiles(m_, c, [&](int64_t begin, int n) {
       const TileShape shape = shape_of(n, width_);
       const TileInputs<R> in = in_.read(begin, n, shape.width, mode_ == Mode::prior, state.tile);
@@ -183,17 +199,12 @@ class ForwardJob {
         sample(in.mu.at, begin, n, state);
       if (p_.has_kl) reduce(c, index, begin, n, state);
     });
-    if (p_.has_kl && m_.kind == Matrix::Kind::columns) {
-      flush_columns(state);
-      double* out = &columns_[static_cast<size_t>(index / chunks_.across * p_.G + c.col0)];
-      const int64_t width = c.col1 - c.col0;
-      std::fill_n(out, width, 0.0);
-      const int64_t sums = static_cast<int64_t>(state.total.size());
-      for (int64_t j = 0; j < (folded_ ? sums : width); j += width) {
-        double* total = &state.total[static_cast<size_t>(j)];
-        for (int64_t i = 0; i < width; ++i) out[i] += total[i];
-        std::fill_n(total, width, 0.0);
-      }
+    if (!columns) return;
+    flush_columns(state);
+    if (folded_) {
+      for (int j = 0; j < state.width; j += static_cast<int>(m_.cols))
+        for (int64_t i = 0; i < m_.cols; ++i) sums[i] += state.total[j + i];
+      std::fill_n(state.total, state.width, 0.0);
     }
   }
 
@@ -238,8 +249,8 @@ class ForwardJob {
           const int64_t part = index / chunks_.across % chunks_.per_unit;
           R* out = &cells_[static_cast<size_t>(part * p_.cells() + row / m_.inner * p_.G)];
           for (int64_t g = 0; g < p_.G; ++g) {
-            out[g] = static_cast<R>(state.total[static_cast<size_t>(g)]);
-            state.total[static_cast<size_t>(g)] = 0;
+            out[g] = static_cast<R>(state.total[g]);
+            state.total[g] = 0;
           }
         }
       });
@@ -277,7 +288,7 @@ class ForwardJob {
   }
 
   void flush_columns(State& state) {
-    flush(state.sum.data(), state.total.data(), static_cast<int>(state.sum.size()));
+    flush(state.sum.data(), state.total, state.width);
     state.rows = 0;
   }
 
@@ -321,36 +332,30 @@ class ForwardJob {
       total_weight = 0;
       for (int64_t b = 0; b < p_.B; ++b) total_weight += static_cast<double>(weight_[b]);
     }
-    std::vector<double> sums(static_cast<size_t>(p_.G), 0.0);
     std::vector<double> row_values(row_values_wanted_ ? static_cast<size_t>(p_.B) : 0, 0.0);
     if (m_.kind == Matrix::Kind::columns) {
-      for (int64_t d = 0; d < chunks_.down(); ++d)
+      if (p_.numel() == 0) std::fill_n(sums_.get(), p_.G, 0.0);  // of no chunk
+      for (int64_t d = 1; p_.numel() > 0 && d < chunks_.down(); ++d)
         for (int64_t g = 0; g < p_.G; ++g)
-          sums[static_cast<size_t>(g)] += columns_[static_cast<size_t>(d * p_.G + g)];
+          sums_[static_cast<size_t>(g)] += sums_[static_cast<size_t>(d * p_.G + g)];
       if (p_.numel() > 0)
         for (size_t i = 0; i < row_values.size(); ++i)
           for (int64_t part = 0; part < chunks_.across; ++part)
             row_values[i] += row_values_[i * static_cast<size_t>(chunks_.across) + static_cast<size_t>(part)];
     } else {
-      finish_cells(sums, row_values);
+      finish_cells(row_values);
     }
 
     R* rate = static_cast<R*>(p_.kl_per_group);
-    for (int64_t g = 0; g < p_.G; ++g) {
-      const double sum = sums[static_cast<size_t>(g)];
-      rate[g] = static_cast<R>(p_.group_sums ? sum : sum / total_weight);
-    }
+    rates_of(static_cast<const double*>(sums_.get()), p_.group_sums ? 1.0 : total_weight, rate, p_.G);
     R* gate = static_cast<R*>(p_.gate);
     const R inverse = static_cast<R>(1.0 / total_weight);
     double clamped = 0;
-    if (p_.clamp == Clamp::batch) {
-      for (int64_t g = 0; g < p_.G; ++g) {
-        gate[g] = rate[g] >= lambda(g) ? inverse : -inverse;
-        clamped += static_cast<double>(clamp_value(rate[g], lambda(g), p_.penalty));
-      }
-    } else {
+    if (p_.clamp == Clamp::batch)
+      clamped = clamp_groups(static_cast<const R*>(rate), lambda_, static_cast<R>(p_.free_bits), p_.penalty,
+                             inverse, gate, p_.G);
+    else
       gate[0] = inverse;
-    }
 
     R* kl = static_cast<R*>(p_.kl);
     if (p_.reduction == Reduction::elementwise) return;
@@ -366,7 +371,7 @@ class ForwardJob {
         sum += (weight_ ? static_cast<double>(weight_[b]) : 1.0) * row_values[static_cast<size_t>(b)];
     } else {
       // Without any weight the clamp has no mean to clamp: 0, or the NaN of a row that is not finite.
-      for (const double s : sums) sum += s;
+      sum = sum_of(static_cast<const double*>(sums_.get()), p_.G);
     }
     if (p_.reduction != Reduction::sum)
       sum = p_.clamp == Clamp::batch && total_weight != 0 ? clamped : sum / total_weight;
@@ -374,7 +379,8 @@ class ForwardJob {
     kl[0] = static_cast<R>(sum);
   }
 
-  void finish_cells(std::vector<double>& sums, std::vector<double>& row_values) {
+  void finish_cells(std::vector<double>& row_values) {
+    sums_.reset(new double[static_cast<size_t>(p_.G)]());
     std::vector<uint8_t> open(8, 0);
     for (int64_t b = 0; b < p_.B; ++b) {
       const double w = weight_ ? static_cast<double>(weight_[b]) : 1.0;
@@ -388,7 +394,7 @@ class ForwardJob {
             whole += static_cast<double>(cells_[static_cast<size_t>(part * p_.cells() + cell)]);
           kl = static_cast<R>(whole);
         }
-        sums[static_cast<size_t>(g)] += w * static_cast<double>(kl);
+        sums_[static_cast<size_t>(g)] += w * static_cast<double>(kl);
         if (p_.clamp == Clamp::sample) {
           open[static_cast<size_t>(cell % 8)] = kl >= lambda(g) ? 1 : 0;
           if (cell % 8 == 7 || cell + 1 == p_.cells())
@@ -418,7 +424,8 @@ class ForwardJob {
   std::vector<Normals<R>> normals_;  // one, where z is wanted
   View<R> z_;                        // of the first sample
   std::optional<RepeatedSamples<R>> repeated_;
-  std::unique_ptr<double[]> columns_, row_values_;
+  std::unique_ptr<double[]> sums_;        // [chunks, G]; in the end the first row has the groups' sums
+  std::unique_ptr<double[]> row_values_;  // [B, chunks side by side]
   std::unique_ptr<R[]> cells_;
 };
 

@@ -262,6 +262,8 @@ VK_CLONES bool backward_tile(const TileInputs<R>& in, Bounds<R> bounds, const R*
 
 // ---- free bits and sums ----------------------------------------------------------------------------------
 
+inline constexpr int kSums = 16;  // running sums side by side
+
 template <class R>
 VK_CLONES void clamp_tile(const R* __restrict kl, const R* __restrict lambda, Penalty penalty,
                           R* __restrict value, uint8_t* __restrict open, int n) {
@@ -294,16 +296,45 @@ VK_CLONES void flush(R* __restrict from, double* __restrict to, int n) {
 
 // The sum of n numbers in an order that depends on n alone: sixteen running sums, then a tree.
 template <class R>
-VK_CLONES R sum_of(const R* x, int n) {
-  constexpr int kSums = 16;
-  R part[kSums] = {};
-  int i = 0;
-  for (; i + kSums <= n; i += kSums)
-    for (int j = 0; j < kSums; ++j) part[j] += x[i + j];
-  for (int j = 0; i + j < n; ++j) part[j] += x[i + j];
+VK_FN R tree_of(R (&part)[kSums]) {
   for (int width = kSums / 2; width > 0; width /= 2)
     for (int j = 0; j < width; ++j) part[j] += part[j + width];
   return part[0];
+}
+
+template <class R>
+VK_CLONES R sum_of(const R* x, int64_t n) {
+  R part[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums)
+    for (int j = 0; j < kSums; ++j) part[j] += x[i + j];
+  for (int j = 0; i + j < n; ++j) part[j] += x[i + j];
+  return tree_of(part);
+}
+
+// The rates of n groups, from their sums.
+template <class R>
+VK_CLONES void rates_of(const double* __restrict sum, double divisor, R* __restrict rate, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) rate[i] = static_cast<R>(sum[i] / divisor);
+}
+
+// Free bits on the rates of n groups, `lambda` or (null) `free_bits` for all of them: the gates, `inverse`
+// where they are open and -inverse elsewhere. Returns the sum of the clamped rates, added up as in sum_of.
+template <class R>
+VK_CLONES double clamp_groups(const R* __restrict rate, const R* __restrict lambda, R free_bits,
+                              Penalty penalty, R inverse, R* __restrict gate, int64_t n) {
+  double part[kSums] = {};
+  const auto add = [&](int64_t i, int many) VK_LAMBDA {
+    for (int j = 0; j < many; ++j) {
+      const R least = lambda ? lambda[i + j] : free_bits;
+      gate[i + j] = rate[i + j] >= least ? inverse : -inverse;
+      part[j] += static_cast<double>(clamp_value(rate[i + j], least, penalty));
+    }
+  };
+  int64_t i = 0;
+  for (; i + kSums <= n; i += kSums) add(i, kSums);
+  add(i, static_cast<int>(n - i));
+  return tree_of(part);
 }
 
 }  // namespace vk::cpu
