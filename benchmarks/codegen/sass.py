@@ -190,14 +190,16 @@ def vector_loops(flow: list[Block]) -> list[Loop]:
 
 @dataclass(frozen=True)
 class Row:
-    """A kernel. `loop`: the instructions of the main loop, which handles `elements` elements at a time;
-    `special`: the same of the loop for calls with weights, bounds, log_std or balance. General kernels have
-    neither. Those of the aggregate posterior have in place of `tiling` how many rows a block owns, and in
-    place of `kl` which results are wanted or have gradients."""
+    """A kernel. `scale`: what the scale tensors hold, logarithms (log) or standard deviations (sd). `loop`:
+    the instructions of the main loop, which handles `elements` elements at a time; `special`: the same of
+    the loop for calls with weights, bounds, log_std or balance; `softplus`: of the loop for softplus.
+    General kernels have none of these. Those of the aggregate posterior have in place of `tiling` how many
+    rows a block owns, and in place of `kl` which results are wanted or have gradients."""
 
     kernel: str
     dtype: str
     tiling: str
+    scale: str
     kl: str
     sample: str
     registers: int
@@ -210,6 +212,7 @@ class Row:
     loop: int | None = None
     per_element: float | None = None
     special_per_element: float | None = None
+    softplus_per_element: float | None = None
     loads: int | None = None
     stores: int | None = None
     narrow: int | None = None
@@ -220,7 +223,9 @@ class Row:
 
     @property
     def label(self) -> str:
-        return " ".join(filter(None, (self.kernel, self.dtype, self.tiling, self.kl, self.sample)))
+        return " ".join(
+            filter(None, (self.kernel, self.dtype, self.tiling, self.scale, self.kl, self.sample))
+        )
 
     def cells(self) -> list[str]:
         values = (getattr(self, f.name) for f in fields(self))
@@ -290,6 +295,7 @@ def row(
         kernel=kernel.removesuffix("_kernel"),
         dtype=dtype,
         tiling=values.get("Tiling", values.get("Rows", "")),
+        scale=values.get("Holds", ""),
         kl={"none": "", "": ""}.get(kl, f"{'terms' if 'Terms' in values else 'kl'} {kl}"),
         sample="z" if sample else "",
         registers=usage["REG"],
@@ -302,11 +308,15 @@ def row(
     if not made.plain:
         return made
     found = vector_loops(blocks(body))
-    # Forward, the blocks of the samples after the first skip the KL: two leaner loops.
-    expected = 4 if made.kernel == "forward_plain" and made.kl and made.sample else 2
-    if len(found) != expected:
-        raise ValueError(f"{made.label}: {len(found)} loops load 16 bytes at a time, expected {expected}")
-    main, special = found[-2:]
+    # Forward, the blocks of the samples after the first have loops of their own, without the KL. Loops
+    # with the KL to a prior have more loads. The others, the leanest first: those without the KL (plain,
+    # special), those with it, and for softplus without and with it.
+    if made.kl == "kl prior":
+        found = [loop for loop in found if loop.loads == max(loop.loads for loop in found)]
+    with_kl = {2: [0, 1], 3: [0, 1, 2], 4: [2, 3], 6: [2, 3, 5]}.get(len(found), [])
+    if len(with_kl) != (3 if made.scale == "sd" else 2):
+        raise ValueError(f"{made.label}: {len(found)} loops load 16 bytes at a time")
+    main, special, *softplus = (found[i] for i in with_kl)
     elements = 16 // (4 if dtype == "float32" else 2)
     return replace(
         made,
@@ -314,6 +324,7 @@ def row(
         loop=main.instructions,
         per_element=main.instructions / elements,
         special_per_element=special.instructions / elements,
+        softplus_per_element=softplus[0].instructions / elements if softplus else None,
         loads=main.loads,
         stores=main.stores,
         narrow=main.narrow,
@@ -415,12 +426,25 @@ def committed() -> list[list[str]]:
 
 def show(rows: list[Row]) -> str:
     """The table for people: instructions per element and their like, plain kernels first."""
-    cells = [("kernel", "per element", "special", "16-byte loads, stores", "registers", "local", "float64")]
+    head = (
+        "kernel",
+        "per element",
+        "special",
+        "softplus",
+        "16-byte loads, stores",
+        "registers",
+        "local",
+        "float64",
+    )
+    cells = [head]
     for r in sorted(rows, key=lambda r: not r.plain):
         number = "" if r.per_element is None else f"{r.per_element:.2f}"
         special = "" if r.special_per_element is None else f"{r.special_per_element:.2f}"
+        softplus = "" if r.softplus_per_element is None else f"{r.softplus_per_element:.2f}"
         access = "" if r.loads is None else f"{r.loads}, {r.stores}"
-        cells.append((r.label, number, special, access, str(r.registers), str(r.local), str(r.float64)))
+        cells.append(
+            (r.label, number, special, softplus, access, str(r.registers), str(r.local), str(r.float64))
+        )
     widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
     return "\n".join(
         "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells

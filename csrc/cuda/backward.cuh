@@ -22,7 +22,7 @@ struct BackwardArgs {
   Clamp clamp;
   Reduction reduction;
   bool group_sums, grad_kl_wide;
-  bool special;  // for plain kernels: log-variances are adjusted, batch rows weighted, or shares not 1
+  bool special;  // for plain kernels: scales are adjusted, batch rows weighted, or shares not 1
   R row_size, slope;
 
   const R *grad_kl, *grad_kl_per_group, *gate, *weight;

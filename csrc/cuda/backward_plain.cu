@@ -8,11 +8,12 @@ namespace {
 // Computes the batch rows of a block. `gains`: the gradient of the loss with respect to an element's KL, by
 // column or (row) one number for all elements. Special: with weights of batch rows, log-variances that have
 // to be adjusted, and the prior's and the posterior's shares of the gradient.
-template <class T, Tiling kTiling, Kl K, bool Sample, bool Special>
+template <class T, Tiling kTiling, Kl K, bool Sample, Param P, bool Special>
 __device__ __forceinline__ void backward_rows(const BackwardArgs<float>& a, const QuadKeys& keys,
                                               const ThreadOffsets& p, const float* gains) {
   constexpr int N = kVector<T>;
   constexpr bool kHasKl = K != Kl::none, kPrior = K == Kl::prior, kColumn = kTiling == Tiling::column;
+  constexpr bool kAdjusts = Special && P == Param::logvar;
   const Geometry& g = a.g;
   const int64_t first = p.b_begin + p.tz;
   const uint32_t steps = kColumn && p.tail == 0 ? 0 : p.steps;
@@ -43,7 +44,7 @@ __device__ __forceinline__ void backward_rows(const BackwardArgs<float>& a, cons
       in.at += a.in.step;
 #pragma unroll
       for (int q = 0; q < N / 4; ++q) {
-        float mu[4], y[4], prior_mu[4], prior_y[4], sum[4], eps[4] = {};
+        float mu[4], s[4], prior_mu[4], prior_s[4], sum[4], eps[4] = {};
         bool inside[4];
         float c[4] = {};
         if constexpr (kHasKl) {
@@ -58,40 +59,41 @@ __device__ __forceinline__ void backward_rows(const BackwardArgs<float>& a, cons
           }
         }
         mu_vector.get(q, mu);
-        scale_vector.get(q, y);
+        scale_vector.get(q, s);
         grad_vector.get(q, sum);
         prior_mu_vector.get(q, prior_mu);
-        prior_scale_vector.get(q, prior_y);
-        if constexpr (Special) adjust(a.log_variance, y, inside);
-        if constexpr (Special && kPrior) adjust_prior(a.log_variance, prior_y);
+        prior_scale_vector.get(q, prior_s);
+        if constexpr (kAdjusts) adjust(a.log_variance, s, inside);
+        if constexpr (kAdjusts && kPrior) adjust_prior(a.log_variance, prior_s);
         if constexpr (Sample) normals(keys, quad.at + static_cast<uint32_t>(q), eps);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const Scale<float> scale = scale_of<Param::logvar>(y[j]);
-          const Posterior<float> posterior = posterior_of_log_variance(y[j]);
+          const Scale<float> scale = scale_of<P>(s[j]);
+          const Posterior<float> posterior = plain_posterior<P, Special>(s[j], scale, a.bounds);
           const SampleGradients<float> z{sum[j], sum[j] * eps[j], Sample};
           const float cj = Special ? weight * c[j] : c[j];
           ElementGradients<float> e;
           if constexpr (kPrior) {
-            const Prior<float> p = prior_of_log_variance(mu[j], y[j], prior_mu[j], prior_y[j]);
-            e = gradients_prior<Param::logvar>(scale, scale_of<Param::logvar>(prior_y[j]), posterior, p, z,
-                                               Special ? cj * a.posterior_share : cj,
-                                               Special ? cj * a.prior_share : cj);
+            const Scale<float> prior_scale = scale_of<P>(prior_s[j]);
+            const Prior<float> p =
+                plain_prior<P>(mu[j], s[j], posterior, prior_mu[j], prior_s[j], prior_scale);
+            e = gradients_prior<P>(scale, prior_scale, posterior, p, z, Special ? cj * a.posterior_share : cj,
+                                   Special ? cj * a.prior_share : cj);
           } else if constexpr (kHasKl) {
-            e = gradients_standard<Param::logvar>(scale, posterior, mu[j], z, cj);
+            e = gradients_standard<P>(scale, posterior, mu[j], z, cj);
           } else {
-            e = gradients_sample<Param::logvar>(scale, posterior, z);
+            e = gradients_sample<P>(scale, posterior, z);
           }
           mu[j] = e.mu;
-          y[j] = Special ? keep_if(inside[j], e.scale * a.log_variance.slope) : e.scale;
+          s[j] = kAdjusts ? keep_if(inside[j], e.scale * a.log_variance.slope) : e.scale;
           prior_mu[j] = e.prior_mu;
-          prior_y[j] = Special ? e.prior_scale * a.log_variance.slope : e.prior_scale;
+          prior_s[j] = kAdjusts ? e.prior_scale * a.log_variance.slope : e.prior_scale;
         }
         // The gradients overwrite the elements.
         mu_vector.set(q, mu);
-        scale_vector.set(q, y);
+        scale_vector.set(q, s);
         prior_mu_vector.set(q, prior_mu);
-        prior_scale_vector.set(q, prior_y);
+        prior_scale_vector.set(q, prior_s);
       }
       if (kHasKl || a.grad_mu.data != nullptr) mu_vector.store(bytes_at<16>(a.grad_mu.data, out.at));
       scale_vector.store(bytes_at<16>(a.grad_scale.data, out.at));
@@ -116,14 +118,17 @@ __device__ __forceinline__ void backward_rows(const BackwardArgs<float>& a, cons
 }
 
 // What keeps every kernel out of local memory.
-template <class T, Tiling kTiling, Kl K, bool Sample>
-inline constexpr int kRegisters =
-    K != Kl::prior
-        ? 48
-        : (sizeof(T) == 4 || !Sample ? 64 : (kTiling == Tiling::column ? 80 : (kArch < 860 ? 72 : 64)));
+template <class T, Tiling kTiling, Kl K, bool Sample, Holds H>
+constexpr int registers() {
+  if (H == Holds::sd) return K == Kl::prior ? 80 : 64;
+  if (K != Kl::prior) return 48;
+  if (sizeof(T) == 4) return 64;
+  if (Sample && kTiling == Tiling::column) return 80;
+  return kArch < (Sample ? 860 : 800) ? 72 : 64;
+}
 
-template <class T, Tiling kTiling, Kl K, bool Sample>
-VK_PLAIN_KERNEL((kRegisters<T, kTiling, K, Sample>))
+template <class T, Tiling kTiling, Kl K, bool Sample, Holds H>
+VK_PLAIN_KERNEL((registers<T, kTiling, K, Sample, H>()))
 backward_plain_kernel(const __grid_constant__ BackwardArgs<float> a) {
   constexpr bool kColumns = K != Kl::none && kTiling == Tiling::column;
   const QuadKeys keys = quad_keys_for<Sample>(a.keys);
@@ -142,22 +147,22 @@ backward_plain_kernel(const __grid_constant__ BackwardArgs<float> a) {
     gains = row_gain;
     shared_gradients<1>(a, p.o, gains);
   }
-  if (a.special)
-    backward_rows<T, kTiling, K, Sample, true>(a, keys, p, gains);
-  else
-    backward_rows<T, kTiling, K, Sample, false>(a, keys, p, gains);
+  choose_rows<H>(a, [&](auto param, auto special) {
+    backward_rows<T, kTiling, K, Sample, param.value, special.value>(a, keys, p, gains);
+  });
 }
 
 }  // namespace
 
 void backward_plain(const BackwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
-  choose_plain(a, has_kl, sample,
-               [&]<class T, Tiling kTiling, Kl K, bool Sample>(PlainKernel<T, kTiling, K, Sample>) {
-                 const auto kernel = backward_plain_kernel<T, kTiling, K, Sample>;
-                 const bool gains = K != Kl::none && kTiling == Tiling::column;
-                 const size_t shared = gains ? a.g.width() * sizeof(float) : 0;
-                 VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
-               });
+  choose_plain(
+      a, has_kl, sample,
+      [&]<class T, Tiling kTiling, Kl K, bool Sample, Holds H>(PlainKernel<T, kTiling, K, Sample, H>) {
+        const auto kernel = backward_plain_kernel<T, kTiling, K, Sample, H>;
+        const bool gains = K != Kl::none && kTiling == Tiling::column;
+        const size_t shared = gains ? a.g.width() * sizeof(float) : 0;
+        VK_LAUNCH(kernel, grid_of(a.g), a.g.threads(), shared, stream, a);
+      });
 }
 
 }  // namespace vk::cuda

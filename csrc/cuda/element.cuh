@@ -83,7 +83,6 @@ __device__ __forceinline__ void normals(const PhiloxKeys& keys, uint64_t first, 
 }
 
 // Both parameterizations by the logarithm are log_std of s * slope, so they share their code.
-VK_FN bool by_logarithm(Param param) { return param == Param::logvar || param == Param::log_std; }
 template <class R>
 R log_slope(Param param) {
   return param == Param::logvar ? R(0.5) : R(1);

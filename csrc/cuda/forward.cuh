@@ -25,7 +25,7 @@ struct ForwardArgs {
   Penalty penalty;
   Reduction reduction;
   bool group_sums, kl_wide;
-  bool special;           // for plain kernels: the log-variance is adjusted, or batch rows are weighted
+  bool special;           // for plain kernels: scales are adjusted, or batch rows are weighted
   R slope;                // of the logarithm of sd, for the parameterizations that hold it
   R free_bits, row_size;  // row_size: latent elements of a batch row
 

@@ -7,11 +7,12 @@ namespace {
 
 // Computes one sample of the batch rows of a block. Adds twice their KL to `sum`: by column, or (row) all of
 // it to sum[0]. Special: with weights of batch rows, and log-variances that have to be adjusted.
-template <class T, Tiling kTiling, Kl K, bool Sample, bool Special, int kSums>
+template <class T, Tiling kTiling, Kl K, bool Sample, Param P, bool Special, int kSums>
 __device__ __forceinline__ void forward_rows(const ForwardArgs<float>& a, const QuadKeys& keys,
                                              const ThreadOffsets& p, float (&sum)[kSums]) {
   constexpr int N = kVector<T>;
   constexpr bool kHasKl = K != Kl::none, kPrior = K == Kl::prior, kColumn = kTiling == Tiling::column;
+  constexpr bool kAdjusts = Special && P == Param::logvar;
   const Geometry& g = a.g;
   const int64_t first = p.b_begin + p.tz;
   const uint32_t steps = kColumn && p.tail == 0 ? 0 : p.steps;
@@ -45,23 +46,24 @@ __device__ __forceinline__ void forward_rows(const ForwardArgs<float>& a, const 
       }
 #pragma unroll
       for (int q = 0; q < N / 4; ++q) {
-        float mu[4], y[4], z[4];
+        float mu[4], s[4], z[4];
         bool inside[4];
         mu_vector.get(q, mu);
-        scale_vector.get(q, y);
-        if constexpr (Special) adjust(a.log_variance, y, inside);
-        float prior_mu[4], prior_y[4];
+        scale_vector.get(q, s);
+        if constexpr (kAdjusts) adjust(a.log_variance, s, inside);
+        float prior_mu[4], prior_s[4];
         prior_mu_vector.get(q, prior_mu);
-        prior_scale_vector.get(q, prior_y);
-        if constexpr (Special && kPrior) adjust_prior(a.log_variance, prior_y);
+        prior_scale_vector.get(q, prior_s);
+        if constexpr (kAdjusts && kPrior) adjust_prior(a.log_variance, prior_s);
         if constexpr (Sample) normals(keys, quad.at + static_cast<uint32_t>(q), z);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-          const Posterior<float> posterior = posterior_of_log_variance(y[j]);
+          const Posterior<float> posterior = plain_posterior<P, Special>(s[j], scale_of<P>(s[j]), a.bounds);
           if constexpr (kHasKl) {
             float kl;
             if constexpr (kPrior)
-              kl = twice_kl_prior(prior_of_log_variance(mu[j], y[j], prior_mu[j], prior_y[j]));
+              kl = twice_kl_prior(
+                  plain_prior<P>(mu[j], s[j], posterior, prior_mu[j], prior_s[j], scale_of<P>(prior_s[j])));
             else
               kl = twice_kl_standard(mu[j], posterior.excess);
             if constexpr (!kColumn)
@@ -85,24 +87,25 @@ __device__ __forceinline__ void forward_rows(const ForwardArgs<float>& a, const 
   } while (!folded && batch_row < static_cast<uint32_t>(p.b_end));
 }
 
-template <class T, Tiling kTiling, Kl K, bool Sample, int kSums>
+template <class T, Tiling kTiling, Kl K, bool Sample, Holds H, int kSums>
 __device__ __forceinline__ void forward_block(const ForwardArgs<float>& a, const QuadKeys& keys,
                                               const ThreadOffsets& p, float (&sum)[kSums]) {
-  if (a.special)
-    forward_rows<T, kTiling, K, Sample, true>(a, keys, p, sum);
-  else
-    forward_rows<T, kTiling, K, Sample, false>(a, keys, p, sum);
+  choose_rows<H>(a, [&](auto param, auto special) {
+    forward_rows<T, kTiling, K, Sample, param.value, special.value>(a, keys, p, sum);
+  });
 }
 
 // What keeps every kernel out of local memory.
-template <class T, Tiling kTiling, Kl K, bool Sample>
-inline constexpr int kRegisters =
-    K == Kl::prior
-        ? 64
-        : (kArch < 900 && sizeof(T) == 2 && kTiling == Tiling::column && K != Kl::none && Sample ? 56 : 48);
+template <class T, Tiling kTiling, Kl K, bool Sample, Holds H>
+constexpr int registers() {
+  if (H == Holds::sd) return K == Kl::prior ? 80 : 64;
+  if (K == Kl::prior) return 64;
+  const bool columns = kTiling == Tiling::column && K != Kl::none && Sample;
+  return kArch < 900 && sizeof(T) == 2 && columns ? 56 : 48;
+}
 
-template <class T, Tiling kTiling, Kl K, bool Sample>
-VK_PLAIN_KERNEL((kRegisters<T, kTiling, K, Sample>))
+template <class T, Tiling kTiling, Kl K, bool Sample, Holds H>
+VK_PLAIN_KERNEL((registers<T, kTiling, K, Sample, H>()))
 forward_plain_kernel(const __grid_constant__ ForwardArgs<float> a) {
   constexpr int kSums = K != Kl::none && kTiling == Tiling::column ? kVector<T> : 1;
   VK_SHARED(shared);
@@ -111,9 +114,9 @@ forward_plain_kernel(const __grid_constant__ ForwardArgs<float> a) {
   const ThreadOffsets p = thread_offsets_of<kTiling, kVector<T>>(a.g);
   float sum[kSums] = {};
   if constexpr (K != Kl::none && Sample) {
-    if (blockIdx.z > 0) return forward_block<T, kTiling, Kl::none, true>(a, keys, p, sum);
+    if (blockIdx.z > 0) return forward_block<T, kTiling, Kl::none, true, H>(a, keys, p, sum);
   }
-  forward_block<T, kTiling, K, Sample>(a, keys, p, sum);
+  forward_block<T, kTiling, K, Sample, H>(a, keys, p, sum);
   if constexpr (K != Kl::none) {
 #pragma unroll
     for (int j = 0; j < kSums; ++j) sum[j] *= 0.5f;
@@ -124,15 +127,16 @@ forward_plain_kernel(const __grid_constant__ ForwardArgs<float> a) {
 }  // namespace
 
 void forward_plain(const ForwardArgs<float>& a, bool has_kl, bool sample, cudaStream_t stream) {
-  choose_plain(a, has_kl, sample,
-               [&]<class T, Tiling kTiling, Kl K, bool Sample>(PlainKernel<T, kTiling, K, Sample>) {
-                 const auto kernel = forward_plain_kernel<T, kTiling, K, Sample>;
-                 const int sums = kTiling == Tiling::column ? kVector<T> : 1;
-                 const size_t shared = K == Kl::none ? 0 : reduction_bytes<float>(a.g, sums);
-                 dim3 grid = grid_of(a.g);
-                 if (Sample) grid.z = static_cast<unsigned>(a.K);
-                 VK_LAUNCH(kernel, grid, a.g.threads(), shared, stream, a);
-               });
+  choose_plain(
+      a, has_kl, sample,
+      [&]<class T, Tiling kTiling, Kl K, bool Sample, Holds H>(PlainKernel<T, kTiling, K, Sample, H>) {
+        const auto kernel = forward_plain_kernel<T, kTiling, K, Sample, H>;
+        const int sums = kTiling == Tiling::column ? kVector<T> : 1;
+        const size_t shared = K == Kl::none ? 0 : reduction_bytes<float>(a.g, sums);
+        dim3 grid = grid_of(a.g);
+        if (Sample) grid.z = static_cast<unsigned>(a.K);
+        VK_LAUNCH(kernel, grid, a.g.threads(), shared, stream, a);
+      });
 }
 
 }  // namespace vk::cuda

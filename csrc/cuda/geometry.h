@@ -260,8 +260,8 @@ Geometry geometry_of(const Problem& p, const Purpose& purpose, const Tensors<N>&
   const int size = item_size(p.dtype);
   const bool rereads = p.K <= kMostBlocks && p.numel() * size <= kRereadBytes;
   g.plain = purpose.plain && p.dtype != DType::f64 && (!purpose.sample || p.K == 1 || rereads) &&
-            (p.param == Param::logvar || p.param == Param::log_std) && g.cells == Cells::none &&
-            g.I * size % 16 == 0 && std::max<int64_t>(p.K, 1) * (p.numel() / 4) < kMostPlain &&
+            g.cells == Cells::none && g.I * size % 16 == 0 &&
+            std::max<int64_t>(p.K, 1) * (p.numel() / 4) < kMostPlain &&
             is_plain({purpose.dense, g.O * g.I, g.I, 1}, g, size);
   for (size_t i = 0; i < N; ++i) g.plain = g.plain && is_plain(*tensors.axes[i], g, size);
   for (size_t i = 0; i < N; i += 2)

@@ -129,9 +129,11 @@ __device__ __forceinline__ ThreadOffsets thread_offsets_of(const Geometry& g) {
   return p;
 }
 
+VK_FN bool by_logarithm(Param param) { return param == Param::logvar || param == Param::log_std; }
+
 // From an element of the second tensor to the log-variance, if its logarithm is what that tensor holds.
 struct LogVariance {
-  bool adjusts;  // it is not simply the element
+  bool adjusts;  // it is not simply the element, or any scale has bounds
   float slope;   // 1 for a log-variance, 2 for a log_std
   Bounds<float> bounds;
 };

@@ -2,10 +2,10 @@
 // nothing is tested element by element, all tensors that are laid out alike share one index, and two quads of
 // a 16-bit type are computed side by side.
 //
-// A problem is plain (Geometry::plain) where float32 arithmetic is enough, the scale is given by its
-// logarithm, there is one sample at most, every vector is whole and lies at a multiple of 16 bytes, mu and
-// the scale have the same strides, and the KL is only summed. All others, and those with more than 2^32 quads
-// or vectors, are left to the general kernels.
+// A problem is plain (Geometry::plain) where float32 arithmetic is enough, every vector is whole and lies at
+// a multiple of 16 bytes, mu and the scale have the same strides, and the KL is only summed; backward, there
+// is one sample at most. All others, and those with more than 2^32 quads or vectors, are left to the general
+// kernels.
 #pragma once
 
 #include "launch.cuh"
@@ -14,6 +14,26 @@ namespace vk::cuda {
 
 // Which KL a kernel computes: none, that to N(0, I), that to a Gaussian prior given by two tensors.
 enum class Kl { none, standard, prior };
+
+// What the scale tensors of a kernel hold: logarithms (Param::logvar, log_std) or standard deviations (std,
+// softplus).
+enum class Holds { log, sd };
+
+// Calls rows(the parameterization, whether the call is special) of the loop for a call. Both logarithms share
+// two loops. Softplus is always special, since few use it.
+template <Holds H, class Args, class Rows>
+__device__ __forceinline__ void choose_rows(const Args& a, const Rows& rows) {
+  using std::bool_constant, std::integral_constant;
+  if constexpr (H == Holds::log) {
+    const integral_constant<Param, Param::logvar> param;
+    a.special ? rows(param, bool_constant<true>()) : rows(param, bool_constant<false>());
+  } else if (a.param == Param::softplus) {
+    rows(integral_constant<Param, Param::softplus>(), bool_constant<true>());
+  } else {
+    const integral_constant<Param, Param::std> param;
+    a.special ? rows(param, bool_constant<true>()) : rows(param, bool_constant<false>());
+  }
+}
 
 // A kernel with at most that many registers. 48 leave room for five blocks of 256 threads on a multiprocessor
 // of 65536, 64 for four, 80 for three. A launch bound could not say so, since small problems are launched
@@ -99,42 +119,73 @@ __device__ __forceinline__ void adjust_prior(const LogVariance& rule, float (&y)
   for (int j = 0; j < 4; ++j) y[j] *= rule.slope;
 }
 
+// The posterior of element s of the scale, which adjust() has seen if it is a log-variance.
+template <Param P, bool Special>
+__device__ __forceinline__ Posterior<float> plain_posterior(float s, const Scale<float>& scale,
+                                                            const Bounds<float>& bounds) {
+  if constexpr (P == Param::logvar)
+    return posterior_of_log_variance(s);
+  else if constexpr (Special)
+    return posterior_of<P>(scale, bounds);
+  else
+    return posterior_of<P>(scale, NoBounds<float>());
+}
+
+// The terms of the KL to a prior.
+template <Param P>
+__device__ __forceinline__ Prior<float> plain_prior(float mu, float s, const Posterior<float>& posterior,
+                                                    float prior_mu, float prior_s,
+                                                    const Scale<float>& prior) {
+  if constexpr (P == Param::logvar)
+    return prior_of_log_variance(mu, s, prior_mu, prior_s);
+  else
+    return prior_of<P>(mu, posterior.x, prior_mu, prior);
+}
+
 // What a plain kernel is compiled for.
-template <class T, Tiling kTiling, Kl K, bool Sample>
+template <class T, Tiling kTiling, Kl K, bool Sample, Holds H>
 struct PlainKernel {};
 
 // Calls launch(PlainKernel<...>()) of the kernel for a call.
-template <class T, Tiling kTiling, class Args, class Launch>
+template <class T, Tiling kTiling, Holds H, class Args, class Launch>
 void choose_plain(const Args& a, bool has_kl, bool sample, const Launch& launch) {
   const bool prior = has_kl && a.prior_mu.data != nullptr;
   if (prior && sample)
-    launch(PlainKernel<T, kTiling, Kl::prior, true>());
+    launch(PlainKernel<T, kTiling, Kl::prior, true, H>());
   else if (prior)
-    launch(PlainKernel<T, kTiling, Kl::prior, false>());
+    launch(PlainKernel<T, kTiling, Kl::prior, false, H>());
   else if (!has_kl)
-    launch(PlainKernel<T, kTiling, Kl::none, true>());
+    launch(PlainKernel<T, kTiling, Kl::none, true, H>());
   else if (sample)
-    launch(PlainKernel<T, kTiling, Kl::standard, true>());
+    launch(PlainKernel<T, kTiling, Kl::standard, true, H>());
   else
-    launch(PlainKernel<T, kTiling, Kl::standard, false>());
+    launch(PlainKernel<T, kTiling, Kl::standard, false, H>());
 }
 
-template <class T, class Args, class Launch>
+template <class T, Holds H, class Args, class Launch>
 void choose_plain(const Args& a, bool has_kl, bool sample, const Launch& launch) {
   if (a.g.tiling == Tiling::column)
-    choose_plain<T, Tiling::column>(a, has_kl, sample, launch);
+    choose_plain<T, Tiling::column, H>(a, has_kl, sample, launch);
   else
-    choose_plain<T, Tiling::row>(a, has_kl, sample, launch);
+    choose_plain<T, Tiling::row, H>(a, has_kl, sample, launch);
+}
+
+template <Holds H, class Args, class Launch>
+void choose_plain(const Args& a, bool has_kl, bool sample, const Launch& launch) {
+  if (a.dtype == DType::f32)
+    choose_plain<float, H>(a, has_kl, sample, launch);
+  else if (a.dtype == DType::bf16)
+    choose_plain<bf16, H>(a, has_kl, sample, launch);
+  else
+    choose_plain<f16, H>(a, has_kl, sample, launch);
 }
 
 template <class Args, class Launch>
 void choose_plain(const Args& a, bool has_kl, bool sample, const Launch& launch) {
-  if (a.dtype == DType::f32)
-    choose_plain<float>(a, has_kl, sample, launch);
-  else if (a.dtype == DType::bf16)
-    choose_plain<bf16>(a, has_kl, sample, launch);
+  if (by_logarithm(a.param))
+    choose_plain<Holds::log>(a, has_kl, sample, launch);
   else
-    choose_plain<f16>(a, has_kl, sample, launch);
+    choose_plain<Holds::sd>(a, has_kl, sample, launch);
 }
 
 }  // namespace vk::cuda

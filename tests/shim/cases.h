@@ -166,7 +166,7 @@ inline void draw_options(Random& r, Case& c, bool usual) {
   c.dtype = dtypes[between(r, 0, usual ? 2 : 3)];
   const vk::Param params[] = {vk::Param::logvar, vk::Param::logvar, vk::Param::log_std, vk::Param::std,
                               vk::Param::softplus};
-  c.param = params[between(r, 0, usual ? 2 : 4)];
+  c.param = params[between(r, 0, 4)];
   c.bounded = chance(r, 0.3);
   c.sample = chance(r, 0.75);
   c.kl = !c.sample || chance(r, 0.8);
