@@ -159,6 +159,7 @@ class BackwardJob {
     typename Normals<R>::Buffer normals;
     R sum[kTile], noise[kTile], c[kTile], grad_z[kTile];  // sum and noise are zero unless written
     R grad_mu[kTile], grad_scale[kTile], grad_prior_mu[kTile], grad_prior_scale[kTile];
+    uint8_t open[kTile];
     int filled = 0;  // this many elements of c, from the first on, are the same number
   };
 
@@ -206,9 +207,14 @@ class BackwardJob {
     return (p_.open[cell / 8] >> (cell % 8) & 1) != 0;
   }
 
+  // What the gradient of a cell of row b has beside `shared_`, if the cell is open.
+  R gain_of(int64_t b) const {
+    return !by_row_ ? R(0) : (p_.reduction == Reduction::none ? grad_kl_[b] : row_gain_);
+  }
+
   R coefficient(int64_t b, int64_t g) const {
     R c = shared_[static_cast<size_t>(g)];
-    if (by_row_ && open(b, g)) c += p_.reduction == Reduction::none ? grad_kl_[b] : row_gain_;
+    if (by_row_ && open(b, g)) c += gain_of(b);
     return weight_ ? weight_[b] * c : c;
   }
 
@@ -230,14 +236,23 @@ class BackwardJob {
       const int64_t col = begin % m_.cols;
       if (col + padded(n) <= static_cast<int64_t>(shared_.size())) return shared_.data() + col;
     }
+    const bool gated = by_row_ && p_.clamp == Clamp::sample && m_.kind != Matrix::Kind::cells;
+    if (gated && m_.kind == Matrix::Kind::columns) unpack_bits(p_.open, begin, n, s.open);
     for_segments(m_, begin, n, [&](int64_t row, int64_t col, int at, int len) {
-      const int64_t b = row / m_.inner;
+      const int64_t b = m_.inner == 1 ? row : row / m_.inner;
+      const R* const shared = shared_.data() + col;
       if (m_.kind == Matrix::Kind::cells) {
         std::fill_n(c + at, len, coefficient(b, row % m_.inner));
       } else if (plain) {
-        std::copy_n(shared_.data() + col, len, c + at);
+        std::copy_n(shared, len, c + at);
       } else {
-        for (int i = 0; i < len; ++i) c[at + i] = coefficient(b, col + i);
+        if (gated && m_.kind == Matrix::Kind::strips) unpack_bits(p_.open, b * p_.G + col, len, s.open + at);
+        const R w = weight_ ? weight_[b] : R(1);
+        const uint8_t* const open = gated ? s.open + at : nullptr;
+        if (len < kBlock)
+          short_row_coefficients(shared, open, gain_of(b), w, c + at, len);
+        else
+          row_coefficients(shared, open, gain_of(b), w, c + at, len);
       }
     });
     if (grad_kl_ && p_.reduction == Reduction::elementwise)

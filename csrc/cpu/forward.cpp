@@ -102,8 +102,8 @@ class ForwardJob {
         row_values_wanted_(call.has_kl && (call.clamp == Clamp::sample || call.reduction == Reduction::none)),
         folded_(m_.kind == Matrix::Kind::columns && !row_values_wanted_ && call.weight == nullptr &&
                 m_.cols > 0 && m_.cols < kTile && kTile % m_.cols == 0),
-        short_rows_(m_.kind == Matrix::Kind::columns && !row_values_wanted_ && call.weight == nullptr &&
-                    m_.cols > 0 && m_.cols <= kLanes && tile_of(m_) % m_.cols == 0) {
+        short_rows_(m_.kind != Matrix::Kind::strips && m_.cols > 0 && m_.cols <= kLanes &&
+                    tile_of(m_) % m_.cols == 0) {
     if (call.z != nullptr) {
       normals_.emplace_back(call, call.numel());
       z_ = View<R>(call.z, call.dense(), call, m_);
@@ -226,7 +226,15 @@ class ForwardJob {
       add_columns(kl, R(1), 0, n, state);
       if (++state.rows == kRowsPerFlush) flush_columns(state);
     } else if (short_rows_) {
-      add_short_rows(kl, n, state);
+      const int width = static_cast<int>(m_.cols);
+      const int64_t row = begin / width;
+      if (m_.kind == Matrix::Kind::cells) {
+        sum_rows(kl, n / width, width, &cells_[static_cast<size_t>(row)]);
+        return;
+      }
+      const R* value = p_.clamp == Clamp::sample ? clamp_cells(begin, n, state) : kl;
+      if (row_values_wanted_) sum_rows(value, n / width, width, &row_values_[static_cast<size_t>(row)]);
+      add_short_rows(kl, n / width, weight_ ? weight_ + row : nullptr, state);
     } else if (m_.kind == Matrix::Kind::columns) {
       const R* value = kl;
       if (p_.clamp == Clamp::sample) value = clamp_cells(begin, n, state);
@@ -275,11 +283,16 @@ class ForwardJob {
   }
 
   // A call for each of them took a quarter of the forward of rows of 10.
-  void add_short_rows(const R* kl, int n, State& state) {
+  void add_short_rows(const R* kl, int rows, const R* weight, State& state) {
     const int width = static_cast<int>(m_.cols);
-    for (int rows = n / width; rows > 0;) {
+    while (rows > 0) {
       const int some = std::min(rows, kRowsPerFlush - state.rows);
-      add_rows(kl, some, width, state.sum.data());
+      if (weight) {
+        add_weighted_rows(kl, weight, some, width, state.sum.data());
+        weight += some;
+      } else {
+        add_rows(kl, some, width, state.sum.data());
+      }
       kl += some * width;
       rows -= some;
       state.rows += some;
@@ -307,22 +320,6 @@ class ForwardJob {
     return state.value;
   }
 
-  // Bits `begin` to begin + n of `out`, whose earlier ones are there already.
-  static void pack_bits(const uint8_t* open, int64_t begin, int n, uint8_t* out) {
-    out += begin / 8;
-    int i = 0;
-    if (const int bit = static_cast<int>(begin % 8); bit != 0) {
-      unsigned byte = *out;
-      for (; bit + i < 8 && i < n; ++i) byte |= static_cast<unsigned>(open[i]) << (bit + i);
-      *out++ = static_cast<uint8_t>(byte);
-    }
-    for (; i < n; i += 8) {
-      unsigned byte = 0;
-      for (int j = 0; j < 8 && i + j < n; ++j) byte |= static_cast<unsigned>(open[i + j]) << j;
-      *out++ = static_cast<uint8_t>(byte);
-    }
-  }
-
   R lambda(int64_t g) const { return lambda_ ? lambda_[g] : static_cast<R>(p_.free_bits); }
 
   // From the chunks' sums to the results, in a fixed order.
@@ -332,18 +329,19 @@ class ForwardJob {
       total_weight = 0;
       for (int64_t b = 0; b < p_.B; ++b) total_weight += static_cast<double>(weight_[b]);
     }
-    std::vector<double> row_values(row_values_wanted_ ? static_cast<size_t>(p_.B) : 0, 0.0);
     if (m_.kind == Matrix::Kind::columns) {
       if (p_.numel() == 0) std::fill_n(sums_.get(), p_.G, 0.0);  // of no chunk
       for (int64_t d = 1; p_.numel() > 0 && d < chunks_.down(); ++d)
         for (int64_t g = 0; g < p_.G; ++g)
           sums_[static_cast<size_t>(g)] += sums_[static_cast<size_t>(d * p_.G + g)];
-      if (p_.numel() > 0)
-        for (size_t i = 0; i < row_values.size(); ++i)
-          for (int64_t part = 0; part < chunks_.across; ++part)
-            row_values[i] += row_values_[i * static_cast<size_t>(chunks_.across) + static_cast<size_t>(part)];
+      for (int64_t b = 0; row_values_wanted_ && b < p_.B; ++b) {
+        double value = 0;
+        for (int64_t part = 0; p_.numel() > 0 && part < chunks_.across; ++part)
+          value += row_values_[static_cast<size_t>(b * chunks_.across + part)];
+        row_values_[static_cast<size_t>(b)] = value;
+      }
     } else {
-      finish_cells(row_values);
+      finish_cells();
     }
 
     R* rate = static_cast<R*>(p_.kl_per_group);
@@ -360,7 +358,7 @@ class ForwardJob {
     R* kl = static_cast<R*>(p_.kl);
     if (p_.reduction == Reduction::elementwise) return;
     if (p_.reduction == Reduction::none) {
-      for (int64_t b = 0; b < p_.B; ++b) kl[b] = static_cast<R>(row_values[static_cast<size_t>(b)]);
+      for (int64_t b = 0; b < p_.B; ++b) kl[b] = static_cast<R>(row_values_[static_cast<size_t>(b)]);
       return;
     }
     double sum = 0;  // of the weighted rows
@@ -368,7 +366,7 @@ class ForwardJob {
       sum = clamped * total_weight;
     } else if (p_.clamp == Clamp::sample) {
       for (int64_t b = 0; b < p_.B; ++b)
-        sum += (weight_ ? static_cast<double>(weight_[b]) : 1.0) * row_values[static_cast<size_t>(b)];
+        sum += (weight_ ? static_cast<double>(weight_[b]) : 1.0) * row_values_[static_cast<size_t>(b)];
     } else {
       // Without any weight the clamp has no mean to clamp: 0, or the NaN of a row that is not finite.
       sum = sum_of(static_cast<const double*>(sums_.get()), p_.G);
@@ -379,22 +377,25 @@ class ForwardJob {
     kl[0] = static_cast<R>(sum);
   }
 
-  void finish_cells(std::vector<double>& row_values) {
+  void finish_cells() {
     sums_.reset(new double[static_cast<size_t>(p_.G)]());
+    if (row_values_wanted_) row_values_.reset(new double[static_cast<size_t>(p_.B)]);
     std::vector<uint8_t> open(8, 0);
     for (int64_t b = 0; b < p_.B; ++b) {
       const double w = weight_ ? static_cast<double>(weight_[b]) : 1.0;
+      R* const cells = &cells_[static_cast<size_t>(b * p_.G)];
+      for (int64_t g = 0; parts() > 1 && g < p_.G; ++g) {
+        double whole = 0;
+        for (int64_t part = 0; part < parts(); ++part)
+          whole += static_cast<double>(cells[part * p_.cells() + g]);
+        cells[g] = static_cast<R>(whole);
+      }
+      for (int64_t g = 0; g < p_.G; ++g) sums_[static_cast<size_t>(g)] += w * static_cast<double>(cells[g]);
+      if (!row_values_wanted_) continue;
       double row = 0;
       for (int64_t g = 0; g < p_.G; ++g) {
         const int64_t cell = b * p_.G + g;
-        R kl = cells_[static_cast<size_t>(cell)];
-        if (parts() > 1) {
-          double whole = 0;
-          for (int64_t part = 0; part < parts(); ++part)
-            whole += static_cast<double>(cells_[static_cast<size_t>(part * p_.cells() + cell)]);
-          kl = static_cast<R>(whole);
-        }
-        sums_[static_cast<size_t>(g)] += w * static_cast<double>(kl);
+        R kl = cells[g];
         if (p_.clamp == Clamp::sample) {
           open[static_cast<size_t>(cell % 8)] = kl >= lambda(g) ? 1 : 0;
           if (cell % 8 == 7 || cell + 1 == p_.cells())
@@ -403,7 +404,7 @@ class ForwardJob {
         }
         row += static_cast<double>(kl);
       }
-      if (row_values_wanted_) row_values[static_cast<size_t>(b)] = row;
+      row_values_[static_cast<size_t>(b)] = row;
     }
   }
 
@@ -420,12 +421,12 @@ class ForwardJob {
   const R* lambda_;
   const bool row_values_wanted_;
   const bool folded_;      // whole rows fit a tile exactly: tiles are added as they are and folded at the end
-  const bool short_rows_;  // else, and tiles are whole rows of at most kLanes: these are added by one call
+  const bool short_rows_;  // tiles are whole rows of at most kLanes: these are added by one call
   std::vector<Normals<R>> normals_;  // one, where z is wanted
   View<R> z_;                        // of the first sample
   std::optional<RepeatedSamples<R>> repeated_;
   std::unique_ptr<double[]> sums_;        // [chunks, G]; in the end the first row has the groups' sums
-  std::unique_ptr<double[]> row_values_;  // [B, chunks side by side]
+  std::unique_ptr<double[]> row_values_;  // [B, chunks side by side]; in the end the first B have the rows'
   std::unique_ptr<R[]> cells_;
 };
 

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
+#include <cstring>
 
 #include "../gaussian.h"
 #include "../problem.h"
@@ -286,6 +287,27 @@ VK_CLONES void add_rows(const R* __restrict x, int rows, int width, R* __restric
   std::copy_n(part, width, sum);
 }
 
+// The same, each row times its weight.
+template <class R>
+VK_CLONES void add_weighted_rows(const R* __restrict x, const R* __restrict weight, int rows, int width,
+                                 R* __restrict sum) {
+  R part[kLanes] = {};
+  std::copy_n(sum, width, part);
+  for (int row = 0; row < rows; ++row)
+    for (int i = 0; i < kLanes; ++i) part[i] += weight[row] * x[row * width + i];
+  std::copy_n(part, width, sum);
+}
+
+// The sum of each of a few numbers' rows, one behind the other.
+template <class R, class To>
+void sum_rows(const R* __restrict x, int rows, int width, To* __restrict sum) {
+  for (int row = 0; row < rows; ++row) {
+    double of_row = 0;
+    for (int i = 0; i < width; ++i) of_row += static_cast<double>(x[row * width + i]);
+    sum[row] = static_cast<To>(of_row);
+  }
+}
+
 template <class R>
 VK_CLONES void flush(R* __restrict from, double* __restrict to, int n) {
   for (int i = 0; i < n; ++i) {
@@ -310,6 +332,65 @@ VK_CLONES R sum_of(const R* x, int64_t n) {
     for (int j = 0; j < kSums; ++j) part[j] += x[i + j];
   for (int j = 0; i + j < n; ++j) part[j] += x[i + j];
   return tree_of(part);
+}
+
+// Eight bits as eight bytes of 0 or 1 in memory, the lowest bit first. kUp has bit k in the byte k of memory,
+// kDown bit 7 - k.
+inline constexpr bool kLittle = std::endian::native == std::endian::little;
+inline constexpr uint64_t kUp = kLittle ? 0x8040201008040201 : 0x0102040810204080;
+inline constexpr uint64_t kDown = kLittle ? 0x0102040810204080 : 0x8040201008040201;
+
+VK_FN uint8_t packed8(const uint8_t* bytes) {
+  uint64_t all;
+  std::memcpy(&all, bytes, sizeof(all));
+  return static_cast<uint8_t>(all * kDown >> 56);
+}
+VK_FN void unpack8(uint8_t bits, uint8_t* bytes) {
+  const uint64_t ones = 0x0101010101010101;
+  const uint64_t all = ((bits * ones & kUp) + 0x7F * ones) >> 7 & ones;
+  std::memcpy(bytes, &all, sizeof(all));
+}
+
+// Bits `begin` to begin + n of `bits` from n bytes of 0 or 1, with those before that share their byte.
+inline void pack_bits(const uint8_t* open, int64_t begin, int n, uint8_t* bits) {
+  bits += begin / 8;
+  int i = 0;
+  const auto rest = [&](int bit, unsigned byte) {
+    for (; bit < 8 && i < n; ++bit) byte |= static_cast<unsigned>(open[i++]) << bit;
+    *bits++ = static_cast<uint8_t>(byte);
+  };
+  if (begin % 8 != 0) rest(static_cast<int>(begin % 8), *bits);
+  for (; i + 8 <= n; i += 8) *bits++ = packed8(open + i);
+  if (i < n) rest(0, 0);
+}
+
+// The same back.
+inline void unpack_bits(const uint8_t* bits, int64_t begin, int n, uint8_t* open) {
+  bits += begin / 8;
+  int i = 0;
+  const auto rest = [&](int bit) {
+    for (; bit < 8 && i < n; ++bit) open[i++] = *bits >> bit & 1;
+    ++bits;
+  };
+  if (begin % 8 != 0) rest(static_cast<int>(begin % 8));
+  for (; i + 8 <= n; i += 8) unpack8(*bits++, open + i);
+  if (i < n) rest(0);
+}
+
+// The gradient of the loss with respect to the KL of n elements of a batch row: w times what all rows share,
+// and `gain` besides where they are `open` (null: all are).
+template <class R>
+VK_FN void short_row_coefficients(const R* __restrict shared, const uint8_t* __restrict open, R gain, R w,
+                                  R* __restrict c, int n) {
+  if (open == nullptr)
+    for (int i = 0; i < n; ++i) c[i] = w * (shared[i] + gain);
+  else
+    for (int i = 0; i < n; ++i) c[i] = w * (open[i] ? shared[i] + gain : shared[i]);
+}
+
+template <class R>
+VK_CLONES void row_coefficients(const R* shared, const uint8_t* open, R gain, R w, R* c, int n) {
+  short_row_coefficients(shared, open, gain, w, c, n);
 }
 
 // The rates of n groups, from their sums.

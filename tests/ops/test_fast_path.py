@@ -32,7 +32,7 @@ expanded over the batch: plain column
 every other column: general column
 weights: plain column
 log_std: plain column
-std: general column
+std: plain column
 clamp by sample: general column
 two samples: plain column
 two samples, too large to be read twice: general column
