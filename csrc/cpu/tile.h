@@ -298,7 +298,8 @@ VK_CLONES void add_weighted_rows(const R* __restrict x, const R* __restrict weig
   std::copy_n(part, width, sum);
 }
 
-// The sum of each of a few numbers' rows, one behind the other.
+// The sum of each row of a few numbers, the rows one behind the other. In double, since nothing is gained by
+// running sums side by side, and one alone collects a rounding for each number.
 template <class R, class To>
 void sum_rows(const R* __restrict x, int rows, int width, To* __restrict sum) {
   for (int row = 0; row < rows; ++row) {
@@ -316,7 +317,6 @@ VK_CLONES void flush(R* __restrict from, double* __restrict to, int n) {
   }
 }
 
-// The sum of n numbers in an order that depends on n alone: sixteen running sums, then a tree.
 template <class R>
 VK_FN R tree_of(R (&part)[kSums]) {
   for (int width = kSums / 2; width > 0; width /= 2)
@@ -324,6 +324,7 @@ VK_FN R tree_of(R (&part)[kSums]) {
   return part[0];
 }
 
+// The sum of n numbers in an order that depends on n alone: sixteen running sums, then a tree.
 template <class R>
 VK_CLONES R sum_of(const R* x, int64_t n) {
   R part[kSums] = {};

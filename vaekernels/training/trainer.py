@@ -285,7 +285,7 @@ class Trainer:
             "train": {name: progress.mean(name) for name in ("nll", "rate", "kl")},
             "heldout": evaluation.to_json(),
             "seconds": round(progress.seconds, 3),
-            "mi_seconds": round(self.monitor.mi_seconds, 3),
+            "mi_seconds": round(self.monitor.mi_seconds, 6),
         }
         self.log.write("epoch", progress.step, values)
         if epoch == epochs or epoch % math.ceil(epochs / _EPOCH_LINES) == 0:
@@ -307,7 +307,7 @@ class Trainer:
             "heldout": evaluation.to_json(),
             "steps": self.progress.step,
             "seconds": round(self.progress.seconds, 3),
-            "mi_seconds": round(self.monitor.mi_seconds, 3),
+            "mi_seconds": round(self.monitor.mi_seconds, 6),
             "torch": torch.__version__,
         }
 
