@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import pytest
 pytest.importorskip("lightning_fabric", reason="the trainer needs vaekernels[train]")
 pytest.importorskip("sklearn", reason="digits need vaekernels[train]")
 
+from filelock import FileLock
 from tiny_runs import checkpoint_of, epochs_of, log_of, same
 
-from vaekernels.training.run import CHECKPOINT
+from vaekernels.training.errors import CheckpointError
+from vaekernels.training.run import CHECKPOINT, LOCK, RunFolder
 
 TRAIN = ["-m", "vaekernels", "train"]
 DIGITS = ["digits", "--epochs", "6", "--device", "cpu", "--threads", "1", "--latent-dim", "4"]
@@ -102,6 +105,18 @@ def test_of_processes_that_resume_one_run_at_once_one_goes_on_and_the_others_say
     log = log_of(tmp_path / "run")
     assert epochs_of(tmp_path / "run") == [1, 2, 3]
     assert [line["step"] for line in log if line["kind"] == "step"] == list(range(1, 3 * 26 + 1))
+
+
+@pytest.mark.parametrize("before", ["", "123\n"], ids=["no earlier process", "an earlier process"])
+def test_who_has_only_just_taken_the_folder_is_named(before: str, tmp_path: Path) -> None:
+    path = tmp_path / LOCK
+    path.write_text(before)
+    with FileLock(path, timeout=0):
+        late = threading.Timer(0.2, path.write_text, ["456\n"])
+        late.start()
+        with pytest.raises(CheckpointError, match="process 456 trains in"):
+            RunFolder(tmp_path).hold()
+        late.join()
 
 
 KILLED_AFTER_THE_LINE_OF_EPOCH_2 = """

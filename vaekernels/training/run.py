@@ -105,7 +105,12 @@ class RunFolder:
             if _first_line(path) != str(os.getpid()):
                 path.write_text(f"{os.getpid()}\n")
         except Timeout:
-            who = f"process {holder}" if holder else "another process"
+            # Who has only just taken the lock may not have written its number yet; what is there is that of
+            # the one before.
+            deadline = time.monotonic() + 1
+            while (now := _first_line(path)) in ("", holder) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            who = f"process {now or holder}" if now or holder else "another process"
             raise CheckpointError(
                 f"{who} trains in {self.path}; wait for it or stop it, or give another --run-dir"
             ) from None
